@@ -1,0 +1,106 @@
+"""The slow, independent reference that pruned computations are compared with.
+
+It shares no code with the package: the stock model runs over the full sequence, without a cache, and every
+decoder layer gets an explicit additive mask. Removing a visual token from layer K on is hiding its column from
+every query of layers K.. : rows that nobody reads cannot matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from vtwcli.models.families import FAMILIES, placeholder_ids
+
+
+def text_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The decoder layers of the text model."""
+    return model.get_submodule(FAMILIES[model.config.model_type].text_model).layers
+
+
+def visual_mask(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Which positions are visual tokens, [B, S]."""
+    ids = torch.tensor(placeholder_ids(FAMILIES[model.config.model_type], model.config))
+    return torch.isin(input_ids, ids)
+
+
+def withdrawal(model: torch.nn.Module, visual: torch.Tensor, k: int) -> torch.Tensor:
+    """Hidden columns [L, B, S] for withdrawal at layer ``k``."""
+    depth = len(text_layers(model))
+    return (torch.arange(depth) >= k)[:, None, None] & visual[None]
+
+
+@contextmanager
+def hidden_columns(
+    model: torch.nn.Module, attention_mask: torch.Tensor, hidden: torch.Tensor
+) -> Iterator[None]:
+    """Replace each layer's mask by (its own or causal) and padding and not ``hidden`` [L, B, S] or [L, B, Q, S]."""
+
+    def replace(index):
+        def hook(module, args, kwargs):
+            hidden_states = kwargs.get("hidden_states", args[0] if args else None)
+            length, dtype = hidden_states.shape[1], hidden_states.dtype
+            given = kwargs.get("attention_mask")
+            if given is not None and given.ndim == 4:
+                allowed = given if given.dtype == torch.bool else given == 0
+            else:
+                allowed = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+            allowed = allowed & attention_mask[:, None, None, :].bool()
+            columns = hidden[index]
+            allowed = allowed & ~(columns[:, None] if columns.ndim == 3 else columns[:, None, None, :])
+            additive = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+            return args, {**kwargs, "attention_mask": additive}
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(replace(i), with_kwargs=True)
+        for i, layer in enumerate(text_layers(model))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, batch: dict, hidden: torch.Tensor, **kwargs) -> torch.Tensor:
+    """Logits [B, S, V] of a full recompute with ``hidden`` columns [L, B, S]."""
+    with hidden_columns(model, batch["attention_mask"], hidden):
+        return model(**batch, use_cache=False, **kwargs).logits
+
+
+def positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position ids [B, S] that count attended tokens, as ``generate`` does for one-axis rotary embeddings."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def greedy(model: torch.nn.Module, batch: dict, k: int, steps: int, count_positions: bool = True) -> tuple:
+    """Greedy tokens [B, steps] and their logits [B, steps, V], recomputing everything for each token.
+
+    Args:
+        k: withdrawal layer; only the prompt's visual tokens are withdrawn.
+        count_positions: pass ``position_ids`` counted from the mask; False lets the model find its own.
+    """
+    batch = dict(batch)
+    visual = visual_mask(model, batch["input_ids"])
+    tokens, scores = [], []
+    last = batch["attention_mask"].shape[1] - 1
+    for _ in range(steps):
+        extra = {"position_ids": positions(batch["attention_mask"])} if count_positions else {}
+        out = logits(model, batch, withdrawal(model, visual, k), **extra)[:, last]
+        token = out.argmax(-1, keepdim=True)
+        tokens.append(token)
+        scores.append(out)
+        for name, fill in (("input_ids", token), ("attention_mask", torch.ones_like(token))):
+            batch[name] = torch.cat([batch[name], fill], dim=1)
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if name in batch:
+                batch[name] = torch.cat([batch[name], torch.zeros_like(token)], dim=1)
+        visual = torch.cat([visual, torch.zeros_like(token, dtype=torch.bool)], dim=1)
+        last += 1
+    return torch.cat(tokens, dim=1), torch.stack(scores, dim=1)

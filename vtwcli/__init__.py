@@ -1,0 +1,28 @@
+"""vtwcli: find, judge and ship the withdrawal of visual tokens from multimodal LLMs.
+
+Everything the command line does is a function here, imported on first use so that
+``import vtwcli`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "load": "vtwcli.models.loading",
+    "load_data": "vtwcli.data.sources",
+    "calibrate": "vtwcli.calibrate",
+    "Schedule": "vtwcli.schedule",
+    "pruned": "vtwcli.runtime",
+    "apply": "vtwcli.runtime",
+    "sweep": "vtwcli.sweep",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'vtwcli' has no attribute {name!r}")

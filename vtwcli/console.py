@@ -1,0 +1,124 @@
+"""What a user sees: results on stdout, progress and words on stderr.
+
+Colour and moving bars appear on a terminal only; ``NO_COLOR`` is respected by rich. Without a terminal,
+long work prints a plain line now and then, so a CI log stays readable.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+_PLAIN_INTERVAL_S = 15.0
+
+
+class _Settings:
+    quiet = False
+    verbose = False
+
+
+settings = _Settings()
+
+
+def stdout() -> Console:
+    """A console for results; never wider than the terminal, without colour under a pipe."""
+    from rich.console import Console
+
+    return Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def stderr() -> Console:
+    """A console for progress and words."""
+    from rich.console import Console
+
+    return Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+
+def result(renderable: Any) -> None:
+    """Print a result (text or a rich renderable) on stdout."""
+    stdout().print(renderable)
+
+
+def result_text(text: str) -> None:
+    """Write text to stdout exactly as it is, for JSON and other machine formats."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """A word on stderr; silent under ``--quiet``."""
+    if not settings.quiet:
+        stderr().print(text, markup=False)
+
+
+def detail(text: str) -> None:
+    """A word on stderr that only ``--verbose`` shows."""
+    if settings.verbose:
+        stderr().print(text, style="dim", markup=False)
+
+
+def warn(text: str) -> None:
+    """A warning on stderr; shown under ``--quiet`` too."""
+    stderr().print(f"warning: {text}", style="yellow", markup=False)
+
+
+def error(message: str, hint: str | None = None) -> None:
+    """The one line (and a hint) with which a command fails."""
+    console = stderr()
+    console.print(f"error: {message}", style="bold red", markup=False)
+    if hint:
+        console.print(f"  {hint}", markup=False)
+
+
+class Task:
+    """One piece of long work; ``advance`` it as units finish."""
+
+    def __init__(self, description: str, total: int | None, bar: Progress | None) -> None:
+        self.description, self.total, self.done = description, total, 0
+        self._bar = bar
+        self._id = bar.add_task(description, total=total) if bar is not None else None
+        self._started = self._last = time.monotonic()
+
+    def advance(self, n: int = 1) -> None:
+        """Count ``n`` more units as done."""
+        self.done += n
+        if self._bar is not None and self._id is not None:
+            self._bar.advance(self._id, n)
+        elif not settings.quiet and time.monotonic() - self._last > _PLAIN_INTERVAL_S:
+            self._last = time.monotonic()
+            left = ""
+            if self.total and self.done:
+                seconds = (self._last - self._started) * (self.total - self.done) / self.done
+                left = f", about {seconds:.0f} s left"
+            note(f"{self.description}: {self.done}/{self.total or '?'}{left}")
+
+    def update(self, text: str) -> None:
+        """Change the description, for example to name the current layer."""
+        self.description = text
+        if self._bar is not None and self._id is not None:
+            self._bar.update(self._id, description=text)
+
+
+@contextmanager
+def progress(description: str, total: int | None = None) -> Iterator[Task]:
+    """Show long work on stderr: a bar with remaining time on a terminal, sparse lines elsewhere.
+
+    Args:
+        description: what is being done, a few words.
+        total: number of units, or None when unknown.
+    """
+    if settings.quiet or not sys.stderr.isatty():
+        yield Task(description, total, None)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr(), transient=True) as bar:
+        yield Task(description, total, bar)

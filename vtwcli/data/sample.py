@@ -1,0 +1,34 @@
+"""The one shape in which questions about images travel through the tool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about zero or more images.
+
+    Attributes:
+        id: stable within the data source, for example ``"test:17"``.
+        task: name of the task in the mix; curves, metrics and policies group by it.
+        images: RGB images in the order in which the prompt shows them.
+        prompt: text of the user's turn, without image placeholders or chat markup.
+        references: accepted answers; empty where none is known.
+        metric: key of the metric that judges an answer (``vtwcli.data.metrics``).
+        choices: texts of a multiple-choice question's options, else empty.
+        meta: further columns that the metric reads.
+    """
+
+    id: str
+    task: str
+    images: tuple[Image, ...]
+    prompt: str
+    references: tuple[str, ...] = ()
+    metric: str = "exact_match"
+    choices: tuple[str, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
