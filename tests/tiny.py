@@ -1,77 +1,506 @@
 """Tiny real models built from config, one builder per family, and random inputs laid out by hand.
 
 A *layout* is a list of rows; a row is a string of segments such as ``"t3 i t5"``: three text tokens, one
-image, five text tokens. Builders return real transformers models with random weights; nothing is downloaded.
+image, five text tokens; ``v`` is a video where the family has them. Builders return real transformers models with
+random weights; nothing is downloaded. Images of the same batch differ in size wherever the family allows it.
+
+``TINY`` maps each model type of the family table to its builder and batch function; ``VARIANTS`` holds further
+models of the same families that take another path through the library (sliding windows, another vision tower).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 VOCAB = 99
 IMAGE_ID = 98
+VIDEO_ID = 97
+BREAK_ID = 96  # a text token that some families put between the visual tokens of one image
 PAD_ID = 0
 LAYERS = 6
 
-
-def llava(seed: int = 0, layers: int = LAYERS, dtype: torch.dtype = torch.float32, attn: str = "sdpa"):
-    """A six-layer LLaVA with grouped-query attention; an image of 12x12 pixels gives nine visual tokens."""
-    torch.manual_seed(seed)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=12,
-            patch_size=4,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            pad_token_id=PAD_ID,
-            bos_token_id=1,
-            eos_token_id=2,
-            initializer_range=0.3,
-        ),
-        image_token_id=IMAGE_ID,
-        vision_feature_layer=-1,
-        image_seq_length=9,
-    )
-    config._attn_implementation = attn
-    model = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attn)
-    model.generation_config.pad_token_id = PAD_ID
-    model.generation_config.eos_token_id = None  # random models must not stop early
-    return model.eval()
+Tensors = dict[str, torch.Tensor]
 
 
-def llava_batch(rows: list[str], seed: int = 0, side: str = "left", dtype: torch.dtype = torch.float32) -> dict:
-    """Inputs for a layout, padded on ``side``: input_ids, attention_mask [B, S], pixel_values [N, 3, 12, 12]."""
-    generator = torch.Generator().manual_seed(seed)
-    sequences, images = [], 0
-    for row in rows:
-        ids: list[int] = []
-        for segment in row.split():
-            if segment == "i":
-                ids += [IMAGE_ID] * 9
-                images += 1
-            else:
-                ids += torch.randint(3, IMAGE_ID, (int(segment[1:]),), generator=generator).tolist()
-        sequences.append(ids)
-    width = max(map(len, sequences))
-    input_ids = torch.full((len(rows), width), PAD_ID)
-    attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for b, ids in enumerate(sequences):
-        place = slice(width - len(ids), width) if side == "left" else slice(0, len(ids))
-        input_ids[b, place] = torch.tensor(ids)
-        attention_mask[b, place] = 1
-    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if images:
-        batch["pixel_values"] = torch.randn(images, 3, 12, 12, generator=generator, dtype=torch.float64).to(dtype)
+class Medium(NamedTuple):
+    """One image or video: the token ids that stand for it, its tensors, and the batch row it belongs to."""
+
+    ids: list[int]
+    tensors: Tensors
+    row: int = 0
+
+
+class Tiny(NamedTuple):
+    """``build(seed, layers, dtype, attn)`` -> model; ``batch(rows, seed, side, dtype)`` -> inputs; ``video``: has ``v``."""
+
+    build: Callable[..., Any]
+    batch: Callable[..., Tensors]
+    video: bool = False
+
+
+def text(layers: int, **more: Any) -> dict[str, Any]:
+    """Settings that all text models share: 4 heads over 2 key/value heads, weights large enough to matter."""
+    return {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": PAD_ID,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.3,
+    } | more
+
+
+def vision(image_size: int, **more: Any) -> dict[str, Any]:
+    """Settings of the usual vision transformers; patches are 4 x 4 pixels."""
+    return {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": image_size,
+        "patch_size": 4,
+        "initializer_range": 0.3,
+    } | more
+
+
+def builder(config: Callable[[int], Any]) -> Callable[..., Any]:
+    """A function that builds the model of ``config(layers)`` with weights drawn from ``seed``."""
+
+    def build(
+        seed: int = 0, layers: int = LAYERS, dtype: torch.dtype = torch.float32, attn: str = "sdpa"
+    ) -> Any:
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(
+            config(layers), dtype=dtype, attn_implementation=attn, experts_implementation="eager"
+        )
+        for parameter in model.parameters():
+            # Projections that start at zero or near it would make all images alike.
+            if parameter.ndim > 1 and parameter.std() < 0.1:
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.generation_config.pad_token_id = PAD_ID
+        model.generation_config.eos_token_id = None  # random models must not stop early
+        return model.eval()
+
+    return build
+
+
+def join(media: list[Medium], rows: int) -> Tensors:
+    """Concatenate the tensors of all images and of all videos along their first axis."""
+    names = dict.fromkeys(name for medium in media for name in medium.tensors)
+    return {name: torch.cat([m.tensors[name] for m in media if name in m.tensors]) for name in names}
+
+
+def pad_to(x: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    """Zeros behind ``x`` along every axis up to ``shape``."""
+    padded = x.new_zeros(shape)
+    padded[tuple(map(slice, x.shape))] = x
+    return padded
+
+
+def join_padded(media: list[Medium], rows: int) -> Tensors:
+    """As ``join``, for images of different sizes: zero pixels fill up to the largest."""
+    out = {}
+    for name in dict.fromkeys(name for medium in media for name in medium.tensors):
+        parts = [m.tensors[name] for m in media if name in m.tensors]
+        largest = [max(sizes) for sizes in zip(*(p.shape[1:] for p in parts), strict=True)]
+        out[name] = torch.cat([pad_to(p, [len(p), *largest]) for p in parts])
+    return out
+
+
+def join_by_row(media: list[Medium], rows: int) -> Tensors:
+    """As ``join_padded``, as [rows, most images of a row, ...]; missing images are all zero."""
+    flat = join_padded(media, rows)
+    owner = torch.tensor([m.row for m in media for _ in next(iter(m.tensors.values()))])
+    most = int(owner.bincount().max())
+    out = {}
+    for name, x in flat.items():
+        out[name] = x.new_zeros(rows, most, *x.shape[1:])
+        for row in range(rows):
+            own = x[owner == row]
+            out[name][row, : len(own)] = own
+    return out
+
+
+def batcher(
+    medium: Callable[..., tuple[list[int], Tensors]],
+    collate: Callable[[list[Medium], int], Tensors] = join,
+    types: str | None = None,
+) -> Callable[..., Tensors]:
+    """A function that turns a layout into model inputs.
+
+    Args:
+        medium: ``(kind, number, draw)`` -> token ids and tensors; ``number`` counts the batch's images and videos,
+            so that sizes can differ, and ``draw(*shape)`` gives random pixels.
+        collate: joins the media of a batch.
+        types: name of the token type input, with 1 for image, 2 for video and 0 for text, or None.
+    """
+
+    def batch(
+        rows: list[str], seed: int = 0, side: str = "left", dtype: torch.dtype = torch.float32
+    ) -> Tensors:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        sequences, media = [], []
+        for number, row in enumerate(rows):
+            ids: list[int] = []
+            for segment in row.split():
+                if segment[0] == "t":
+                    ids += torch.randint(3, 90, (int(segment[1:]),), generator=generator).tolist()
+                else:
+                    media.append(Medium(*medium(segment, len(media), draw), number))
+                    ids += media[-1].ids
+            sequences.append(ids)
+        width = max(map(len, sequences))
+        input_ids = torch.full((len(rows), width), PAD_ID)
+        attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for b, ids in enumerate(sequences):
+            place = slice(width - len(ids), width) if side == "left" else slice(0, len(ids))
+            input_ids[b, place] = torch.tensor(ids)
+            attention_mask[b, place] = 1
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if types:
+            inputs[types] = (input_ids == IMAGE_ID).long() + 2 * (input_ids == VIDEO_ID).long()
+        return inputs | (collate(media, len(rows)) if media else {})
+
     return batch
+
+
+def square(tokens: int, size: int, frames: int = 0, frame_tokens: int = 0) -> Callable[..., Any]:
+    """Images of one size, each ``tokens`` tokens; videos of ``frames`` frames, ``frame_tokens`` in all."""
+
+    def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
+        if kind == "v":
+            return [VIDEO_ID] * frame_tokens, {"pixel_values_videos": draw(1, frames, 3, size, size)}
+        return [IMAGE_ID] * tokens, {"pixel_values": draw(1, 3, size, size)}
+
+    return medium
+
+
+def tiles(tokens: int, size: int) -> Callable[..., Any]:
+    """Images cut into one or two tiles of ``tokens`` tokens each, with a text token between them."""
+
+    def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
+        if number % 2:
+            return [IMAGE_ID] * tokens, {"pixel_values": draw(1, 3, size, size)}
+        ids = [IMAGE_ID] * tokens + [BREAK_ID] + [IMAGE_ID] * tokens
+        return ids, {"pixel_values": draw(2, 3, size, size)}
+
+    return medium
+
+
+def anyres(frames: int, frame_tokens: int) -> Callable[..., Any]:
+    """LLaVA-NeXT's tiles: the whole image and two tiles side by side or on top of each other, 2 x 2 patches each,
+    and a newline feature behind each row of patches."""
+
+    def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
+        if kind == "v":
+            return [VIDEO_ID] * frame_tokens, {"pixel_values_videos": draw(1, frames, 3, 8, 8)}
+        height, width = ((8, 16), (16, 8))[number % 2]
+        ids = [IMAGE_ID] * (4 + (height // 4) * (width // 4 + 1))
+        return ids, {"pixel_values": draw(1, 3, 3, 8, 8), "image_sizes": torch.tensor([[height, width]])}
+
+    return medium
+
+
+def patches(
+    width: int, frame_break: bool = False, video_id: int = VIDEO_ID, merge_sizes: bool = False
+) -> Callable[..., Any]:
+    """Qwen's packed patches of ``width`` numbers: grids of 2 x 2, 2 x 4 or 4 x 2 merged patches; videos of two frames.
+
+    Args:
+        frame_break: text separates the frames of a video.
+        video_id: the placeholder of video.
+        merge_sizes: the family takes the merge size as an input.
+    """
+
+    def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
+        height, wide = ((4, 4), (4, 8), (8, 4))[number % 3]
+        frames = 2 if kind == "v" else 1
+        pixels = draw(frames * height * wide, width)
+        grid = torch.tensor([[frames, height, wide]])
+        tokens = height * wide // 4
+        if kind == "i":
+            tensors = {"pixel_values": pixels, "image_grid_thw": grid}
+            ids = [IMAGE_ID] * tokens
+        else:
+            tensors = {"pixel_values_videos": pixels, "video_grid_thw": grid}
+            ids = [video_id] * tokens + [BREAK_ID] * frame_break + [video_id] * tokens
+        if merge_sizes:
+            tensors["image_merge_sizes" if kind == "i" else "video_merge_sizes"] = torch.tensor([2])
+        return ids, tensors
+
+    return medium
+
+
+def pixtral(row_break: bool) -> Callable[..., Any]:
+    """Pixtral's images of any size, 2 x 2 patches merged; ``row_break`` puts a text token behind each row."""
+
+    def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
+        height, width = ((16, 16), (8, 24), (16, 8))[number % 3]
+        row = [IMAGE_ID] * (width // 8) + [BREAK_ID] * row_break
+        return row * (height // 8), {
+            "pixel_values": draw(1, 3, height, width),
+            "image_sizes": torch.tensor([[height, width]]),
+        }
+
+    return medium
+
+
+def masked_pixels(tokens: int, name: str = "pixel_attention_mask", ragged: bool = True) -> Callable[..., Any]:
+    """Images with a mask of real pixels, each ``tokens`` tokens; Idefics2 resamples any size to as many."""
+
+    def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
+        height, width = ((16, 16), (8, 16), (16, 8))[number % 3] if ragged else (16, 16)
+        return [IMAGE_ID] * tokens, {
+            "pixel_values": draw(1, 3, height, width),
+            name: torch.ones(1, height, width, dtype=torch.bool),
+        }
+
+    return medium
+
+
+def molmo_crops(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
+    """Molmo's crops of 4 x 4 patches, pooled by index 2 x 2: one crop or two of four tokens each."""
+    crops = 1 + number % 2
+    grid = torch.arange(16).view(4, 4).unfold(0, 2, 2).unfold(1, 2, 2).reshape(4, 4)
+    pooling = torch.cat([grid + 16 * crop for crop in range(crops)])
+    return [IMAGE_ID] * (4 * crops), {
+        "pixel_values": draw(crops, 16, 48),
+        "image_token_pooling": pooling,
+        "image_grids": torch.tensor([[2, 2, 2 * (crops - 1), 2]]),
+        "image_num_crops": torch.tensor([crops]),
+    }
+
+
+def join_molmo(media: list[Medium], rows: int) -> Tensors:
+    """As ``join``; the pooling indices count through the crops of the whole batch."""
+    out = join(media, rows)
+    start, parts = 0, []
+    for m in media:
+        parts.append(m.tensors["image_token_pooling"] + start)
+        start += m.tensors["pixel_values"].shape[:2].numel()
+    return out | {"image_token_pooling": torch.cat(parts)}
+
+
+CLIP = {"model_type": "clip_vision_model"}
+SIGLIP = {"model_type": "siglip_vision_model", "vision_use_head": False}
+PIXTRAL = {"model_type": "pixtral", "head_dim": 8}
+QWEN_VISION = {
+    "depth": 2,
+    "num_heads": 2,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "patch_size": 4,
+    "out_hidden_size": 32,
+    "initializer_range": 0.3,
+}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+def family(model_type: str, text_more: Any, vision_config: dict[str, Any], **top: Any) -> Callable[..., Any]:
+    """The builder of a family from the settings of its parts.
+
+    Args:
+        text_more: what differs from ``text``, as a dict or a function of the number of layers.
+        top: settings of the config itself.
+    """
+
+    def config(layers: int) -> Any:
+        more = text_more(layers) if callable(text_more) else text_more
+        return AutoConfig.for_model(
+            model_type,
+            text_config=text(layers, **more),
+            vision_config=vision_config,
+            **({"image_token_id": IMAGE_ID} | top),
+        )
+
+    return builder(config)
+
+
+def sliding(window: int, **more: Any) -> Callable[[int], dict[str, Any]]:
+    """Text settings with every other layer sliding; in most tests the window is longer than the sequence."""
+    return lambda layers: {
+        "sliding_window": window,
+        "layer_types": [("sliding_attention", "full_attention")[i % 2] for i in range(layers)],
+        **more,
+    }
+
+
+LLAMA = {"model_type": "llama"}
+QWEN2 = {"model_type": "qwen2"}
+QWEN3 = {"model_type": "qwen3", "head_dim": 8}
+MISTRAL = {"model_type": "mistral", "sliding_window": None}
+GEMMA3 = {"head_dim": 8, "query_pre_attn_scalar": 8}
+GEMMA2 = {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": None}
+BOTH = {"video_token_id": VIDEO_ID}
+ANYRES = {"image_grid_pinpoints": [[8, 16], [16, 8], [16, 16]]}
+
+TINY: dict[str, Tiny] = {
+    "llava": Tiny(
+        family("llava", LLAMA, CLIP | vision(12), vision_feature_layer=-1, image_seq_length=9),
+        batcher(square(9, 12)),
+    ),
+    "vipllava": Tiny(
+        family("vipllava", LLAMA, CLIP | vision(8), vision_feature_layers=[-1, -2]), batcher(square(4, 8))
+    ),
+    "llava_next": Tiny(
+        family("llava_next", LLAMA, CLIP | vision(8), vision_feature_layer=-1, **ANYRES), batcher(anyres(0, 0))
+    ),
+    "llava_next_video": Tiny(
+        family("llava_next_video", LLAMA, CLIP | vision(8), vision_feature_layer=-1, **ANYRES, **BOTH),
+        batcher(anyres(3, 3)),
+        video=True,
+    ),
+    "llava_onevision": Tiny(
+        family("llava_onevision", QWEN2, SIGLIP | vision(8), **ANYRES, **BOTH),
+        batcher(anyres(3, 4)),
+        video=True,
+    ),
+    "video_llava": Tiny(
+        family("video_llava", LLAMA, CLIP | vision(8), vision_feature_layer=-1, **BOTH),
+        batcher(square(4, 8, frames=2, frame_tokens=10)),
+        video=True,
+    ),
+    "qwen2_vl": Tiny(
+        family("qwen2_vl", MROPE, QWEN_VISION | {"embed_dim": 16, "hidden_size": 32}, **BOTH),
+        batcher(patches(96), types="mm_token_type_ids"),
+        video=True,
+    ),
+    "qwen2_5_vl": Tiny(
+        family("qwen2_5_vl", MROPE, QWEN_VISION | {"window_size": 16, "fullatt_block_indexes": [1]}, **BOTH),
+        batcher(patches(96), types="mm_token_type_ids"),
+        video=True,
+    ),
+    "qwen3_vl": Tiny(
+        family(
+            "qwen3_vl",
+            MROPE | {"head_dim": 8},
+            QWEN_VISION | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+            **BOTH,
+        ),
+        batcher(patches(96, frame_break=True), types="mm_token_type_ids"),
+        video=True,
+    ),
+    "qwen3_vl_moe": Tiny(
+        family(
+            "qwen3_vl_moe",
+            MROPE | MOE | {"head_dim": 8},
+            QWEN_VISION | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+            **BOTH,
+        ),
+        batcher(patches(96, frame_break=True), types="mm_token_type_ids"),
+        video=True,
+    ),
+    "glm4v": Tiny(
+        family("glm4v", MROPE, QWEN_VISION | {"image_size": 16}, **BOTH),
+        batcher(patches(96, frame_break=True, video_id=IMAGE_ID), types="mm_token_type_ids"),
+    ),
+    "video_llama_3": Tiny(
+        family("video_llama_3", QWEN2, {k: v for k, v in vision(0).items() if k != "image_size"}, **BOTH),
+        batcher(patches(48, merge_sizes=True)),
+        video=True,
+    ),
+    "internvl": Tiny(
+        family(
+            "internvl", QWEN2, vision(16) | {"image_size": [16, 16], "patch_size": [4, 4]}, image_seq_length=4
+        ),
+        batcher(tiles(4, 16)),
+    ),
+    "idefics2": Tiny(
+        family(
+            "idefics2",
+            MISTRAL,
+            vision(16),
+            perceiver_config={
+                "hidden_size": 32,
+                "resampler_n_latents": 3,
+                "resampler_depth": 1,
+                "resampler_n_heads": 2,
+                "resampler_head_dim": 8,
+                "num_key_value_heads": 1,
+            },
+        ),
+        batcher(masked_pixels(3), join_by_row),
+    ),
+    "idefics3": Tiny(family("idefics3", LLAMA, vision(16)), batcher(tiles(4, 16), join_by_row)),
+    "smolvlm": Tiny(family("smolvlm", LLAMA, vision(16)), batcher(tiles(4, 16), join_by_row)),
+    "mistral3": Tiny(family("mistral3", MISTRAL, PIXTRAL | vision(64)), batcher(pixtral(True), join_padded)),
+    "lighton_ocr": Tiny(family("lighton_ocr", QWEN3, PIXTRAL | vision(64)), batcher(pixtral(False), join_padded)),
+    "gemma3": Tiny(
+        family("gemma3", sliding(512, **GEMMA3), SIGLIP | vision(16), mm_tokens_per_image=4),
+        batcher(square(4, 16), types="token_type_ids"),
+    ),
+    "paligemma": Tiny(
+        family("paligemma", {"model_type": "gemma", "head_dim": 8}, SIGLIP | vision(8), projection_dim=32),
+        batcher(square(4, 8)),
+    ),
+    "aya_vision": Tiny(
+        family("aya_vision", sliding(512, model_type="cohere2"), SIGLIP | vision(16)), batcher(tiles(4, 16))
+    ),
+    "cohere2_vision": Tiny(
+        family("cohere2_vision", sliding(512, model_type="cohere2"), SIGLIP | vision(16), alignment_intermediate_size=32),
+        batcher(tiles(4, 16)),
+    ),
+    "aria": Tiny(
+        family(
+            "aria",
+            {"moe_num_experts": 4, "moe_topk": 2},
+            {"model_type": "idefics3_vision"} | vision(16),
+            projector_patch_to_query_dict={16: 4},
+        ),
+        batcher(masked_pixels(4, "pixel_mask", ragged=False)),
+    ),
+    "got_ocr2": Tiny(
+        family(
+            "got_ocr2",
+            QWEN2,
+            {"output_channels": 16, "window_size": 4, "global_attn_indexes": [1], "mlp_dim": 32} | vision(32),
+        ),
+        batcher(square(4, 32)),
+    ),
+    "ovis2": Tiny(
+        family(
+            "ovis2",
+            QWEN2,
+            vision(8, vocab_size=20),
+            hidden_size=32,
+            vocab_size=VOCAB,
+            visual_indicator_token_ids=[91, 92, 93, 94, 95],
+        ),
+        batcher(square(4, 8)),
+    ),
+    "deepseek_vl": Tiny(family("deepseek_vl", LLAMA, SIGLIP | vision(8)), batcher(square(4, 8))),
+    "molmo2": Tiny(
+        family(
+            "molmo2",
+            {"head_dim": 8, "additional_vocab_size": 4},
+            vision(16) | {"image_size": [16, 16], "num_position_embeddings": 16, "head_dim": 8, "num_key_value_heads": 2},
+            adapter_config={
+                "vision_feature_layer": [-1, -2],
+                "hidden_size": 16,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "intermediate_size": 32,
+                "text_hidden_size": 32,
+            },
+            image_patch_id=IMAGE_ID,
+        ),
+        batcher(molmo_crops, join_molmo, types="mm_token_type_ids"),
+    ),
+}
+
+llava, llava_batch, _ = TINY["llava"]

@@ -109,7 +109,7 @@ def describe(error: ValidationError, node: Any, model: type[BaseModel], name: st
         location = (*location, tag)
         key = ".".join(str(part) for part in location)
     else:
-        message = first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
         message = message[:1].lower() + message[1:]
         if isinstance(first["input"], str | int | float | bool):
             message += f", got {first['input']!r}"

@@ -1,0 +1,84 @@
+"""What every test shares: no Hub, a private cache, and a tiny LLaVA directory with a real processor."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Libraries read these when they are imported, so they are set before any test module is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="vtwcli-hf-home-")
+os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["HF_HOME"], "modules")  # noqa: PTH118
+for _name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+    os.environ.pop(_name, None)
+
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'][0]['text'] }} {% endif %}"
+    "{% if message['role'] == 'user' %}USER: "
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %} "
+    "{% endif %}"
+    "{% if message['role'] == 'assistant' %}ASSISTANT: {{ message['content'][0]['text'] }}</s>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def build_processor(chat_template: str | None = TEMPLATE, image_token_id: int = 98):
+    """A LlavaProcessor whose image token has the id of ``tests.tiny.llava``; 12x12 images give nine tokens each."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import LlavaProcessor, PreTrainedTokenizerFast
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    letters = sorted({chr(c) for c in range(32, 123)} - set("<>[]^`@#$&*~"))
+    alphabet = ["Ġ" if letter == " " else letter for letter in letters] + ["Ċ"]
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", *alphabet, "Ġr", "Ġre", "Ġred"]
+    assert len(tokens) <= image_token_id
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    for i in range(len(tokens), image_token_id):
+        vocabulary[f"<unused{i}>"] = i
+    vocabulary["<image>"] = image_token_id
+    merges = [("Ġ", "r"), ("Ġr", "e"), ("Ġre", "d")]
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+        padding_side="left",
+    )
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12}, do_convert_rgb=True
+    )
+    return LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat_template,
+        image_token="<image>",
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory) -> Path:
+    """A saved six-layer LLaVA with random weights and a real processor; read-only, copy it to change it."""
+    from tests import tiny
+
+    path = tmp_path_factory.mktemp("tiny-llava")
+    model = tiny.llava()
+    model.save_pretrained(path)
+    build_processor().save_pretrained(path)
+    return path

@@ -1,0 +1,422 @@
+"""Calibration: KL curves over the withdrawal layer, the layer K they give, and its schedule."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vtwcli import __version__, console, distributed, files, policies
+from vtwcli.data.sample import Sample
+from vtwcli.data.sources import DataMix, load_data
+from vtwcli.data.tasks import default_mix
+from vtwcli.errors import NotFoundError, UsageError
+from vtwcli.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape, prefill_cost, tokens_with_withdrawal
+from vtwcli.models.inputs import Encoded, answer_ids, encode, generate_answers
+from vtwcli.models.layers import LayerSource, Resident
+from vtwcli.models.loading import LoadedModel, fits, load
+from vtwcli.models.streaming import Streamed
+from vtwcli.recipe import CalibrateSection, DataSpec, ModelSection, Policy
+from vtwcli.schedule import Schedule
+from vtwcli.sweep import Intervention, ItemResult, SweepItem, naive, peak_memory, sweep
+
+FORMAT_VERSION = 1
+WIDE_INTERVAL = 2  # layers; a wider interval of K means too few samples
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One sample's part of a calibration, plain numbers only, so that ranks and interrupted runs can pass it on.
+
+    Attributes:
+        kl: nats by layer and compared position, [L][R].
+        agree: top-1 agreement with the full model by layer and position, [L][R].
+        prefix, visual, suffix: token counts of the prompt.
+    """
+
+    kl: list[list[float]]
+    agree: list[list[bool]]
+    prefix: int
+    visual: int
+    suffix: int
+
+
+def calibrate(
+    model: ModelSection,
+    data: Sequence[DataSpec] = (),
+    options: CalibrateSection = CalibrateSection(),
+    *,
+    state: Path | None = None,
+) -> dict[str, Any]:
+    """Find the withdrawal layer K of a model.
+
+    Args:
+        model: which model, and where it runs.
+        data: sources of samples; by default the demo data for ``demo`` and a small mix of public tasks otherwise.
+        options: policy, threshold, positions and so on.
+        state: file that keeps finished samples across an interruption (``options.resume``).
+
+    Returns:
+        The result document, plain JSON values: ``withdrawal_layer`` (int or None), ``num_layers``, ``policy``,
+        ``eta``, ``min_layer``, ``positions``, ``kl`` (``mean`` [L]; ``samples`` [S][L], each the mean over its
+        positions; ``positions`` [S][L][R]) in nats, ``agreement`` (``mean``, ``samples``), ``tasks``, ``policies``
+        (K by each policy), ``interval``, ``compromise``, ``cost``, ``schedule`` (canonical form or None), ``model``,
+        ``data``, ``samples``, ``versions``, ``seed`` and ``run``. Only ``run`` differs between equal runs.
+
+    Raises:
+        NotFoundError: model or data missing or unreadable, or no sample has a visual token.
+        UsageError: options that contradict each other or the model.
+    """
+    started = time.perf_counter()
+    mix = _samples(model, data, options)
+    loaded, source = open_model(model)
+    _check_options(options, source)
+    timing = {"load": time.perf_counter() - started}
+    samples = list(mix.samples)
+
+    def work() -> dict[int, Measured]:
+        mine = distributed.share(samples)
+        with _kept(state, _key(loaded, mix, options)) as (known, keep):
+            done = {place: known[place] for place, _ in mine if place in known}
+            missing = [(place, sample) for place, sample in mine if place not in done]
+            for place, measured in measure(loaded, source, missing, options, timing):
+                done[place] = measured
+                keep(place, measured)
+        return done
+
+    measured = distributed.gathered(work)
+    result = _result(loaded, source, mix, options, measured)
+    timing["total"] = time.perf_counter() - started
+    result["run"] = {
+        "seconds": {name: round(value, 3) for name, value in timing.items()},
+        "peak_memory_bytes": peak_memory(),
+        "processes": distributed.size(),
+        "device": str(loaded.device),
+        "streamed": source.together,
+    }
+    return result
+
+
+def open_model(model: ModelSection) -> tuple[LoadedModel, LayerSource]:
+    """The model with its processor and its layers, resident, or streamed where asked for or where it does not fit."""
+    where = distributed.local_device(model.device)
+    streamed = model.stream
+    if streamed is None:
+        streamed = not fits(model.name, where, model.dtype, trust_remote_code=model.trust_remote_code)
+        if streamed:
+            console.note(f"{model.name} does not fit into memory; its layers are read one at a time")
+    with console.progress(f"loading {model.name}"):
+        loaded = load(
+            model.name,
+            device=where,
+            dtype=model.dtype,
+            attn=model.attn,
+            trust_remote_code=model.trust_remote_code,
+            weights=not streamed,
+        )
+    if loaded.family.no_withdraw:
+        raise NotFoundError(
+            f"{loaded.family.title}: visual tokens cannot be withdrawn: {loaded.family.no_withdraw}"
+        )
+    return loaded, Streamed(loaded) if streamed else Resident(loaded.model, loaded.family)
+
+
+def measure(
+    loaded: LoadedModel,
+    source: LayerSource,
+    samples: Sequence[tuple[int, Sample]],
+    options: CalibrateSection,
+    timing: dict[str, float],
+) -> Iterator[tuple[int, Measured]]:
+    """KL and agreement of withdrawal at every layer for each (place, sample), as they are finished.
+
+    ``timing`` gains the seconds of answering and of the sweep.
+    """
+    begun = time.perf_counter()
+    answers = _answers(loaded, source, [sample for _, sample in samples], options)
+    timing["answers"] = time.perf_counter() - begun
+    encoded = [encode(loaded, sample, ids) for (_, sample), ids in zip(samples, answers, strict=True)]
+    items = [SweepItem(one.inputs, _rows(one)) for one in encoded]
+    interventions = [Intervention("withdraw", k) for k in range(source.depth)]
+    begun = time.perf_counter()
+    finished: list[ItemResult] = []
+    total = len(items) * source.depth
+    with console.progress(f"{source.depth} layers x {len(items)} samples", total) as bar:
+        if loaded.family.no_sweep:
+            console.note(f"{loaded.family.title}: one full run per layer, because {loaded.family.no_sweep}")
+            search: Callable[..., Any] = naive
+        else:
+            search = sweep
+        if source.together:
+            finished = search(source, items, interventions, progress=bar)
+        for number, item in enumerate(items):
+            if source.together:
+                outcome = finished[number]
+            else:
+                outcome = search(source, [item], interventions, progress=bar)[0]
+            place, prompt = samples[number][0], encoded[number]
+            yield place, _measured(outcome, prompt)
+    timing["sweep"] = time.perf_counter() - begun
+
+
+def _samples(model: ModelSection, data: Sequence[DataSpec], options: CalibrateSection) -> DataMix:
+    specs = list(data) or ([DataSpec(source="demo")] if model.name == "demo" else list(default_mix()))
+    mix = load_data(specs, limit=options.limit, seed=options.seed, skip_bad=options.skip_bad)
+    if mix.skipped:
+        console.warn(f"skipped {mix.skipped} unreadable samples")
+    return mix
+
+
+def _check_options(options: CalibrateSection, source: LayerSource) -> None:
+    if options.min_layer is not None and options.min_layer >= source.depth:
+        raise UsageError(
+            f"--min-layer: {options.min_layer} leaves no candidate, the model has layers 0..{source.depth - 1}"
+        )
+    if options.positions == "answer" and options.answers == "generated" and source.together:
+        raise UsageError(
+            "--answers generated: a streamed model would be read from disk once for every token",
+            "use --answers reference or --positions first",
+        )
+
+
+def _answers(
+    loaded: LoadedModel, source: LayerSource, samples: Sequence[Sample], options: CalibrateSection
+) -> list[torch.Tensor | None]:
+    """The answer tokens to force behind each prompt; None compares the first position only."""
+    if options.positions == "first" or not samples:
+        return [None] * len(samples)
+    kind = options.answers
+    if kind == "auto":
+        kind = "reference" if source.together else "generated"
+    if kind == "generated":
+        return [ids for _, ids in generate_answers(loaded, samples, options.max_new_tokens)]
+    without = sum(not sample.references for sample in samples)
+    if without:
+        console.warn(f"{without} samples have no reference answer; only their first position is compared")
+    forced = [answer_ids(loaded, sample.references[0]) if sample.references else None for sample in samples]
+    return [None if ids is None else ids[: options.max_new_tokens] for ids in forced]
+
+
+def _rows(encoded: Encoded) -> torch.Tensor:
+    """Positions whose next token is compared, [1, R]: the prompt's last and every answer token that has a next one."""
+    length = encoded.inputs["input_ids"].shape[1]
+    return torch.arange(encoded.prompt_length - 1, max(length - 1, encoded.prompt_length))[None]
+
+
+def _measured(outcome: ItemResult, prompt: Encoded) -> Measured:
+    visual = int(prompt.visual[: prompt.prompt_length].sum())
+    prefix = int(prompt.visual.int().argmax()) if visual else 0
+    return Measured(
+        kl=[[float(f"{value:.9g}") for value in row] for row in outcome.kl.tolist()],
+        agree=outcome.agree.tolist(),
+        prefix=prefix,
+        visual=visual,
+        suffix=prompt.prompt_length - visual - prefix,
+    )
+
+
+def _result(
+    loaded: LoadedModel,
+    source: LayerSource,
+    mix: DataMix,
+    options: CalibrateSection,
+    measured: Sequence[Measured],
+) -> dict[str, Any]:
+    """The result document without ``run``."""
+    depth = source.depth
+    kl = np.array([np.mean(one.kl, axis=1) for one in measured])
+    agree = np.array([np.mean(one.agree, axis=1) for one in measured])
+    seeing = np.array([one.visual > 0 for one in measured])
+    if not seeing.any():
+        raise NotFoundError(
+            "no sample has a visual token, so there is nothing to withdraw", "add samples with images"
+        )
+    if not seeing.all():
+        console.warn(f"{int((~seeing).sum())} samples have no visual token; they do not count")
+    used, used_agree = kl[seeing], agree[seeing]
+    tasks = [sample.task for sample, sees in zip(mix.samples, seeing, strict=True) if sees]
+    cost = _cost(loaded, measured, depth)
+    least = max(
+        policies.default_min_layer(depth) if options.min_layer is None else options.min_layer,
+        loaded.family.first_withdrawal,
+    )
+
+    def rule(policy: Policy) -> policies.Rule:
+        relative = cost["kv_ratio"] if options.budget_of == "kv" else cost["flops_ratio"][DEFAULT_CONVENTION]
+        return policies.Rule(
+            policy, options.eta, least, options.quantile, options.agreement, options.budget, tuple(relative)
+        )
+
+    chosen = rule(options.policy)
+    k = policies.choose(chosen, used, used_agree, tasks)
+    interval = policies.bootstrap(chosen, used, used_agree, tasks, options.bootstrap, options.seed)
+    _warn_if_wide(interval, len(tasks))
+    best = policies.compromise(chosen, used, tasks)
+    by_task = policies.per_task(rule("sustained"), used, tasks)
+    names = np.asarray(tasks)
+    at = depth if k is None else k
+    model = {
+        "name": loaded.name,
+        "revision": loaded.revision,
+        "family": loaded.family.model_type,
+        "architecture": loaded.family.architecture,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+    }
+    schedule = None
+    if k is not None:
+        provenance = {
+            "model": loaded.name,
+            "revision": loaded.revision,
+            "policy": options.policy,
+            "eta": options.eta,
+            "positions": options.positions,
+            "data": [entry["fingerprint"] for entry in mix.sources],
+            "vtwcli": __version__,
+        }
+        schedule = Schedule.withdraw_at(k, **provenance).to_dict()
+    return {
+        "format": "vtw-calibration",
+        "format_version": FORMAT_VERSION,
+        "model": model,
+        "num_layers": depth,
+        "withdrawal_layer": k,
+        "interval": list(interval) if interval else None,
+        "policy": options.policy,
+        "eta": options.eta,
+        "positions": options.positions,
+        "min_layer": least,
+        "options": options.model_dump(mode="json", exclude={"resume"}),
+        "policies": {name: policies.choose(rule(name), used, used_agree, tasks) for name in Policy.__args__},
+        "compromise": {"layer": best, "kl": float(used.mean(axis=0)[best])},
+        "tasks": {
+            task: {
+                "samples": int((names == task).sum()),
+                "withdrawal_layer": by_task[task],
+                "kl": used[names == task].mean(axis=0).tolist(),
+                "agreement": used_agree[names == task].mean(axis=0).tolist(),
+            }
+            for task in by_task
+        },
+        "kl": {
+            "mean": used.mean(axis=0).tolist(),
+            "samples": kl.tolist(),
+            "positions": [one.kl for one in measured],
+        },
+        "agreement": {"mean": used_agree.mean(axis=0).tolist(), "samples": agree.tolist()},
+        "cost": {
+            "convention": DEFAULT_CONVENTION,
+            "visual_tokens": cost["visual_tokens"],
+            "text_tokens": cost["text_tokens"],
+            "flops_ratio": {name: cost["flops_ratio"][name][at] for name in CONVENTIONS},
+            "kv_ratio": cost["kv_ratio"][at],
+        },
+        "schedule": schedule,
+        "samples": [
+            {
+                "id": sample.id,
+                "task": sample.task,
+                "prefix": one.prefix,
+                "visual": one.visual,
+                "suffix": one.suffix,
+                "positions": len(one.kl[0]),
+            }
+            for sample, one in zip(mix.samples, measured, strict=True)
+        ],
+        "data": list(mix.sources),
+        "skipped": mix.skipped,
+        "seed": options.seed,
+        "versions": versions(),
+    }
+
+
+def _cost(loaded: LoadedModel, measured: Sequence[Measured], depth: int) -> dict[str, Any]:
+    """Cost of the prompts' prefill with withdrawal at k = 0..L relative to the full model's, over all samples."""
+    shape = TextShape.from_config(loaded.model.config)
+    counts = [(one.prefix + one.suffix, one.visual) for one in measured]
+
+    def total(k: int, convention: Any) -> int:
+        return sum(prefill_cost(shape, tokens_with_withdrawal(depth, t, v, k), convention) for t, v in counts)
+
+    def entries(k: int) -> int:
+        return sum(sum(tokens_with_withdrawal(depth, t, v, k)) for t, v in counts)
+
+    layers = range(depth + 1)
+    return {
+        "flops_ratio": {name: [total(k, name) / total(depth, name) for k in layers] for name in CONVENTIONS},
+        "kv_ratio": [entries(k) / entries(depth) for k in layers],
+        "text_tokens": sum(t for t, _ in counts) / len(counts),
+        "visual_tokens": sum(v for _, v in counts) / len(counts),
+    }
+
+
+def _warn_if_wide(interval: tuple[int, int] | None, samples: int) -> None:
+    if interval and interval[1] - interval[0] > WIDE_INTERVAL and distributed.is_main():
+        console.warn(
+            f"{samples} samples leave K uncertain (95 % interval {interval[0]}..{interval[1]}); "
+            "a larger --limit narrows it"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of the tool and of the libraries that its numbers depend on."""
+    import platform
+    from importlib.metadata import version
+
+    libraries = ("torch", "transformers", "datasets", "numpy", "safetensors")
+    return {
+        "vtwcli": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in libraries},
+    }
+
+
+def _key(loaded: LoadedModel, mix: DataMix, options: CalibrateSection) -> str:
+    """What kept samples depend on; another key makes them worthless."""
+    shaping = options.model_dump(include={"positions", "answers", "max_new_tokens"})
+    parts = [loaded.name, loaded.revision, str(loaded.dtype), list(mix.sources), shaping, versions()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextmanager
+def _kept(
+    state: Path | None, key: str
+) -> Iterator[tuple[dict[int, Measured], Callable[[int, Measured], None]]]:
+    """Finished samples of an interrupted run, and a function that keeps one more; gone once the work is done.
+
+    The file has one JSON line per sample behind a line with the key; a torn last line is ignored.
+    """
+    if state is None:
+        yield {}, lambda place, measured: None
+        return
+    file = state.with_name(f".{state.name}.{distributed.rank()}")
+    known: dict[int, Measured] = {}
+    if file.exists():
+        first, *lines = file.read_text(encoding="utf-8").splitlines() or [""]
+        if first == key:
+            for line in lines:
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    break
+                known[entry.pop("place")] = Measured(**entry)
+            console.note(f"resuming: {len(known)} samples are done already")
+        else:
+            console.note("the interrupted run had other inputs; starting anew")
+    lines = [json.dumps({"place": place, **vars(measured)}) for place, measured in known.items()]
+    files.write_text(file, "\n".join([key, *lines]) + "\n")  # without a torn last line
+    with file.open("a", encoding="utf-8") as stream:
+
+        def keep(place: int, measured: Measured) -> None:
+            stream.write(json.dumps({"place": place, **vars(measured)}) + "\n")
+            stream.flush()
+
+        yield known, keep
+    file.unlink()

@@ -1,0 +1,492 @@
+"""Where a model's files are and what is in them, found out without reading any weights.
+
+``resolve`` turns what a user typed into a ``Checkpoint``: a local directory, its config, its family row, and an
+index of its safetensors files made from their headers alone. Loading, layer streaming and export start from it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vtwcli import console
+from vtwcli.errors import NotFoundError
+from vtwcli.models.families import FAMILIES, Family, family_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""The data types of safetensors headers that a supported checkpoint may hold."""
+
+_CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*", "README.md"]
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+_DOWNLOAD_AGAIN = "copy or download the model again"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor on disk.
+
+    Attributes:
+        file: the safetensors file.
+        key: the tensor's name in that file.
+        dtype: as stored.
+        shape: as stored.
+        start: offset of its first byte, from the beginning of the file.
+        nbytes: length in bytes.
+    """
+
+    file: Path
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's files on this machine.
+
+    Attributes:
+        name: what the user asked for.
+        path: the directory that holds the files.
+        revision: the Hub commit, or None for a directory.
+        config: the transformers config.
+        family: its row of the family table.
+        trust_remote_code: whether code that comes with the files may run.
+    """
+
+    name: str
+    path: Path
+    revision: str | None
+    config: PretrainedConfig
+    family: Family
+    trust_remote_code: bool = False
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every stored tensor by its name on disk, from the headers of all files.
+
+        Raises:
+            NotFoundError: no safetensors weights, a missing shard, or a truncated or corrupt file.
+        """
+        found: dict[str, StoredTensor] = {}
+        for file in weight_files(self.path, self.config, self.name):
+            found.update(read_header(file))
+        if listed := _index(self.path, self.config):
+            absent = sorted(key for key in listed if key not in found)
+            if absent:
+                raise NotFoundError(
+                    f"the weights of {self.name!r} are incomplete: the index lists {len(absent)} tensors that no "
+                    f"file holds, first {absent[0]!r} in {listed[absent[0]]}",
+                    _DOWNLOAD_AGAIN,
+                )
+        return found
+
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """Name on disk -> file name, as in a ``model.safetensors.index.json``."""
+        return {key: tensor.file.name for key, tensor in self.tensors.items()}
+
+    @cached_property
+    def total_bytes(self) -> int:
+        """Size of all stored tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @cached_property
+    def total_elements(self) -> int:
+        """Number of values in all stored tensors."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type in which most of the weights are stored."""
+        sizes: dict[torch.dtype, int] = {}
+        for tensor in self.tensors.values():
+            if tensor.dtype.is_floating_point:
+                sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+        return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
+
+    def skeleton(self, dtype: torch.dtype | None = None, attn: str | None = None) -> PreTrainedModel:
+        """The model with its parameters on the meta device and its non-persistent buffers real (rotary tables...).
+
+        Takes no memory to speak of; tied parameters are tied.
+        """
+        from transformers import AutoModelForImageTextToText
+
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if attn is not None:
+            options["attn_implementation"] = attn
+        with quiet_transformers(), torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(self.config, dtype=dtype or self.dtype, **options)
+        # Buffers that no checkpoint holds are computed from the config. from_pretrained does the same after loading.
+        for name, buffer in list(model.named_buffers()):
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            if leaf in module._non_persistent_buffers_set:
+                module._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+        with quiet_transformers():
+            model.initialize_weights()
+        return model.eval()
+
+    @cached_property
+    def key_map(self) -> dict[str, StoredTensor]:
+        """Name in the model -> stored tensor, for every tensor that is stored as the model holds it.
+
+        Checkpoints on disk often carry older names (``language_model.model.layers.0...``). The renaming is
+        transformers' own, so it is the one that ``from_pretrained`` uses. Tensors that transformers computes from
+        several stored ones (fused experts, for example) are not in the map. A tied parameter is, under each name
+        for which a tensor is stored.
+
+        Raises:
+            NotFoundError: a parameter of the model has no stored tensor.
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        model = self.skeleton()
+        wanted = model.state_dict()
+        transforms = get_model_conversion_mapping(model)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        prefix = model.base_model_prefix
+        mapped: dict[str, StoredTensor] = {}
+        converted = False
+        for key, tensor in self.tensors.items():
+            name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
+            if name not in wanted and key in wanted:
+                name, pattern = rename_source_key(key, [], [], prefix, wanted)
+            if pattern is not None:
+                converted = True
+            elif name in wanted:
+                if tuple(wanted[name].shape) != tensor.shape:
+                    raise NotFoundError(
+                        f"the weights of {self.name!r} do not fit its config: {name!r} is "
+                        f"{list(tensor.shape)} on disk and {list(wanted[name].shape)} in the model",
+                        "config.json and the weights come from different models",
+                    )
+                mapped[name] = tensor
+        missing = _missing(model, mapped)
+        if missing and not converted:
+            raise NotFoundError(
+                f"the weights of {self.name!r} are incomplete: {len(missing)} of {len(wanted)} tensors are "
+                f"missing, first {missing[0]!r}",
+                _DOWNLOAD_AGAIN,
+            )
+        return mapped
+
+
+def _missing(model: PreTrainedModel, mapped: Mapping[str, Any]) -> list[str]:
+    """Names of the state dict that are neither stored nor tied to something stored."""
+    tied: dict[str, str] = dict(model.all_tied_weights_keys)
+    held = set(mapped)
+    for target, source in tied.items():
+        if target in mapped or source in mapped:
+            held |= {target, source}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    return sorted(
+        name for name in model.state_dict() if name not in held and not any(p.search(name) for p in ignored)
+    )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hold back transformers' bars and warnings unless ``--verbose``; errors still come through."""
+    from transformers.utils import logging
+
+    if console.settings.verbose:
+        yield
+        return
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, checked against its length; reads the header only.
+
+    Format: 8 bytes little-endian length n, n bytes of JSON, then the data, without gaps.
+
+    Raises:
+        NotFoundError: the file is missing, truncated, or not safetensors.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 0 < length <= _MAX_HEADER_BYTES:
+                raise ValueError("no safetensors header")
+            text = stream.read(length)
+        if len(text) < length:
+            raise ValueError("the header is cut short")
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        tensors = {}
+        end = 0
+        for key, entry in header.items():
+            dtype, shape = DTYPES.get(entry["dtype"]), tuple(entry["shape"])
+            start, stop = entry["data_offsets"]
+            if dtype is None:
+                raise ValueError(f"{key!r} has the unknown type {entry['dtype']}")
+            if not 0 <= start <= stop or stop - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"the size of {key!r} does not match its shape")
+            tensors[key] = StoredTensor(file, key, dtype, shape, 8 + length + start, stop - start)
+            end = max(end, stop)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"weight file {file} is missing", _DOWNLOAD_AGAIN) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NotFoundError(f"weight file {file} is corrupt: {error}", _DOWNLOAD_AGAIN) from error
+    if size != 8 + length + end:
+        raise NotFoundError(
+            f"weight file {file} is {'truncated' if size < 8 + length + end else 'corrupt'}: "
+            f"{size:,} bytes instead of {8 + length + end:,}",
+            _DOWNLOAD_AGAIN,
+        )
+    return tensors
+
+
+def _index_file(path: Path, config: Any) -> Path:
+    """The index of a sharded checkpoint, whether it exists or not."""
+    named = getattr(config, "transformers_weights", None)
+    return path / (named if named and named.endswith(".index.json") else "model.safetensors.index.json")
+
+
+def _index(path: Path, config: Any) -> dict[str, str]:
+    """The weight map of a sharded checkpoint; empty for a single file."""
+    file = _index_file(path, config)
+    if _single_file(path, config).exists() or not file.exists():
+        return {}
+    try:
+        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        if not weight_map or any(Path(name).name != name for name in weight_map.values()):
+            raise ValueError("the weight map is empty or points outside the directory")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NotFoundError(f"weight index {file} is unreadable: {error}", _DOWNLOAD_AGAIN) from error
+    return weight_map
+
+
+def _single_file(path: Path, config: Any) -> Path:
+    """The file of an unsharded checkpoint, whether it exists or not."""
+    named = getattr(config, "transformers_weights", None)
+    return path / (named if named and named.endswith(".safetensors") else "model.safetensors")
+
+
+def weight_files(path: Path, config: Any, name: str) -> list[Path]:
+    """The safetensors files that transformers would load from a directory, in order.
+
+    Raises:
+        NotFoundError: there are none; pickled weights are named and refused.
+    """
+    single = _single_file(path, config)
+    if single.exists():
+        return [single]
+    shards = sorted(set(_index(path, config).values()))
+    if shards:
+        return [path / shard for shard in shards]
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+    if pickles:
+        raise NotFoundError(
+            f"{name!r} has its weights only as pickle ({pickles[0]}), which can run code and is not loaded",
+            "convert it to safetensors: load it with transformers in a safe place and call save_pretrained",
+        )
+    raise NotFoundError(
+        f"{name!r} has no weights in safetensors format",
+        "expected model.safetensors, or model.safetensors.index.json and its shards",
+    )
+
+
+def read_config(path: Path, name: str, trust_remote_code: bool = False) -> tuple[PretrainedConfig, Family]:
+    """The config of a model directory and its family row.
+
+    Raises:
+        NotFoundError: no config, an unreadable one, not a vision-language model, or an unsupported family.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    file = path / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        model_type, architectures = raw.get("model_type"), raw.get("architectures") or []
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{name!r} is not a model directory: it has no config.json") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise NotFoundError(f"{file} is not a readable model config: {error}", _DOWNLOAD_AGAIN) from error
+    supported = f"supported families: {', '.join(sorted(FAMILIES))}; the README says how to add one"
+    if model_type not in FAMILIES:
+        if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            raise NotFoundError(
+                f"{name!r} is of the family {model_type!r}, which is not supported", supported
+            )
+        raise NotFoundError(
+            f"{name!r} is not a vision-language model that transformers knows: its model type is {model_type!r}",
+            supported,
+        )
+    family = FAMILIES[model_type]
+    if architectures and family.architecture not in architectures and not trust_remote_code:
+        raise NotFoundError(
+            f"{name!r} was saved for {architectures[0]}, not for transformers' {family.architecture}",
+            f"use a checkpoint in transformers' format, for example {family.example}",
+        )
+    if "quantization_config" in raw:
+        method = (raw["quantization_config"] or {}).get("quant_method", "unknown method")
+        raise NotFoundError(
+            f"the weights of {name!r} are quantized ({method}), which is not supported",
+            "use the checkpoint from which it was quantized",
+        )
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(
+                path, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise NotFoundError(f"{file} is not a valid {model_type} config: {first_line(error)}") from error
+    return config, family_of(config)
+
+
+def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
+    """Find a model's files, downloading from the Hub what is needed and not there.
+
+    Args:
+        name: a directory, a Hub id with an optional ``@revision``, or ``demo`` (use ``./demo`` for a directory of
+            that name).
+        trust_remote_code: whether code that comes with the model may run.
+        weights: also fetch and check the weight files; without, config and processor files only.
+
+    Raises:
+        NotFoundError: for every reason why there is nothing to work with; message and hint say which.
+    """
+    path, revision = _locate(name)
+    config, family = read_config(path, name, trust_remote_code)
+    checkpoint = Checkpoint(name, path, revision, config, family, trust_remote_code)
+    if weights:
+        if revision is not None:
+            _fetch_weights(checkpoint)
+        _ = checkpoint.tensors  # headers are read and checked here, before anything large happens
+    return checkpoint
+
+
+def _locate(name: str) -> tuple[Path, str | None]:
+    """The local directory of a model with at least its config files, and the Hub commit if it has one."""
+    if name == "demo":
+        from vtwcli.demo import model_dir
+
+        return Path(model_dir()), None
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve(), None
+    if path.is_file():
+        raise NotFoundError(f"{name!r} is a file; a model is a directory", f"try {str(path.parent)!r}")
+    repo, _, revision = name.partition("@")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo, re.ASCII) or name.startswith((".", "~")):
+        raise NotFoundError(
+            f"there is no directory {name!r}",
+            "a model is a local directory, a Hub id such as llava-hf/llava-1.5-7b-hf, or demo",
+        )
+    folder = _snapshot(name, repo, revision or None, _CONFIG_FILES)
+    return folder, folder.name
+
+
+def _fetch_weights(checkpoint: Checkpoint) -> None:
+    """Download the weight files that the (already present) index names, or the single file."""
+    path, config = checkpoint.path, checkpoint.config
+    wanted = sorted(set(_index(path, config).values())) or [_single_file(path, config).name]
+    if not all((path / file).exists() for file in wanted):
+        repo = checkpoint.name.partition("@")[0]
+        _snapshot(checkpoint.name, repo, checkpoint.revision, wanted)
+
+
+def _snapshot(name: str, repo: str, revision: str | None, patterns: list[str]) -> Path:
+    """Files of a Hub repository's top level, from the local cache or the Hub."""
+    import sys
+
+    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    show = not console.settings.quiet and sys.stderr.isatty() and not are_progress_bars_disabled()
+    if not show:
+        disable_progress_bars()
+    try:
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
+        )
+    except errors.GatedRepoError as error:
+        raise NotFoundError(
+            f"the model {repo!r} is gated",
+            f"ask for access on its page on the Hub, then log in with: hf auth login ({_status(error)})",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise NotFoundError(f"the model {repo!r} has no revision {revision!r}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise NotFoundError(
+            f"there is no directory and no public model {repo!r} on the Hub",
+            f"check the spelling; for a private model log in with: hf auth login ({_status(error)})",
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise _unreachable(name, error) from error
+    except errors.HFValidationError as error:
+        raise NotFoundError(f"{name!r} is neither a directory nor a Hub id", first_line(error)) from error
+    except errors.HfHubHTTPError as error:
+        raise NotFoundError(f"the Hub refused {repo!r}: {_status(error)}", first_line(error)) from error
+    except OSError as error:
+        raise NotFoundError(f"could not fetch {repo!r}: {first_line(error)}") from error
+    finally:
+        if not show:
+            enable_progress_bars()
+
+
+def _unreachable(name: str, error: Exception) -> NotFoundError:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return NotFoundError(
+            f"the model {name!r} is not on this machine, and HF_HUB_OFFLINE forbids fetching it",
+            "unset HF_HUB_OFFLINE, or give a local directory",
+        )
+    return NotFoundError(
+        f"the model {name!r} is not on this machine, and the Hub cannot be reached",
+        f"check the network and HF_ENDPOINT, or give a local directory ({first_line(error.__cause__ or error)})",
+    )
+
+
+def _status(error: Any) -> str:
+    response = getattr(error, "response", None)
+    return f"HTTP {response.status_code}" if response is not None else type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or its type where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

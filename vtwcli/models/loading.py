@@ -1,0 +1,299 @@
+"""Loading a vision-language model with its processor, with errors that say what to do."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vtwcli.errors import NotFoundError, UsageError
+from vtwcli.models.checkpoint import Checkpoint, first_line, quiet_transformers, resolve
+from vtwcli.models.families import Family, placeholder_ids
+
+_DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OVERHEAD = 1.1  # activations, the cache and the allocator, on top of the weights
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, or its skeleton.
+
+    Attributes:
+        model: the transformers model, in evaluation mode.
+        processor: its processor (tokenizer, image processor and chat template).
+        family: its row of the family table.
+        name: what the user asked for.
+        revision: the Hub commit, or None.
+        path: the directory that holds its files.
+        device: where inputs go.
+        dtype: type of the weights.
+        checkpoint: its files, where it came from files.
+    """
+
+    model: Any
+    processor: Any
+    family: Family
+    name: str
+    revision: str | None
+    path: Path
+    device: torch.device
+    dtype: torch.dtype
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def config(self) -> Any:
+        """The transformers config."""
+        return self.model.config
+
+    @property
+    def text_model(self) -> Any:
+        """The text model: ``embed_tokens``, ``layers``, ``norm`` and ``rotary_emb``."""
+        return self.model.get_submodule(self.family.text_model)
+
+    @property
+    def layers(self) -> Any:
+        """The decoder layers."""
+        return self.text_model.layers
+
+    @property
+    def norm(self) -> Any:
+        """The norm after the last layer."""
+        return self.text_model.norm
+
+    @property
+    def head(self) -> Any:
+        """The output projection."""
+        return self.model.get_submodule(self.family.head)
+
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """The token ids that stand for visual tokens in ``input_ids``."""
+        return placeholder_ids(self.family, self.model.config)
+
+
+def load(
+    name: str,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    attn: str | None = None,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+) -> LoadedModel:
+    """Load a model and its processor.
+
+    Args:
+        name: a directory, a Hub id with an optional ``@revision``, or ``demo``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``. ``auto`` takes the first GPU, or spreads a model
+            that is larger than it over all of them.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``; see ``choose_dtype``.
+        attn: attention implementation of transformers (``sdpa``, ``eager``, ``flash_attention_2``); None is its
+            default.
+        trust_remote_code: whether code that comes with the model may run.
+        weights: False gives the skeleton: parameters on the meta device, for layer streaming.
+
+    Raises:
+        NotFoundError: missing, unreachable, unsupported, incomplete, or larger than the memory.
+        UsageError: a device, dtype or attention implementation that does not exist here.
+    """
+    place, kind = choose_device(device), _dtype_of(dtype)
+    checkpoint = resolve(name, trust_remote_code=trust_remote_code)
+    processor = load_processor(checkpoint)
+    kind = kind or choose_dtype(checkpoint, place)
+    try:
+        if weights:
+            model = _load_weights(checkpoint, place, kind, attn, spread=device == "auto")
+        else:
+            model = checkpoint.skeleton(kind, attn)
+    except (ValueError, ImportError) as error:
+        if attn is not None and ("attention" in str(error).lower() or attn in str(error)):
+            raise UsageError(f"attention {attn!r} cannot be used here: {first_line(error)}") from error
+        raise NotFoundError(f"{name!r} cannot be loaded: {first_line(error)}") from error
+    return LoadedModel(
+        model,
+        processor,
+        checkpoint.family,
+        name,
+        checkpoint.revision,
+        checkpoint.path,
+        place,
+        kind,
+        checkpoint,
+    )
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The torch device for ``--device``; ``auto`` is CUDA, else MPS, else the CPU.
+
+    Raises:
+        UsageError: not a device, or one that this machine does not have.
+    """
+    text = str(device)
+    if text == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda:0")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
+        raise UsageError(f"{text!r} is not a device", "use auto, cpu, cuda, cuda:N or mps")
+    place = torch.device(text)
+    if place.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (place.index or 0) >= count:
+            raise UsageError(
+                f"there is no device {text!r}: torch sees {count} CUDA devices", "use --device cpu"
+            )
+        return torch.device("cuda", place.index or 0)
+    if place.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("there is no device 'mps' on this machine", "use --device cpu")
+    return place
+
+
+def choose_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """The dtype for ``--dtype auto``.
+
+    On a GPU the checkpoint's own. On a CPU float32, because half precision is slow there; bfloat16 if float32 would
+    not fit in memory, bfloat16 does, and the CPU computes it natively (AVX512-BF16 or AMX).
+    """
+    if device.type != "cpu":
+        return checkpoint.dtype if checkpoint.dtype in _DTYPE_NAMES.values() else torch.float32
+    if (
+        not fits(checkpoint, device, torch.float32)
+        and _fast_bfloat16()
+        and fits(checkpoint, device, torch.bfloat16)
+    ):
+        return torch.bfloat16
+    return torch.float32
+
+
+def memory_needed(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Bytes for the weights in ``dtype`` and a tenth more to run with."""
+    return int(checkpoint.total_elements * dtype.itemsize * _OVERHEAD)
+
+
+def memory_available(device: torch.device) -> int:
+    """Free bytes on a device; on a CPU within the limit of the container, if there is one."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return min(int(psutil.virtual_memory().available), _cgroup_available())
+
+
+def fits(checkpoint: Checkpoint, device: str | torch.device, dtype: torch.dtype) -> bool:
+    """Whether a checkpoint's weights in ``dtype`` fit into the device's free memory, all at once."""
+    place = device if isinstance(device, torch.device) else choose_device(device)
+    return memory_needed(checkpoint, dtype) <= memory_available(place)
+
+
+def load_processor(checkpoint: Checkpoint) -> Any:
+    """The processor that comes with a checkpoint.
+
+    Raises:
+        NotFoundError: there is none, or it cannot be read.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        with quiet_transformers():
+            processor = AutoProcessor.from_pretrained(
+                checkpoint.path, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
+            )
+    except ImportError as error:
+        raise NotFoundError(
+            f"the processor of {checkpoint.name!r} needs a package: {first_line(error)}"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _no_processor(checkpoint, first_line(error)) from error
+    for part in ("tokenizer", "image_processor"):
+        if getattr(processor, part, None) is None:
+            raise _no_processor(checkpoint, f"no {part.replace('_', ' ')}")
+    return processor
+
+
+def _no_processor(checkpoint: Checkpoint, reason: str) -> NotFoundError:
+    return NotFoundError(
+        f"{checkpoint.name!r} has no usable processor: {reason}",
+        "copy the tokenizer and processor files (tokenizer.json, processor_config.json, ...) of the base model "
+        "beside the weights",
+    )
+
+
+def _dtype_of(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The torch dtype, or None for ``auto``."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto" and dtype not in _DTYPE_NAMES:
+        raise UsageError(f"{dtype!r} is not a dtype", f"use auto, {', '.join(_DTYPE_NAMES)}")
+    return _DTYPE_NAMES.get(dtype)
+
+
+def _load_weights(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, attn: str | None, spread: bool
+) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText
+
+    options: dict[str, Any] = {"device_map": {"": device}}
+    if not fits(checkpoint, device, dtype):
+        if spread and device.type == "cuda" and torch.cuda.device_count() > 1:
+            options = {"device_map": "auto"}
+        else:
+            raise NotFoundError(
+                f"not enough memory for {checkpoint.name!r}: {_gb(memory_needed(checkpoint, dtype))} are needed in "
+                f"{str(dtype).removeprefix('torch.')}, {_gb(memory_available(device))} are free on {device}",
+                "with --stream one layer at a time is loaded",
+            )
+    if device.type == "cpu":
+        options = {}
+    if attn is not None:
+        options["attn_implementation"] = attn
+    try:
+        with quiet_transformers():
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                checkpoint.path,
+                dtype=dtype,
+                trust_remote_code=checkpoint.trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+    except (SafetensorError, OSError, RuntimeError, KeyError) as error:
+        raise NotFoundError(
+            f"the weights of {checkpoint.name!r} cannot be loaded: {first_line(error)}"
+        ) from error
+    model, info = loaded
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if info.get(kind):
+            bad = sorted(map(str, info[kind]))
+            raise NotFoundError(
+                f"the weights of {checkpoint.name!r} do not fit the model: {len(bad)} "
+                f"{kind.replace('_', ' ')}, first {bad[0]}",
+                "the checkpoint is incomplete or belongs to another model",
+            )
+    return model.eval()
+
+
+def _fast_bfloat16() -> bool:
+    supported: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(supported.get("avx512_bf16") or supported.get("amx_tile") or supported.get("amx_bf16"))
+
+
+def _cgroup_available(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes left under a control group's memory limit (cgroup v2); huge where there is no limit."""
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        if limit == "max":
+            return 2**63
+        used = int((root / "memory.current").read_text())
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        return int(limit) - used + int(stat.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return 2**63
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
