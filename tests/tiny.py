@@ -35,7 +35,8 @@ class Medium(NamedTuple):
 
 
 class Tiny(NamedTuple):
-    """``build(seed, layers, dtype, attn)`` -> model; ``batch(rows, seed, side, dtype)`` -> inputs; ``video``: has ``v``."""
+    """``build(seed, layers, dtype, attn)`` -> model; ``batch(rows, seed, side, dtype)`` -> inputs; ``video``: has ``v``,
+    not always in one batch with ``i``."""
 
     build: Callable[..., Any]
     batch: Callable[..., Tensors]
@@ -72,15 +73,19 @@ def vision(image_size: int, **more: Any) -> dict[str, Any]:
     } | more
 
 
-def builder(config: Callable[[int], Any]) -> Callable[..., Any]:
-    """A function that builds the model of ``config(layers)`` with weights drawn from ``seed``."""
+def builder(config: Callable[[int], Any], eager: bool) -> Callable[..., Any]:
+    """A function that builds the model of ``config(layers)`` with weights drawn from ``seed``; ``eager`` overrides
+    the attention of text models that have no other."""
 
     def build(
         seed: int = 0, layers: int = LAYERS, dtype: torch.dtype = torch.float32, attn: str = "sdpa"
     ) -> Any:
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(
-            config(layers), dtype=dtype, attn_implementation=attn, experts_implementation="eager"
+            config(layers),
+            dtype=dtype,
+            attn_implementation={"": "eager", "text_config": "eager" if eager else attn, "vision_config": "eager"},
+            experts_implementation="eager",
         )
         for parameter in model.parameters():
             # Projections that start at zero or near it would make all images alike.
@@ -134,6 +139,7 @@ def batcher(
     medium: Callable[..., tuple[list[int], Tensors]],
     collate: Callable[[list[Medium], int], Tensors] = join,
     types: str | None = None,
+    mark: Callable[[str, int], int] = lambda kind, token: 0 if token == BREAK_ID else 1 + (kind == "v"),
 ) -> Callable[..., Tensors]:
     """A function that turns a layout into model inputs.
 
@@ -141,7 +147,8 @@ def batcher(
         medium: ``(kind, number, draw)`` -> token ids and tensors; ``number`` counts the batch's images and videos,
             so that sizes can differ, and ``draw(*shape)`` gives random pixels.
         collate: joins the media of a batch.
-        types: name of the token type input, with 1 for image, 2 for video and 0 for text, or None.
+        types: name of the token type input, or None where the family has none.
+        mark: the type of a token of an image or video; text has 0.
     """
 
     def batch(
@@ -152,26 +159,32 @@ def batcher(
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-        sequences, media = [], []
+        sequences, type_rows, media = [], [], []
         for number, row in enumerate(rows):
             ids: list[int] = []
+            kinds: list[int] = []
             for segment in row.split():
                 if segment[0] == "t":
                     ids += torch.randint(3, 90, (int(segment[1:]),), generator=generator).tolist()
                 else:
                     media.append(Medium(*medium(segment, len(media), draw), number))
                     ids += media[-1].ids
+                    kinds += [0] * (len(ids) - len(kinds) - len(media[-1].ids))
+                    kinds += [mark(segment, token) for token in media[-1].ids]
             sequences.append(ids)
+            type_rows.append(kinds + [0] * (len(ids) - len(kinds)))
         width = max(map(len, sequences))
         input_ids = torch.full((len(rows), width), PAD_ID)
         attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
+        token_types = torch.zeros(len(rows), width, dtype=torch.long)
         for b, ids in enumerate(sequences):
             place = slice(width - len(ids), width) if side == "left" else slice(0, len(ids))
             input_ids[b, place] = torch.tensor(ids)
             attention_mask[b, place] = 1
+            token_types[b, place] = torch.tensor(type_rows[b], dtype=torch.long)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if types:
-            inputs[types] = (input_ids == IMAGE_ID).long() + 2 * (input_ids == VIDEO_ID).long()
+            inputs[types] = token_types
         return inputs | (collate(media, len(rows)) if media else {})
 
     return batch
@@ -244,13 +257,13 @@ def patches(
     return medium
 
 
-def pixtral(row_break: bool) -> Callable[..., Any]:
-    """Pixtral's images of any size, 2 x 2 patches merged; ``row_break`` puts a text token behind each row."""
+def pixtral(row_break: bool, merge: int = 2) -> Callable[..., Any]:
+    """Pixtral's images of any size, ``merge`` x ``merge`` patches merged; ``row_break`` puts text behind each row."""
 
     def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
         height, width = ((16, 16), (8, 24), (16, 8))[number % 3]
-        row = [IMAGE_ID] * (width // 8) + [BREAK_ID] * row_break
-        return row * (height // 8), {
+        row = [IMAGE_ID] * (width // 4 // merge) + [BREAK_ID] * row_break
+        return row * (height // 4 // merge), {
             "pixel_values": draw(1, 3, height, width),
             "image_sizes": torch.tensor([[height, width]]),
         }
@@ -272,11 +285,19 @@ def masked_pixels(tokens: int, name: str = "pixel_attention_mask", ragged: bool 
 
 
 def molmo_crops(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
-    """Molmo's crops of 4 x 4 patches, pooled by index 2 x 2: one crop or two of four tokens each."""
-    crops = 1 + number % 2
+    """Molmo's crops of 4 x 4 patches, pooled by index 2 x 2: images of one crop or two, videos of two frames,
+    each four tokens with a separator behind it."""
+    crops = 2 if kind == "v" else 1 + number % 2
     grid = torch.arange(16).view(4, 4).unfold(0, 2, 2).unfold(1, 2, 2).reshape(4, 4)
     pooling = torch.cat([grid + 16 * crop for crop in range(crops)])
-    return [IMAGE_ID] * (4 * crops), {
+    ids = ([IMAGE_ID] * 4 + [BREAK_ID]) * crops
+    if kind == "v":
+        return ids, {
+            "pixel_values_videos": draw(crops, 16, 48),
+            "video_token_pooling": pooling,
+            "video_grids": torch.tensor([[crops, 2, 2]]),
+        }
+    return ids, {
         "pixel_values": draw(crops, 16, 48),
         "image_token_pooling": pooling,
         "image_grids": torch.tensor([[2, 2, 2 * (crops - 1), 2]]),
@@ -285,13 +306,13 @@ def molmo_crops(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tu
 
 
 def join_molmo(media: list[Medium], rows: int) -> Tensors:
-    """As ``join``; the pooling indices count through the crops of the whole batch."""
+    """As ``join``; the pooling indices count through the patches of the whole batch."""
     out = join(media, rows)
-    start, parts = 0, []
-    for m in media:
-        parts.append(m.tensors["image_token_pooling"] + start)
-        start += m.tensors["pixel_values"].shape[:2].numel()
-    return out | {"image_token_pooling": torch.cat(parts)}
+    for name in {"image_token_pooling", "video_token_pooling"} & set(out):
+        counts = [m.tensors[name].shape[0] * 4 for m in media if name in m.tensors]  # four patches a token
+        starts = torch.tensor([0, *counts[:-1]]).cumsum(0).repeat_interleave(torch.tensor(counts) // 4)
+        out[name] = out[name] + starts[:, None]
+    return out
 
 
 CLIP = {"model_type": "clip_vision_model"}
@@ -310,7 +331,9 @@ MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_s
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
-def family(model_type: str, text_more: Any, vision_config: dict[str, Any], **top: Any) -> Callable[..., Any]:
+def family(
+    model_type: str, text_more: Any, vision_config: dict[str, Any], eager: bool = False, **top: Any
+) -> Callable[..., Any]:
     """The builder of a family from the settings of its parts.
 
     Args:
@@ -327,7 +350,7 @@ def family(model_type: str, text_more: Any, vision_config: dict[str, Any], **top
             **({"image_token_id": IMAGE_ID} | top),
         )
 
-    return builder(config)
+    return builder(config, eager)
 
 
 def sliding(window: int, **more: Any) -> Callable[[int], dict[str, Any]]:
@@ -344,7 +367,7 @@ QWEN2 = {"model_type": "qwen2"}
 QWEN3 = {"model_type": "qwen3", "head_dim": 8}
 MISTRAL = {"model_type": "mistral", "sliding_window": None}
 GEMMA3 = {"head_dim": 8, "query_pre_attn_scalar": 8}
-GEMMA2 = {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": None}
+GEMMA2 = {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8}
 BOTH = {"video_token_id": VIDEO_ID}
 ANYRES = {"image_grid_pinpoints": [[8, 16], [16, 8], [16, 16]]}
 
@@ -357,7 +380,8 @@ TINY: dict[str, Tiny] = {
         family("vipllava", LLAMA, CLIP | vision(8), vision_feature_layers=[-1, -2]), batcher(square(4, 8))
     ),
     "llava_next": Tiny(
-        family("llava_next", LLAMA, CLIP | vision(8), vision_feature_layer=-1, **ANYRES), batcher(anyres(0, 0))
+        family("llava_next", LLAMA, CLIP | vision(8), vision_feature_layer=-1, **ANYRES),
+        batcher(anyres(0, 0)),
     ),
     "llava_next_video": Tiny(
         family("llava_next_video", LLAMA, CLIP | vision(8), vision_feature_layer=-1, **ANYRES, **BOTH),
@@ -407,6 +431,7 @@ TINY: dict[str, Tiny] = {
     "glm4v": Tiny(
         family("glm4v", MROPE, QWEN_VISION | {"image_size": 16}, **BOTH),
         batcher(patches(96, frame_break=True, video_id=IMAGE_ID), types="mm_token_type_ids"),
+        video=True,
     ),
     "video_llama_3": Tiny(
         family("video_llama_3", QWEN2, {k: v for k, v in vision(0).items() if k != "image_size"}, **BOTH),
@@ -438,20 +463,27 @@ TINY: dict[str, Tiny] = {
     "idefics3": Tiny(family("idefics3", LLAMA, vision(16)), batcher(tiles(4, 16), join_by_row)),
     "smolvlm": Tiny(family("smolvlm", LLAMA, vision(16)), batcher(tiles(4, 16), join_by_row)),
     "mistral3": Tiny(family("mistral3", MISTRAL, PIXTRAL | vision(64)), batcher(pixtral(True), join_padded)),
-    "lighton_ocr": Tiny(family("lighton_ocr", QWEN3, PIXTRAL | vision(64)), batcher(pixtral(False), join_padded)),
+    "lighton_ocr": Tiny(
+        family("lighton_ocr", QWEN3, PIXTRAL | vision(64)), batcher(pixtral(False), join_padded)
+    ),
     "gemma3": Tiny(
         family("gemma3", sliding(512, **GEMMA3), SIGLIP | vision(16), mm_tokens_per_image=4),
         batcher(square(4, 16), types="token_type_ids"),
     ),
     "paligemma": Tiny(
         family("paligemma", {"model_type": "gemma", "head_dim": 8}, SIGLIP | vision(8), projection_dim=32),
-        batcher(square(4, 8)),
+        batcher(square(4, 8), types="token_type_ids", mark=lambda kind, token: 0),
     ),
     "aya_vision": Tiny(
         family("aya_vision", sliding(512, model_type="cohere2"), SIGLIP | vision(16)), batcher(tiles(4, 16))
     ),
     "cohere2_vision": Tiny(
-        family("cohere2_vision", sliding(512, model_type="cohere2"), SIGLIP | vision(16), alignment_intermediate_size=32),
+        family(
+            "cohere2_vision",
+            sliding(512, model_type="cohere2"),
+            SIGLIP | vision(16),
+            alignment_intermediate_size=32,
+        ),
         batcher(tiles(4, 16)),
     ),
     "aria": Tiny(
@@ -487,7 +519,13 @@ TINY: dict[str, Tiny] = {
         family(
             "molmo2",
             {"head_dim": 8, "additional_vocab_size": 4},
-            vision(16) | {"image_size": [16, 16], "num_position_embeddings": 16, "head_dim": 8, "num_key_value_heads": 2},
+            vision(16)
+            | {
+                "image_size": [16, 16],
+                "num_position_embeddings": 16,
+                "head_dim": 8,
+                "num_key_value_heads": 2,
+            },
             adapter_config={
                 "vision_feature_layer": [-1, -2],
                 "hidden_size": 16,
@@ -499,7 +537,64 @@ TINY: dict[str, Tiny] = {
             },
             image_patch_id=IMAGE_ID,
         ),
-        batcher(molmo_crops, join_molmo, types="mm_token_type_ids"),
+        batcher(molmo_crops, join_molmo, types="mm_token_type_ids", mark=lambda kind, token: 1),
+        video=True,
+    ),
+    "qwen3_5": Tiny(
+        family(
+            "qwen3_5",
+            MROPE
+            | {"head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+            | {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+            QWEN_VISION | {"num_position_embeddings": 16},
+            **BOTH,
+        ),
+        batcher(patches(96, frame_break=True), types="mm_token_type_ids"),
+        video=True,
+    ),
+    "lfm2_vl": Tiny(
+        family(
+            "lfm2_vl",
+            lambda layers: {
+                "model_type": "lfm2",
+                "layer_types": [("conv", "full_attention")[i % 2] for i in range(layers)],
+                "block_multiple_of": 16,
+            },
+            {"model_type": "siglip2_vision_model", "vision_use_head": False, "num_patches": 16} | vision(16),
+        ),
+        batcher(square(4, 16)),  # withdrawal is refused, so text alone will do
+    ),
+    "mllama": Tiny(
+        family(
+            "mllama",
+            {"cross_attention_layers": [1, 3]},
+            {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+            | {"num_global_layers": 1, "attention_heads": 2, "vision_output_dim": 32, "max_num_tiles": 1}
+            | {"intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]},
+        ),
+        batcher(square(4, 8)),
+    ),
+}
+
+VARIANTS: dict[str, Tiny] = {
+    "pixtral": Tiny(
+        family("llava", MISTRAL, PIXTRAL | vision(64), vision_feature_layer=-1, vision_feature_select_strategy="full"),
+        batcher(pixtral(True, merge=1), join_padded),
+    ),
+    "llava-mistral-window": Tiny(
+        family("llava", {"model_type": "mistral", "sliding_window": 8}, CLIP | vision(8), vision_feature_layer=-1),
+        batcher(square(4, 8)),
+    ),
+    "gemma3-window": Tiny(
+        family("gemma3", sliding(8, **GEMMA3), SIGLIP | vision(16), mm_tokens_per_image=4),
+        batcher(square(4, 16), types="token_type_ids"),
+    ),
+    "aya_vision-window": Tiny(
+        family("aya_vision", sliding(8, model_type="cohere2"), SIGLIP | vision(16)), batcher(tiles(4, 16))
+    ),
+    "paligemma2": Tiny(
+        family("paligemma", sliding(512, **GEMMA2), SIGLIP | vision(8), eager=True, projection_dim=32),
+        batcher(square(4, 8), types="token_type_ids", mark=lambda kind, token: 0),
     ),
 }
 

@@ -20,9 +20,10 @@ from vtwcli.data.sources import DataMix, load_data
 from vtwcli.data.tasks import default_mix
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape, prefill_cost, tokens_with_withdrawal
+from vtwcli.models.checkpoint import resolve
 from vtwcli.models.inputs import Encoded, answer_ids, encode, generate_answers
 from vtwcli.models.layers import LayerSource, Resident
-from vtwcli.models.loading import LoadedModel, fits, load
+from vtwcli.models.loading import LoadedModel, choose_device, choose_dtype, fits, load
 from vtwcli.models.streaming import Streamed
 from vtwcli.recipe import CalibrateSection, DataSpec, ModelSection, Policy
 from vtwcli.schedule import Schedule
@@ -110,7 +111,10 @@ def open_model(model: ModelSection) -> tuple[LoadedModel, LayerSource]:
     where = distributed.local_device(model.device)
     streamed = model.stream
     if streamed is None:
-        streamed = not fits(model.name, where, model.dtype, trust_remote_code=model.trust_remote_code)
+        checkpoint = resolve(model.name, trust_remote_code=model.trust_remote_code)
+        place = choose_device(where)
+        dtype = choose_dtype(checkpoint, place) if model.dtype == "auto" else getattr(torch, model.dtype)
+        streamed = not fits(checkpoint, place, dtype)
         if streamed:
             console.note(f"{model.name} does not fit into memory; its layers are read one at a time")
     with console.progress(f"loading {model.name}"):
@@ -143,7 +147,11 @@ def measure(
     begun = time.perf_counter()
     answers = _answers(loaded, source, [sample for _, sample in samples], options)
     timing["answers"] = time.perf_counter() - begun
-    encoded = [encode(loaded, sample, ids) for (_, sample), ids in zip(samples, answers, strict=True)]
+    # the last answer token is compared but never read, so it is not part of the input
+    encoded = [
+        encode(loaded, sample, None if ids is None else ids[:-1])
+        for (_, sample), ids in zip(samples, answers, strict=True)
+    ]
     items = [SweepItem(one.inputs, _rows(one)) for one in encoded]
     interventions = [Intervention("withdraw", k) for k in range(source.depth)]
     begun = time.perf_counter()
@@ -206,9 +214,8 @@ def _answers(
 
 
 def _rows(encoded: Encoded) -> torch.Tensor:
-    """Positions whose next token is compared, [1, R]: the prompt's last and every answer token that has a next one."""
-    length = encoded.inputs["input_ids"].shape[1]
-    return torch.arange(encoded.prompt_length - 1, max(length - 1, encoded.prompt_length))[None]
+    """Positions whose next token is compared, [1, R]: the prompt's last and those of the answer behind it."""
+    return torch.arange(encoded.prompt_length - 1, encoded.inputs["input_ids"].shape[1])[None]
 
 
 def _measured(outcome: ItemResult, prompt: Encoded) -> Measured:

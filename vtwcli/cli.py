@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from vtwcli import __version__, console
 from vtwcli.errors import GateError, UsageError, VtwError
-from vtwcli.recipe import CalibrateSection, DataSpec, ModelSection, Section
+from vtwcli.recipe import CalibrateSection, DataSpec, ModelSection, Recipe, Section
 
 app = typer.Typer(
     name="vtw",
@@ -53,16 +53,38 @@ def _option(section: type[Section], field: str, *names: str, **extra: Any) -> An
     return typer.Option(*names, help=text, show_default=False, **extra)
 
 
-def _section(section: type[Section], given: dict[str, Any]) -> Any:
-    """A recipe section from those of the command's options that belong to it; None means not given."""
-    values = {key: given[key] for key in section.model_fields if given.get(key) is not None}
+def _recipe(given: dict[str, Any]) -> Recipe:
+    """The recipe that a command's own options are laid over: ``--recipe``, the environment and ``--set``."""
+    import os
+
+    from vtwcli.settings import load_recipe
+
+    return load_recipe(given.get("recipe"), given.get("sets") or (), os.environ)
+
+
+def _section(section: type[Section], given: dict[str, Any], base: Section) -> Any:
+    """A recipe section with those of the command's options laid over it that were given (not None)."""
+    options = {key: given[key] for key in section.model_fields if given.get(key) is not None}
     try:
-        return section.model_validate(values)
+        return section.model_validate(base.model_dump(exclude_unset=True) | options)
     except ValidationError as error:
         first = error.errors()[0]
         option = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "options"
         message = first["msg"].removeprefix("Value error, ")
         raise UsageError(f"{option}: {message[:1].lower()}{message[1:]}, got {first['input']!r}") from None
+
+
+def _model(given: dict[str, Any], recipe: Recipe) -> ModelSection:
+    """Which model and where it runs; MODEL may come from the recipe."""
+    if given.get("model") is None and "name" not in recipe.model.model_fields_set:
+        raise UsageError("no model given", "name a directory, a Hub id or demo, or a recipe that does")
+    section: ModelSection = _section(ModelSection, {**given, "name": given.get("model")}, recipe.model)
+    return section
+
+
+def _data(given: dict[str, Any], recipe: Recipe) -> list[DataSpec]:
+    """The data sources of ``--data``, or those of the recipe."""
+    return [DataSpec.parse(text) for text in given.get("data") or ()] or list(recipe.data)
 
 
 def _version(value: bool) -> None:
@@ -81,7 +103,18 @@ def _main(
 
 
 ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Local directory, Hub id with optional @revision, or demo.")
+    str | None,
+    typer.Argument(
+        metavar="MODEL", help="Local directory, Hub id with optional @revision, or demo.", show_default=False
+    ),
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", metavar="FILE", help="Recipe whose values the options here override."),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. calibrate.eta=1e-4."),
 ]
 Device = Annotated[str | None, _option(ModelSection, "device", "--device", rich_help_panel="Model")]
 Dtype = Annotated[str | None, _option(ModelSection, "dtype", "--dtype", rich_help_panel="Model")]
@@ -141,7 +174,7 @@ Examples:
 @app.command(epilog=CALIBRATE_EXAMPLES)
 def calibrate(
     context: typer.Context,
-    model: ModelName,
+    model: ModelName = None,
     data: Data = None,
     limit: Annotated[
         int | None, _option(CalibrateSection, "limit", "--limit", rich_help_panel="Data")
@@ -164,6 +197,8 @@ def calibrate(
     bootstrap: Annotated[int | None, _option(CalibrateSection, "bootstrap", "--bootstrap")] = None,
     seed: Annotated[int | None, _option(CalibrateSection, "seed", "--seed")] = None,
     resume: Annotated[bool | None, _option(CalibrateSection, "resume", "--resume")] = None,
+    recipe: RecipeFile = None,
+    sets: Sets = None,
     device: Device = None,
     dtype: Dtype = None,
     attn: Attn = None,
@@ -188,10 +223,10 @@ def calibrate(
     layer qualifies.
     """
     _begin(quiet, verbose)
-    options = _section(CalibrateSection, context.params)
-    where = _section(ModelSection, {**context.params, "name": model})
-    specs = [DataSpec.parse(text) for text in data or ()]
-    outputs = _calibration_outputs(model, output, plot, as_json)
+    base = _recipe(context.params)
+    options = _section(CalibrateSection, context.params, base.calibrate)
+    where, specs = _model(context.params, base), _data(context.params, base)
+    outputs = _calibration_outputs(where.name, output, plot, as_json)
     from vtwcli import files
 
     files.check_free(outputs.values(), force)

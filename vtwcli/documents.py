@@ -7,7 +7,7 @@ One message names the file, line, column and key, and the nearest known key wher
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,8 +68,14 @@ def plain(node: Any) -> Any:
     return bool(node) if type(node).__name__ == "ScalarBoolean" else node
 
 
-def validate(node: Any, model: type[Model], name: str, kind: str) -> Model:
+def validate(
+    node: Any, model: type[Model], name: str, kind: str, origins: Mapping[str, str] | None = None
+) -> Model:
     """Validate round-trip data against ``model``.
+
+    Args:
+        name: stands for the document in messages.
+        origins: dotted keys whose values did not come from the document, and where they did come from.
 
     Raises:
         UsageError: the first thing that is wrong, with its place; others are counted.
@@ -80,7 +86,7 @@ def validate(node: Any, model: type[Model], name: str, kind: str) -> Model:
     try:
         return model.model_validate(plain(node))
     except ValidationError as error:
-        raise UsageError(*describe(error, node, model, name)) from None
+        raise UsageError(*describe(error, node, model, name, origins or {})) from None
 
 
 def load(path: Path, model: type[Model], kind: str) -> Model:
@@ -88,7 +94,9 @@ def load(path: Path, model: type[Model], kind: str) -> Model:
     return validate(read(path, kind), model, str(path), kind)
 
 
-def describe(error: ValidationError, node: Any, model: type[BaseModel], name: str) -> tuple[str, str | None]:
+def describe(
+    error: ValidationError, node: Any, model: type[BaseModel], name: str, origins: Mapping[str, str]
+) -> tuple[str, str | None]:
     """Message and hint for the first of a validation's errors."""
     first, *others = error.errors(include_url=False)
     names_a_key = first["type"] in ("extra_forbidden", "missing")
@@ -116,8 +124,8 @@ def describe(error: ValidationError, node: Any, model: type[BaseModel], name: st
     if others:
         count = f"{len(others)} more problem{'s' if len(others) > 1 else ''} in this document"
         hint = f"{hint} {count}" if hint else count
-    place = _place(location, node)
-    return f"{name}{place}: {key}: {message}", hint
+    place = origins.get(key) or f"{name}{_place(location, node)}"
+    return f"{place}: {key}: {message}", hint
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

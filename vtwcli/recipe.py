@@ -15,7 +15,8 @@ from vtwcli.errors import UsageError
 class Section(BaseModel):
     """Base of all parts of a recipe: unknown keys are errors and values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # schemas are built on first use: help pages read the fields only
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class Columns(Section):
@@ -49,6 +50,10 @@ class DataSpec(Section):
     revision: str | None = Field(default=None, description="branch, tag or commit of a Hub data set")
     path: str | None = Field(default=None, description="local copy of a built-in task's data set")
     limit: int | None = Field(default=None, ge=1, description="samples per task")
+    order: Literal["shuffle", "first"] = Field(
+        default="shuffle",
+        description="shuffle: a seeded draw; first: the first rows, as published searches do",
+    )
     prompt: str | None = Field(default=None, description="template with {question}, {choices} or any column")
     metric: str | None = Field(default=None, description="metric that judges the answers")
     columns: Columns = Columns()
@@ -77,7 +82,7 @@ class DataSpec(Section):
             UsageError: unknown or repeated keys, values of the wrong type, or no source.
         """
         source, options = text, ""
-        if not Path(text).exists():
+        if not _is_path(text):
             match = re.match(r"(.+?):(?=[\w.]+=)(.*)$", text, flags=re.DOTALL)
             if match:
                 source, options = match.groups()
@@ -105,6 +110,13 @@ class DataSpec(Section):
             where = ".".join(str(part) for part in first["loc"])
             reason = first["msg"].removeprefix("Value error, ")
             raise UsageError(f"data source {text!r}: {where}: {reason}") from None
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except OSError:  # a prompt can be longer than a file name may be
+        return False
 
 
 _KEYS = tuple(
@@ -166,3 +178,40 @@ class CalibrateSection(Section):
     seed: int = Field(0, ge=0, description="of sample choice and bootstrap")
     skip_bad: bool = Field(False, description="skip unreadable samples and count them")
     resume: bool = Field(False, description="keep finished samples across an interruption")
+
+
+class Recipe(Section):
+    """One file from model to verified artefact; every part has a default.
+
+    A list under ``data`` holds data sources, each a mapping or the command line's short form.
+    """
+
+    model: ModelSection = ModelSection()
+    data: tuple[DataSpec, ...] = ()
+    calibrate: CalibrateSection = CalibrateSection()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _short_model(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _short_data(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        try:
+            return [DataSpec.parse(one) if isinstance(one, str) else one for one in value]
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+
+    def relative_to(self, folder: Path) -> Recipe:
+        """The same recipe with paths that exist beside its file made relative to the working directory."""
+
+        def resolved(text: str) -> str:
+            inside = folder / text
+            return str(inside) if not Path(text).is_absolute() and inside.exists() else text
+
+        data = tuple(spec.model_copy(update={"source": resolved(spec.source)}) for spec in self.data)
+        model = self.model.model_copy(update={"name": resolved(self.model.name)})
+        return self.model_copy(update={"model": model, "data": data})

@@ -14,9 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from vtwcli.data.sample import Sample
+from vtwcli.data.tasks import LETTERS
 from vtwcli.errors import UsageError, VtwError
-
-LETTERS = string.ascii_uppercase
 
 # --- exact match -----------------------------------------------------------------------------------------
 
@@ -294,7 +293,7 @@ def ocrbench(answer: str, sample: Sample) -> float:
 _CAPTION_TOKENS = re.compile(
     r"can(?=not\b)|(?<=\bcan)not"  # cannot -> can not
     r"|[a-z]+(?=n't\b)|n't\b"  # don't -> do n't
-    r"|'(?:s|re|ve|ll|d|m)\b"
+    r"|o'clock|'(?:s|re|ve|ll|d|m)\b"
     r"|\d+(?:[.,:/]\d+)+"
     r"|\w+(?:[-/&]\w+)*"
     r"|[$#%&@+*=/]|\(|\)"
@@ -306,7 +305,7 @@ def caption_tokens(text: str) -> list[str]:
 
     The caption evaluation's tokenizer (Stanford PTB, a Java program) followed closely enough for everyday
     captions: clitics are words of their own, hyphenated words stay whole, brackets become ``-lrb-`` and
-    ``-rrb-``.
+    ``-rrb-``. Not followed: abbreviations ("mr.") lose their full stop.
     """
     text = text.lower().replace("\u2019", "'")
     brackets = {"(": "-lrb-", ")": "-rrb-"}

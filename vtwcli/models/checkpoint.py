@@ -42,7 +42,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """The data types of safetensors headers that a supported checkpoint may hold."""
 
-_CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*", "README.md"]
+_CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _DOWNLOAD_AGAIN = "copy or download the model again"
 
@@ -137,7 +137,7 @@ class Checkpoint:
 
         Takes no memory to speak of; tied parameters are tied.
         """
-        from transformers import AutoModelForImageTextToText
+        from transformers import AutoModelForImageTextToText, GenerationConfig
 
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         if attn is not None:
@@ -152,6 +152,8 @@ class Checkpoint:
                 module._buffers[leaf] = torch.empty_like(buffer, device="cpu")
         with quiet_transformers():
             model.initialize_weights()
+            if (self.path / "generation_config.json").exists():
+                model.generation_config = GenerationConfig.from_pretrained(self.path, local_files_only=True)
         return model.eval()
 
     @cached_property
@@ -371,7 +373,7 @@ def read_config(path: Path, name: str, trust_remote_code: bool = False) -> tuple
             config = AutoConfig.from_pretrained(
                 path, trust_remote_code=trust_remote_code, local_files_only=True
             )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # there is no telling what a broken config makes transformers raise
         raise NotFoundError(f"{file} is not a valid {model_type} config: {first_line(error)}") from error
     return config, family_of(config)
 
@@ -388,7 +390,7 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
     Raises:
         NotFoundError: for every reason why there is nothing to work with; message and hint say which.
     """
-    path, revision = _locate(name)
+    path, revision = _locate(name, [*_CONFIG_FILES, "*.py"] if trust_remote_code else _CONFIG_FILES)
     config, family = read_config(path, name, trust_remote_code)
     checkpoint = Checkpoint(name, path, revision, config, family, trust_remote_code)
     if weights:
@@ -398,8 +400,8 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
     return checkpoint
 
 
-def _locate(name: str) -> tuple[Path, str | None]:
-    """The local directory of a model with at least its config files, and the Hub commit if it has one."""
+def _locate(name: str, patterns: list[str]) -> tuple[Path, str | None]:
+    """The local directory of a model with the files of ``patterns``, and the Hub commit if it has one."""
     if name == "demo":
         from vtwcli.demo import model_dir
 
@@ -415,17 +417,24 @@ def _locate(name: str) -> tuple[Path, str | None]:
             f"there is no directory {name!r}",
             "a model is a local directory, a Hub id such as llava-hf/llava-1.5-7b-hf, or demo",
         )
-    folder = _snapshot(name, repo, revision or None, _CONFIG_FILES)
+    folder = _snapshot(name, repo, revision or None, patterns)
     return folder, folder.name
 
 
 def _fetch_weights(checkpoint: Checkpoint) -> None:
     """Download the weight files that the (already present) index names, or the single file."""
+    from huggingface_hub import constants
+
     path, config = checkpoint.path, checkpoint.config
     wanted = sorted(set(_index(path, config).values())) or [_single_file(path, config).name]
-    if not all((path / file).exists() for file in wanted):
-        repo = checkpoint.name.partition("@")[0]
-        _snapshot(checkpoint.name, repo, checkpoint.revision, wanted)
+    if all((path / file).exists() for file in wanted):
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise NotFoundError(
+            f"the weights of {checkpoint.name!r} are not on this machine, and HF_HUB_OFFLINE forbids fetching them",
+            "unset HF_HUB_OFFLINE",
+        )
+    _snapshot(checkpoint.name, checkpoint.name.partition("@")[0], checkpoint.revision, wanted)
 
 
 def _snapshot(name: str, repo: str, revision: str | None, patterns: list[str]) -> Path:
@@ -435,8 +444,8 @@ def _snapshot(name: str, repo: str, revision: str | None, patterns: list[str]) -
     from huggingface_hub import errors, snapshot_download
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    show = not console.settings.quiet and sys.stderr.isatty() and not are_progress_bars_disabled()
-    if not show:
+    hide = not are_progress_bars_disabled() and (console.settings.quiet or not sys.stderr.isatty())
+    if hide:
         disable_progress_bars()
     try:
         return Path(
@@ -460,10 +469,10 @@ def _snapshot(name: str, repo: str, revision: str | None, patterns: list[str]) -
         raise NotFoundError(f"{name!r} is neither a directory nor a Hub id", first_line(error)) from error
     except errors.HfHubHTTPError as error:
         raise NotFoundError(f"the Hub refused {repo!r}: {_status(error)}", first_line(error)) from error
-    except OSError as error:
+    except Exception as error:  # a transfer that breaks off; the classes belong to the network library
         raise NotFoundError(f"could not fetch {repo!r}: {first_line(error)}") from error
     finally:
-        if not show:
+        if hide:
             enable_progress_bars()
 
 

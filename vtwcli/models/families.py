@@ -2,14 +2,23 @@
 
 A row says where things live inside the stock transformers model and which assumptions hold, so that no other
 module knows a family by name. Torch-free: the command line reads it for help and error messages.
+
+To add a family: write its row here, and a tiny model built from config beside the others in ``tests/tiny.py``.
+The tests find both and check them: paths, placeholder ids, runtime and sweep against the slow reference.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vtwcli.errors import NotFoundError
+
+_SEQUENTIAL = "its recurrent or convolutional layers carry visual tokens on in their state"
+_CROSS = "its text reads images by cross-attention, so there are no visual tokens in the text"
+_NO_ENCODER = "its vision encoder has no export yet"
+_BLOCKS = "its image tokens attend to each other in both directions, which the exported graphs do not"
+_ATTENTION = {"full_attention", "sliding_attention"}  # layer types that withdrawal is proved for
 
 
 @dataclass(frozen=True)
@@ -24,9 +33,15 @@ class Family:
         text_model: attribute path from the top-level model to the text model, which has ``embed_tokens``,
             ``layers``, ``norm`` and ``rotary_emb``.
         head: attribute path of the output projection.
-        vision: attribute paths of everything needed to turn pixels into visual tokens.
-        placeholders: config attributes that hold the ids of visual tokens in ``input_ids``.
+        vision: attribute paths of everything needed to turn pixels into visual tokens: modules or parameters.
+        placeholders: config attributes that hold the ids of visual tokens in ``input_ids``. Separators whose
+            embedding is text (row breaks, image start and end) are text tokens and stay.
+        video: whether videos have visual tokens too.
         first_withdrawal: the first layer at which withdrawal is exact (above 0 where early layers add vision again).
+        deepstack: dotted config attribute with the list of vision layers that feed the first text layers; where
+            it is set, ``family_of`` gives its length as ``first_withdrawal``.
+        answer_token_type: what ``token_type_ids`` hold for answer tokens, as ``generate`` continues them.
+        prompt: the prompt of checkpoints that come without a chat template; ``{images}`` are the placeholders.
         no_withdraw: reason why withdrawal is refused, or None.
         no_sweep: reason why the one-pass sweep is not exact and the naive search runs instead, or None.
         no_onnx: reason why there is no ONNX export, or None.
@@ -41,23 +56,286 @@ class Family:
     head: str = "lm_head"
     vision: tuple[str, ...] = ("model.vision_tower", "model.multi_modal_projector")
     placeholders: tuple[str, ...] = ("image_token_id",)
+    video: bool = False
     first_withdrawal: int = 0
+    deepstack: str | None = None
+    answer_token_type: int = 0
+    prompt: str | None = None
     no_withdraw: str | None = None
     no_sweep: str | None = None
     no_onnx: str | None = None
     caveat: str = ""
 
 
+def _refused(reason: str) -> dict[str, str]:
+    """The flags of a family that is in the table only to say why nothing can be withdrawn from it."""
+    return {"no_withdraw": reason, "no_sweep": reason, "no_onnx": reason}
+
+
+_QWEN: dict[str, Any] = {
+    "vision": ("model.visual",),
+    "placeholders": ("image_token_id", "video_token_id"),
+    "video": True,
+}
+_DEEPSTACK = _QWEN | {
+    "deepstack": "vision_config.deepstack_visual_indexes",
+    "no_onnx": "early layers add visual features by position, which the exported graphs do not",
+    "caveat": "DeepStack adds vision again in the first layers; withdrawal starts behind them.",
+}
+_IDEFICS: dict[str, Any] = {
+    "text_model": "model.text_model",
+    "vision": ("model.vision_model", "model.connector"),
+}
+
 FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (
-        Family("llava", "LLaVA-1.5", "llava-hf/llava-1.5-7b-hf", "LlavaForConditionalGeneration"),
+        Family(
+            "llava",
+            "LLaVA-1.5",
+            "llava-hf/llava-1.5-7b-hf",
+            "LlavaForConditionalGeneration",
+            prompt="USER: {images}\n{text} ASSISTANT:",
+            caveat="Also LLaVA-shaped models with another tower, such as Pixtral-12B.",
+        ),
+        Family(
+            "llava_next",
+            "LLaVA-NeXT",
+            "llava-hf/llava-v1.6-vicuna-7b-hf",
+            "LlavaNextForConditionalGeneration",
+            vision=("model.vision_tower", "model.multi_modal_projector", "model.image_newline"),
+            caveat="The number of visual tokens follows the image's shape.",
+        ),
+        Family(
+            "llava_onevision",
+            "LLaVA-OneVision",
+            "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+            "LlavaOnevisionForConditionalGeneration",
+            vision=("model.vision_tower", "model.multi_modal_projector", "model.image_newline"),
+            placeholders=("image_token_id", "video_token_id"),
+            video=True,
+            caveat="The number of visual tokens follows the image's shape.",
+        ),
+        Family(
+            "llava_next_video",
+            "LLaVA-NeXT-Video",
+            "llava-hf/LLaVA-NeXT-Video-7B-hf",
+            "LlavaNextVideoForConditionalGeneration",
+            vision=(
+                "model.vision_tower",
+                "model.multi_modal_projector",
+                "model.vision_resampler",
+                "model.image_newline",
+            ),
+            placeholders=("image_token_id", "video_token_id"),
+            video=True,
+            no_onnx=_NO_ENCODER,
+        ),
+        Family(
+            "video_llava",
+            "Video-LLaVA",
+            "LanguageBind/Video-LLaVA-7B-hf",
+            "VideoLlavaForConditionalGeneration",
+            vision=("model.video_tower", "model.image_tower", "model.multi_modal_projector"),
+            placeholders=("image_token_id", "video_token_id"),
+            video=True,
+            no_onnx=_NO_ENCODER,
+        ),
+        Family(
+            "vipllava",
+            "ViP-LLaVA",
+            "llava-hf/vip-llava-7b-hf",
+            "VipLlavaForConditionalGeneration",
+            no_onnx=_NO_ENCODER,
+        ),
+        Family(
+            "qwen2_vl", "Qwen2-VL", "Qwen/Qwen2-VL-7B-Instruct", "Qwen2VLForConditionalGeneration", **_QWEN
+        ),
+        Family(
+            "qwen2_5_vl",
+            "Qwen2.5-VL",
+            "Qwen/Qwen2.5-VL-7B-Instruct",
+            "Qwen2_5_VLForConditionalGeneration",
+            **_QWEN,
+        ),
+        Family(
+            "qwen3_vl",
+            "Qwen3-VL",
+            "Qwen/Qwen3-VL-8B-Instruct",
+            "Qwen3VLForConditionalGeneration",
+            **_DEEPSTACK,
+        ),
+        Family(
+            "qwen3_vl_moe",
+            "Qwen3-VL MoE",
+            "Qwen/Qwen3-VL-30B-A3B-Instruct",
+            "Qwen3VLMoeForConditionalGeneration",
+            **_DEEPSTACK,
+        ),
+        Family(
+            "glm4v",
+            "GLM-4.1V",
+            "zai-org/GLM-4.1V-9B-Thinking",
+            "Glm4vForConditionalGeneration",
+            vision=("model.visual",),
+            video=True,
+            no_onnx=_NO_ENCODER,
+            caveat="Frames of a video use the image's placeholder.",
+        ),
+        Family(
+            "video_llama_3",
+            "VideoLLaMA 3",
+            "lkhl/VideoLLaMA3-2B-Image-HF",
+            "VideoLlama3ForConditionalGeneration",
+            vision=("model.vision_model", "model.projector"),
+            placeholders=("image_token_id", "video_token_id"),
+            video=True,
+            no_onnx=_NO_ENCODER,
+        ),
+        Family(
+            "internvl",
+            "InternVL 2.5, 3",
+            "OpenGVLab/InternVL3-1B-hf",
+            "InternVLForConditionalGeneration",
+            caveat="Frames of a video use the image's placeholder.",
+        ),
+        Family(
+            "idefics2",
+            "Idefics2",
+            "HuggingFaceM4/idefics2-8b",
+            "Idefics2ForConditionalGeneration",
+            no_onnx=_NO_ENCODER,
+            **_IDEFICS,
+        ),
+        Family(
+            "idefics3",
+            "Idefics3, SmolVLM",
+            "HuggingFaceM4/Idefics3-8B-Llama3",
+            "Idefics3ForConditionalGeneration",
+            **_IDEFICS,
+        ),
+        Family(
+            "smolvlm",
+            "SmolVLM2",
+            "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+            "SmolVLMForConditionalGeneration",
+            caveat="Frames of a video use the image's placeholder.",
+            **_IDEFICS,
+        ),
+        Family(
+            "mistral3",
+            "Mistral Small 3.1",
+            "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
+            "Mistral3ForConditionalGeneration",
+            caveat="The row breaks between visual tokens are text and stay.",
+        ),
+        Family(
+            "lighton_ocr",
+            "LightOnOCR",
+            "lightonai/LightOnOCR-1B-1025",
+            "LightOnOcrForConditionalGeneration",
+            vision=("model.vision_encoder", "model.vision_projection"),
+            no_onnx=_NO_ENCODER,
+        ),
+        Family(
+            "gemma3",
+            "Gemma 3",
+            "google/gemma-3-4b-it",
+            "Gemma3ForConditionalGeneration",
+            no_onnx=_BLOCKS,
+            caveat="Sliding windows count original positions.",
+        ),
+        Family(
+            "paligemma",
+            "PaliGemma, PaliGemma 2",
+            "google/paligemma2-3b-mix-224",
+            "PaliGemmaForConditionalGeneration",
+            answer_token_type=1,
+            prompt="{images}{text}",
+            no_onnx="its whole prompt attends in both directions, which the exported graphs do not",
+        ),
+        Family(
+            "aya_vision",
+            "Aya Vision",
+            "CohereLabs/aya-vision-8b",
+            "AyaVisionForConditionalGeneration",
+            no_onnx=_NO_ENCODER,
+            caveat="Sliding windows count original positions.",
+        ),
+        Family(
+            "cohere2_vision",
+            "Command A Vision",
+            "CohereLabs/command-a-vision-07-2025",
+            "Cohere2VisionForConditionalGeneration",
+            no_onnx=_NO_ENCODER,
+            caveat="Sliding windows count original positions.",
+        ),
+        Family("aria", "Aria", "rhymes-ai/Aria", "AriaForConditionalGeneration", no_onnx=_NO_ENCODER),
+        Family(
+            "got_ocr2",
+            "GOT-OCR 2.0",
+            "stepfun-ai/GOT-OCR-2.0-hf",
+            "GotOcr2ForConditionalGeneration",
+            no_onnx=_NO_ENCODER,
+        ),
+        Family(
+            "ovis2",
+            "Ovis2",
+            "thisisiron/Ovis2-2B-hf",
+            "Ovis2ForConditionalGeneration",
+            vision=("model.vision_tower", "model.visual_embeddings_table"),
+            no_onnx=_NO_ENCODER,
+            caveat="The indicator tokens around an image stay.",
+        ),
+        Family(
+            "deepseek_vl",
+            "DeepSeek-VL",
+            "deepseek-community/deepseek-vl-1.3b-chat",
+            "DeepseekVLForConditionalGeneration",
+            vision=("model.vision_model", "model.aligner"),
+            no_onnx=_NO_ENCODER,
+        ),
+        Family(
+            "molmo2",
+            "Molmo 2",
+            "allenai/Molmo2-8B",
+            "Molmo2ForConditionalGeneration",
+            video=True,
+            no_onnx=_BLOCKS,
+            caveat="Frames of a video use the image's placeholder.",
+        ),
+        Family(
+            "qwen3_5",
+            "Qwen3.5",
+            "Qwen/Qwen3.5-27B",
+            "Qwen3_5ForConditionalGeneration",
+            **_refused(_SEQUENTIAL),
+            **_QWEN,
+        ),
+        Family(
+            "lfm2_vl",
+            "LFM2-VL",
+            "LiquidAI/LFM2-VL-1.6B",
+            "Lfm2VlForConditionalGeneration",
+            **_refused(_SEQUENTIAL),
+        ),
+        Family(
+            "mllama",
+            "Llama 3.2 Vision",
+            "meta-llama/Llama-3.2-11B-Vision-Instruct",
+            "MllamaForConditionalGeneration",
+            vision=("model.vision_model", "model.multi_modal_projector"),
+            **_refused(_CROSS),
+        ),
     )
 }
 
 
 def family_of(config: Any) -> Family:
-    """The row for a transformers config.
+    """The row for a transformers config, with what depends on the config filled in.
+
+    ``first_withdrawal`` follows the number of DeepStack layers, and a text model with layers other than attention
+    is refused whatever its family.
 
     Raises:
         NotFoundError: no row has the config's ``model_type``; the message lists those that do.
@@ -69,6 +347,14 @@ def family_of(config: Any) -> Family:
             f"model type {model_type!r} is not a supported vision-language family",
             f"supported: {', '.join(sorted(FAMILIES))}; the README says how to add a family",
         )
+    if row.deepstack:
+        value = config
+        for name in row.deepstack.split("."):
+            value = getattr(value, name)
+        row = replace(row, first_withdrawal=len(value))
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else None
+    if not row.no_withdraw and not _ATTENTION.issuperset(getattr(text_config, "layer_types", None) or ()):
+        row = replace(row, **_refused(_SEQUENTIAL))
     return row
 
 
@@ -76,3 +362,42 @@ def placeholder_ids(family: Family, config: Any) -> tuple[int, ...]:
     """The token ids that stand for visual tokens in ``input_ids``."""
     ids = (getattr(config, name, None) for name in family.placeholders)
     return tuple(int(i) for i in ids if i is not None)
+
+
+def table() -> list[dict[str, str]]:
+    """The families as people read them: one dict of strings per row, in the order of ``FAMILIES``.
+
+    Keys: ``family``, ``model_type``, ``example``, ``inputs`` (image, or image and video), ``withdraw``, ``sweep``,
+    ``analyze``, ``onnx`` (yes or no, for ``sweep`` also naive) and ``notes``.
+    """
+    rows = []
+    for row in FAMILIES.values():
+        can = row.no_withdraw is None
+        reasons = [] if can else [f"Not possible: {row.no_withdraw}."]
+        if can and row.no_sweep:
+            reasons.append(f"One full run per layer, because {row.no_sweep}.")
+        rows.append(
+            {
+                "family": row.title,
+                "model_type": row.model_type,
+                "example": row.example,
+                "inputs": "image, video" if row.video else "image",
+                "withdraw": "yes" if can else "no",
+                "sweep": "no" if not can else "naive" if row.no_sweep else "yes",
+                "analyze": "yes" if can and not row.no_sweep else "no",
+                "onnx": "yes" if can and not row.no_onnx else "no",
+                "notes": " ".join([*reasons, row.caveat]).strip(),
+            }
+        )
+    return rows
+
+
+def markdown() -> str:
+    """The table of families for the README, in Markdown, without a newline at the end."""
+    names = ("family", "example", "inputs", "withdraw", "sweep", "analyze", "onnx", "notes")
+    head = ("Family", "Example", "Inputs", "Withdraw", "Sweep", "Analyze", "ONNX", "Notes")
+    lines = [head, tuple("---" for _ in head)]
+    lines += [
+        tuple(f"`{row[name]}`" if name == "example" else row[name] for name in names) for row in table()
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -5,7 +5,8 @@ S is the length of a prompt, A of an answer, in tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,17 +133,26 @@ def generate_answers(
 ) -> list[tuple[str, Tensor]]:
     """The model's own greedy answers: per sample the text and the ids [A], up to and with the end token.
 
-    Plain argmax at every step: penalties and sampling settings that a checkpoint's generation config may carry are
-    switched off, so that teacher forcing the answer meets each token as the model's first choice.
+    Plain argmax at every step. A checkpoint's generation config may carry penalties and sampling settings; they are
+    set aside, so that teacher forcing the answer meets each token as the model's first choice.
+
+    Raises:
+        NotFoundError: a sample that cannot be encoded, or whose placeholders the model refuses.
     """
     answers: list[tuple[str, Tensor]] = []
     ends = set(end_ids(loaded))
-    with console.progress("Answers", total=len(samples)) as task:
+    with console.progress("answers", total=len(samples)) as task, _plain_generation(loaded):
         for at in range(0, len(samples), batch_size):
             batch = encode_batch(loaded, samples[at : at + batch_size])
             width = batch["input_ids"].shape[1]
-            with quiet_transformers():
-                output = loaded.model.generate(**batch, max_new_tokens=max_new_tokens, **_GREEDY)
+            try:
+                with quiet_transformers():
+                    output = loaded.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+            except ValueError as error:
+                ids = _names(samples[at : at + batch_size])
+                raise NotFoundError(
+                    f"the model refuses the inputs of sample {ids}: {first_line(error)}"
+                ) from error
             for row in output[:, width:].cpu():
                 stop = next((i + 1 for i, token in enumerate(row.tolist()) if token in ends), len(row))
                 text = loaded.processor.tokenizer.decode(row[:stop], skip_special_tokens=True).strip()
@@ -151,22 +161,24 @@ def generate_answers(
     return answers
 
 
-_GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "bad_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "sequence_bias": None,
-    "guidance_scale": None,
-    "return_dict_in_generate": False,
-}
+@contextmanager
+def _plain_generation(loaded: LoadedModel) -> Iterator[None]:
+    """The library's own generation defaults for a while, with the model's special tokens."""
+    from transformers import GenerationConfig
+
+    model, before = loaded.model, loaded.model.generation_config
+    pad = before.pad_token_id if before.pad_token_id is not None else loaded.processor.tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(
+        bos_token_id=before.bos_token_id, eos_token_id=before.eos_token_id, pad_token_id=pad
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def _names(samples: Sequence[Sample]) -> str:
+    return ", ".join(repr(sample.id) for sample in samples)
 
 
 def _message(role: str, text: str, images: Sequence[Any] = ()) -> dict[str, Any]:
@@ -234,8 +246,9 @@ def _process(
                 return_tensors="pt",
             )
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        names = ", ".join(repr(sample.id) for sample in samples)
-        raise NotFoundError(f"the processor cannot encode sample {names}: {first_line(error)}") from error
+        raise NotFoundError(
+            f"the processor cannot encode sample {_names(samples)}: {first_line(error)}"
+        ) from error
     inputs = {
         name: value.to(loaded.device, loaded.dtype if value.is_floating_point() else None)
         for name, value in encoded.items()
@@ -254,8 +267,7 @@ def _process(
 def _check_length(loaded: LoadedModel, samples: Sequence[Sample], length: int) -> None:
     limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if limit and length > limit:
-        names = ", ".join(repr(sample.id) for sample in samples)
         raise NotFoundError(
-            f"sample {names} is {length} tokens long, more than the model's {limit} positions",
+            f"sample {_names(samples)} is {length} tokens long, more than the model's {limit} positions",
             "use a shorter prompt or fewer images",
         )

@@ -93,7 +93,7 @@ def capture(model: nn.Module, family: Family, inputs: Mapping[str, Tensor]) -> C
         model: the top-level model; its text layers may be on the meta device.
         inputs: model inputs with ``input_ids`` [B, S], as the processor makes them.
     """
-    text_model = model.get_submodule(family.text_model)
+    text_model: Any = model.get_submodule(family.text_model)
     streams: list[Tensor] = []
     kwargs: list[dict[str, Any]] = []
 
@@ -144,7 +144,7 @@ def read_out(model: nn.Module, family: Family, hidden: Tensor) -> Tensor:
     The stock top-level forward runs with its text model cut down to the final norm, so that scaling or
     soft-capping behind the head is the library's own.
     """
-    text_model = model.get_submodule(family.text_model)
+    text_model: Any = model.get_submodule(family.text_model)
     text_model_output = text_model.norm(hidden[None])
 
     def forward(*_: Any, **__: Any) -> Any:
@@ -176,7 +176,8 @@ class Resident:
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.model, self.family = model, family
         self.eager = check_attention(model, family)
-        self.depth = len(model.get_submodule(family.text_model).layers)
+        self._text_model: Any = model.get_submodule(family.text_model)
+        self.depth = len(self._text_model.layers)
 
     def captures(self, batches: Sequence[Mapping[str, Tensor]]) -> list[Capture]:
         """See ``LayerSource``."""
@@ -184,7 +185,7 @@ class Resident:
 
     def layers(self) -> Iterator[nn.Module]:
         """See ``LayerSource``."""
-        return iter(self.model.get_submodule(self.family.text_model).layers)
+        return iter(self._text_model.layers)
 
     def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         """See ``LayerSource``."""
@@ -197,10 +198,12 @@ def check_attention(model: nn.Module, family: Family) -> bool:
     Raises:
         UsageError: another implementation, or a model in training mode (dropout would be in every number).
     """
-    text_model = model.get_submodule(family.text_model)
+    text_model: Any = model.get_submodule(family.text_model)
     name = text_model.config._attn_implementation
     if name not in ("sdpa", "eager"):
-        raise UsageError(f"{name} attention takes no explicit masks", "load the model with sdpa or eager attention")
+        raise UsageError(
+            f"{name} attention takes no explicit masks", "load the model with sdpa or eager attention"
+        )
     if model.training:
         raise UsageError("the model is in training mode", "call model.eval() first")
     return bool(name == "eager")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,16 +100,16 @@ def load(
         NotFoundError: missing, unreachable, unsupported, incomplete, or larger than the memory.
         UsageError: a device, dtype or attention implementation that does not exist here.
     """
-    place, kind = choose_device(device), _dtype_of(dtype)
+    place, wanted = choose_device(device), _dtype_of(dtype)
     checkpoint = resolve(name, trust_remote_code=trust_remote_code)
     processor = load_processor(checkpoint)
-    kind = kind or choose_dtype(checkpoint, place)
+    kind = wanted or choose_dtype(checkpoint, place)
     try:
         if weights:
             model = _load_weights(checkpoint, place, kind, attn, spread=device == "auto")
         else:
             model = checkpoint.skeleton(kind, attn)
-    except (ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError) as error:
         if attn is not None and ("attention" in str(error).lower() or attn in str(error)):
             raise UsageError(f"attention {attn!r} cannot be used here: {first_line(error)}") from error
         raise NotFoundError(f"{name!r} cannot be loaded: {first_line(error)}") from error
@@ -173,19 +174,39 @@ def memory_needed(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     return int(checkpoint.total_elements * dtype.itemsize * _OVERHEAD)
 
 
-def memory_available(device: torch.device) -> int:
-    """Free bytes on a device; on a CPU within the limit of the container, if there is one."""
+def memory_available(device: torch.device, spread: bool = False) -> int:
+    """Free bytes on a device, or with ``spread`` on all CUDA devices together.
+
+    On a CPU: what the machine has left within the limit of the container, divided among the processes of a
+    distributed run on this machine.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        devices = range(torch.cuda.device_count()) if spread else [device.index or 0]
+        return sum(int(torch.cuda.mem_get_info(index)[0]) for index in devices)
     import psutil
 
-    return min(int(psutil.virtual_memory().available), _cgroup_available())
+    free = min(int(psutil.virtual_memory().available), _cgroup_available())
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def fits(checkpoint: Checkpoint, device: str | torch.device, dtype: torch.dtype) -> bool:
-    """Whether a checkpoint's weights in ``dtype`` fit into the device's free memory, all at once."""
-    place = device if isinstance(device, torch.device) else choose_device(device)
-    return memory_needed(checkpoint, dtype) <= memory_available(place)
+def fits(
+    model: Checkpoint | str,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    *,
+    trust_remote_code: bool = False,
+) -> bool:
+    """Whether ``load`` with the same arguments has the memory for all weights at once.
+
+    Raises:
+        NotFoundError: a name that leads to no checkpoint.
+    """
+    checkpoint = (
+        model if isinstance(model, Checkpoint) else resolve(model, trust_remote_code=trust_remote_code)
+    )
+    place = choose_device(device)
+    kind = _dtype_of(dtype) or choose_dtype(checkpoint, place)
+    return memory_needed(checkpoint, kind) <= memory_available(place, spread=device == "auto")
 
 
 def load_processor(checkpoint: Checkpoint) -> Any:
@@ -202,14 +223,18 @@ def load_processor(checkpoint: Checkpoint) -> Any:
                 checkpoint.path, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
             )
     except ImportError as error:
+        package = re.search(r"requires the (\w+) library", str(error))
         raise NotFoundError(
-            f"the processor of {checkpoint.name!r} needs a package: {first_line(error)}"
+            f"the processor of {checkpoint.name!r} needs a package that is not installed: {first_line(error)}",
+            f"install it: pip install {package[1].lower()}" if package else None,
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # there is no telling what broken files make transformers raise
         raise _no_processor(checkpoint, first_line(error)) from error
     for part in ("tokenizer", "image_processor"):
         if getattr(processor, part, None) is None:
             raise _no_processor(checkpoint, f"no {part.replace('_', ' ')}")
+    if getattr(processor, "patch_size", 0) is None:
+        raise _no_processor(checkpoint, "processor_config.json does not give patch_size")
     return processor
 
 
@@ -236,18 +261,17 @@ def _load_weights(
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
-    options: dict[str, Any] = {"device_map": {"": device}}
-    if not fits(checkpoint, device, dtype):
-        if spread and device.type == "cuda" and torch.cuda.device_count() > 1:
-            options = {"device_map": "auto"}
-        else:
-            raise NotFoundError(
-                f"not enough memory for {checkpoint.name!r}: {_gb(memory_needed(checkpoint, dtype))} are needed in "
-                f"{str(dtype).removeprefix('torch.')}, {_gb(memory_available(device))} are free on {device}",
-                "with --stream one layer at a time is loaded",
-            )
-    if device.type == "cpu":
-        options = {}
+    needed, free = memory_needed(checkpoint, dtype), memory_available(device, spread)
+    if needed > free:
+        raise NotFoundError(
+            f"not enough memory for {checkpoint.name!r}: {_gb(needed)} are needed in "
+            f"{str(dtype).removeprefix('torch.')}, {_gb(free)} are free on {device.type}",
+            "with --stream one layer at a time is loaded",
+        )
+    options: dict[str, Any] = {}
+    if device.type != "cpu":
+        alone = needed <= memory_available(device)
+        options["device_map"] = {"": device} if alone else "auto"
     if attn is not None:
         options["attn_implementation"] = attn
     try:

@@ -1,0 +1,176 @@
+"""The command-line contract: help, exit codes, exact messages, what goes to stdout and what to stderr."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from vtwcli import __version__
+
+ESCAPE = "\x1b"
+
+
+def vtw(*args, env=None, cwd=None, **options):
+    """Run the command as a user would, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "vtwcli", *args],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", **(env or {})},
+        **options,
+    )
+
+
+COMMANDS = ["calibrate"]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_help_answers_without_torch_and_shows_an_example(command):
+    code = (
+        "import sys\n"
+        f"sys.argv = ['vtw', *{command!r}, '--help']\n"
+        "from vtwcli.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n"
+        "    heavy = {'torch', 'transformers', 'datasets', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "    assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"vtw \w+ demo", done.stdout)
+    assert ESCAPE not in done.stdout
+
+
+def test_every_command_is_tested_here():
+    listed = vtw("--help").stdout.split("Commands")[1]
+    assert set(re.findall(r"^│ ([a-z]+) ", listed, re.MULTILINE)) == set(COMMANDS)
+
+
+def test_version():
+    done = vtw("--version")
+    assert (done.returncode, done.stdout) == (0, f"vtw {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["calibrate", "demo", "--eta", "-1"], "error: --eta: input should be greater than 0, got -1.0"),
+        (["calibrate", "demo", "--policy", "best"], "error: --policy: input should be 'paper', 'sustained'"),
+        (["calibrate", "demo", "--data", "demo:x=1"], "error: data source 'demo:x=1': unknown key 'x'"),
+        (
+            ["calibrate", "demo", "--plot", "curve.gif"],
+            "error: --plot: curve.gif must end in .png, .svg or .pdf",
+        ),
+        (["calibrate", "demo", "--device", "tpu"], "error: --device: string should match pattern"),
+        (["calibrate", "demo", "--min-layer", "99"], "error: --min-layer: 99 leaves no candidate"),
+        (["calibrate"], "error: no model given\n  name a directory, a Hub id or demo, or a recipe that does"),
+        (
+            ["calibrate", "demo", "--set", "calibrate.etta=1"],
+            "--set calibrate.etta=1: calibrate.etta: unknown key 'etta'",
+        ),
+        (
+            ["calibrate", "--recipe", "none.yaml"],
+            "error: none.yaml: cannot read the recipe: No such file or directory",
+        ),
+        (["calibrate", "demo", "--etaa", "1"], "No such option: --etaa"),
+    ],
+)
+def test_wrong_use_is_exit_2_and_one_clear_line(args, message, tmp_path):
+    done = vtw(*args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_model_is_exit_4(tmp_path):
+    done = vtw("calibrate", "./nothing-here", cwd=tmp_path)
+    assert done.returncode == 4
+    assert "./nothing-here" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_existing_output_is_kept_without_force(tmp_path):
+    (tmp_path / "k.json").write_text("precious")
+    done = vtw("calibrate", "demo", "--output", "k.json", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "error: k.json exists already\n  choose another name, or --force to replace it\n" in done.stderr
+    assert (tmp_path / "k.json").read_text() == "precious"
+
+
+def test_colour_only_on_a_terminal(tmp_path):
+    done = vtw("calibrate", "./nothing-here", cwd=tmp_path, env={"NO_COLOR": "1"})
+    assert ESCAPE not in done.stderr + done.stdout
+    assert ESCAPE not in vtw("calibrate", "./nothing-here", cwd=tmp_path).stderr
+
+
+def test_completion_knows_commands_and_options():
+    code = "import sys; sys.argv = ['vtw']; from vtwcli.cli import main; main()"
+    words = {"_VTW_COMPLETE": "complete_bash", "COMP_WORDS": "vtw calibrate --po", "COMP_CWORD": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **words}
+    )
+    assert done.stdout.split() == ["--policy", "--positions"]
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibrated")
+    args = ["calibrate", "demo", "--limit", "4", "--bootstrap", "50"]
+    return folder, vtw(*args, "--output", "k.json", cwd=folder), vtw(*args, "--json", cwd=folder)
+
+
+def test_calibrate_demo_writes_result_schedule_and_picture(calibrated):
+    folder, done, _ = calibrated
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in folder.iterdir()} == {"k.json", "k.schedule.yaml", "k.png"}
+    assert re.search(r"K = \d+ of \d+ layers", done.stdout)
+    assert ESCAPE not in done.stdout
+    assert "wrote k.json, k.schedule.yaml, k.png" in done.stderr
+
+
+def test_json_is_the_whole_of_stdout_and_equal_but_for_run(calibrated):
+    folder, _, done = calibrated
+    assert done.returncode == 0, done.stderr
+    printed, written = json.loads(done.stdout), json.loads((folder / "k.json").read_text())
+    assert printed.pop("run") != written.pop("run")
+    assert printed == written
+
+
+def test_keys_that_scripts_rely_on(calibrated):
+    folder, _, _ = calibrated
+    result = json.loads((folder / "k.json").read_text())
+    layers = result["num_layers"]
+    assert 0 < result["withdrawal_layer"] < layers
+    assert len(result["kl"]["mean"]) == layers
+    assert all(len(row) == layers for row in result["kl"]["samples"])
+    assert (result["policy"], result["eta"]) == ("worst-task", 0.003)
+    assert result["schedule"]["actions"] == [{"at": result["withdrawal_layer"], "action": "withdraw"}]
+
+
+def test_no_layer_qualifies_is_exit_3_and_the_curve_is_written(tmp_path):
+    done = vtw(
+        "calibrate",
+        "demo",
+        "--limit",
+        "2",
+        "--eta",
+        "1e-12",
+        "--output",
+        "k.json",
+        "--bootstrap",
+        "0",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 3
+    assert "error: No layer qualifies" in done.stderr
+    assert "Best compromise: layer" in done.stderr
+    result = json.loads((tmp_path / "k.json").read_text())
+    assert result["withdrawal_layer"] is None
+    assert result["schedule"] is None
+    assert (tmp_path / "k.png").stat().st_size > 1000

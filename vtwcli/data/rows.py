@@ -1,0 +1,281 @@
+"""Where rows come from: a local file, a local directory, or a data set on the Hub, read as a stream.
+
+Single files are read as they are written (text stays text, in CSV too); directories and Hub data sets through
+``datasets``. Images stay encoded, so that only chosen rows are decoded.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vtwcli.data.tasks import ORGANISATIONS, BadRow, Row
+from vtwcli.documents import nearest
+from vtwcli.errors import NotFoundError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+_SPLITS = ("test", "validation", "train")  # the first of these that is there is the default
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one split, in the order in which they are stored.
+
+    Attributes:
+        rows: the rows; a row that could not be read is a ``BadRow`` in its place.
+        where: names the source in messages.
+        folder: where relative image paths begin.
+        remote: whether reading on costs traffic.
+        record: what was read, for result files.
+    """
+
+    rows: Iterator[Row | BadRow]
+    where: str
+    folder: Path | None
+    remote: bool
+    record: dict[str, Any]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where there is none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+def _json_lines(path: Path) -> Iterator[Row | BadRow]:
+    with path.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                yield BadRow(f"line {number} is not JSON: {error}")
+                continue
+            yield Row(value) if isinstance(value, dict) else BadRow(f"line {number} is not a JSON object")
+
+
+def _json(path: Path) -> Iterator[Row | BadRow]:
+    value = json.loads(path.read_text(encoding="utf-8-sig"))
+    if isinstance(value, dict):  # {"data": [...]}, whatever the key
+        lists = [entry for entry in value.values() if isinstance(entry, list)]
+        value = lists[0] if len(lists) == 1 else value
+    if not isinstance(value, list):
+        raise ValueError("it is not a list of objects")
+    for entry in value:
+        yield Row(entry) if isinstance(entry, dict) else BadRow("it is not a JSON object")
+
+
+def _table(path: Path) -> Iterator[Row | BadRow]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        for values in reader:
+            if None in values:
+                yield BadRow(f"line {reader.line_num} has more fields than the header")
+            else:
+                yield Row(values)
+
+
+def _parquet(path: Path) -> Iterator[Row | BadRow]:
+    import pyarrow.parquet as parquet
+
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=64):
+            yield from map(Row, batch.to_pylist())
+
+
+_READERS = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet, ".csv": _table, ".tsv": _table}
+
+
+def _guarded(rows: Iterable[Row | BadRow], where: str) -> Iterator[Row | BadRow]:
+    """Turn whatever a reader raises into one line; file formats and networks raise too many types to list."""
+    try:
+        yield from rows
+    except Exception as error:
+        raise NotFoundError(f"{where}: cannot be read: {first_line(error)}") from error
+
+
+def _file(path: Path) -> Rows:
+    suffix = path.suffix.lower()
+    if suffix not in _READERS:
+        raise NotFoundError(f"{path}: unknown kind of data file {suffix!r}", f"known: {', '.join(SUFFIXES)}")
+    rows = _guarded(_READERS[suffix](path), str(path))
+    return Rows(rows, str(path), path.parent, False, {"path": str(path), "split": None})
+
+
+# --- directories and the Hub -----------------------------------------------------------------------------
+
+
+def _pick_split(available: Sequence[str], wanted: str | None, default: str | None, where: str) -> str:
+    if wanted is not None and wanted not in available:
+        close = nearest(wanted, available)
+        hint = f"did you mean {close!r}?" if close else None
+        raise NotFoundError(f"{where}: no split {wanted!r}; splits: {', '.join(available)}", hint)
+    for name in (wanted, default, *_SPLITS):
+        if name in available:
+            return str(name)
+    return available[0]
+
+
+def _decoded_never(data: Any) -> Iterator[Row | BadRow]:
+    """Rows of a ``datasets`` stream with images as stored and class labels by name."""
+    from datasets import ClassLabel
+
+    features = data.features or {}
+    labels = {name: feature for name, feature in features.items() if isinstance(feature, ClassLabel)}
+    for values in data.decode(False):
+        row = Row(values)
+        for name, feature in labels.items():
+            if isinstance(row[name], int) and row[name] >= 0:
+                row[name] = feature.int2str(row[name])
+        yield row
+
+
+def _opened(
+    splits: Mapping[str, Any], split: str | None, default: str | None, where: str
+) -> tuple[str, Iterator[Row | BadRow]]:
+    name = _pick_split(list(splits), split, default, where)
+    return name, _guarded(_decoded_never(splits[name]), where)
+
+
+def _directory(path: Path, config: str | None, split: str | None, default: str | None) -> Rows:
+    import datasets
+
+    for suffix in (".jsonl", ".csv", ".parquet"):
+        if (path / f"metadata{suffix}").is_file():
+            return _file(path / f"metadata{suffix}")
+    if config is not None and (path / config).is_dir():
+        return _directory(path / config, None, split, default)
+    try:
+        if (path / "dataset_dict.json").exists():
+            saved = datasets.load_from_disk(str(path))
+            splits = {name: data.to_iterable_dataset() for name, data in saved.items()}
+        elif (path / "state.json").exists():
+            splits = {"all": datasets.load_from_disk(str(path)).to_iterable_dataset()}
+        else:
+            known = datasets.get_dataset_config_names(str(path))
+            name = None if known == ["default"] else config
+            splits = datasets.load_dataset(str(path), name, streaming=True)
+    except Exception as error:
+        raise NotFoundError(f"{path}: cannot be read as a data set: {first_line(error)}") from error
+    picked, rows = _opened(splits, split, default, str(path))
+    return Rows(rows, str(path), path, False, {"path": str(path), "split": picked})
+
+
+def open_local(path: Path, config: str | None, split: str | None, default: str | None) -> Rows:
+    """Rows of a local file or directory.
+
+    Args:
+        path: a file of one of ``SUFFIXES``, or a directory: an image folder with metadata, a copy of a Hub
+            data set, or what ``save_to_disk`` of ``datasets`` wrote.
+        config: configuration, if the directory has several; may be a subdirectory.
+        split: split to read, which must be there.
+        default: split to read when none is asked for, if it is there.
+
+    Raises:
+        NotFoundError: not there, unreadable, or without that split.
+    """
+    if not path.exists():
+        raise NotFoundError(f"{path}: no such file or directory")
+    return _file(path) if path.is_file() else _directory(path, config, split, default)
+
+
+def _commit(repository: str, revision: str | None) -> str:
+    """The commit of a Hub data set, with one line for each way in which that fails."""
+    from huggingface_hub import HfApi
+    from huggingface_hub import errors as hub
+
+    offline_hint = (
+        "a local copy works offline: name its directory or file, or add path=DIR to a built-in task"
+    )
+    try:
+        return str(HfApi().dataset_info(repository, revision=revision, timeout=10).sha)
+    except hub.OfflineModeIsEnabled:
+        raise NotFoundError(
+            f"data set {repository!r}: the Hub is switched off (HF_HUB_OFFLINE)", offline_hint
+        ) from None
+    except hub.GatedRepoError:
+        raise NotFoundError(
+            f"data set {repository!r} is gated", "accept its terms on its page, then `hf auth login`"
+        ) from None
+    except hub.RevisionNotFoundError:
+        raise NotFoundError(f"data set {repository!r} has no revision {revision!r}") from None
+    except hub.RepositoryNotFoundError:
+        raise
+    except hub.HFValidationError as error:
+        raise NotFoundError(f"data set {repository!r}: {first_line(error)}") from None
+    except Exception as error:  # the HTTP client's own types differ between versions of huggingface_hub
+        raise NotFoundError(
+            f"data set {repository!r}: the Hub cannot be reached: {first_line(error)}", offline_hint
+        ) from error
+
+
+def open_hub(
+    repository: str, config: str | None, split: str | None, default: str | None, revision: str | None
+) -> Rows:
+    """Rows of a Hub data set, streamed.
+
+    Args:
+        repository: ``OWNER/NAME``; the owner ``*`` stands for each of ``ORGANISATIONS`` in turn.
+        config: configuration, or None for the only one.
+        split: split to read, which must be there.
+        default: split to read when none is asked for, if it is there.
+        revision: branch, tag or commit; the record names the commit that was read.
+
+    Raises:
+        NotFoundError: not found, gated, offline, unreadable, or without that configuration or split.
+    """
+    import datasets
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    names = [repository.replace("*", owner) for owner in ORGANISATIONS] if "*" in repository else [repository]
+    for name in names:
+        try:
+            commit = _commit(name, revision)
+            break
+        except RepositoryNotFoundError:
+            continue
+    else:
+        raise NotFoundError(
+            f"data set {' or '.join(map(repr, names))} is not on the Hub",
+            "check the name; private ones need `hf auth login`",
+        )
+    where = f"{name} ({config})" if config else name
+    try:
+        splits = datasets.load_dataset(name, config, revision=commit, streaming=True)
+    except Exception as error:
+        raise NotFoundError(f"data set {where}: cannot be read: {first_line(error)}") from error
+    picked, rows = _opened(splits, split, default, f"data set {where}")
+    record = {"repository": name, "config": config, "split": picked, "revision": commit}
+    return Rows(rows, f"data set {where}", None, True, record)
+
+
+def joined(rows: Rows, images: Rows, key: str, identity: str) -> Rows:
+    """Give each row the column ``image``: of the row of ``images`` whose ``identity`` equals the row's ``key``.
+
+    The column holds a function that fetches the image, still encoded, so that only chosen rows cost a search.
+    """
+    found: dict[Any, Any] = {}
+
+    def fetch(wanted: Any) -> Any:
+        while wanted not in found:
+            row = next(images.rows, None)
+            if row is None:
+                raise BadRow(f"column {key!r}: {images.where} has no image {wanted!r}")
+            if isinstance(row, BadRow):
+                raise row
+            found[row[identity]] = row["image"]
+        return found[wanted]
+
+    def with_image(row: Row | BadRow) -> Row | BadRow:
+        return Row(row, image=partial(fetch, row[key])) if isinstance(row, Row) and key in row else row
+
+    return Rows(map(with_image, rows.rows), rows.where, images.folder, rows.remote, rows.record)

@@ -1,0 +1,389 @@
+"""From data specifications to samples: the mix that calibration, analysis and evaluation share."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import io
+import random
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtwcli import console
+from vtwcli.data.metrics import METRICS
+from vtwcli.data.rows import SUFFIXES, Rows, first_line, joined, open_hub, open_local
+from vtwcli.data.sample import Sample
+from vtwcli.data.tasks import (
+    LETTER_LINE,
+    TASKS,
+    BadRow,
+    Row,
+    TaskRow,
+    fill,
+    letter_of,
+    lettered,
+    options,
+    text,
+    texts,
+)
+from vtwcli.documents import nearest
+from vtwcli.errors import NotFoundError, UsageError
+from vtwcli.recipe import Columns, DataSpec
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGE_MARK = "<image>"
+
+
+@dataclass(frozen=True)
+class DataMix:
+    """Samples of several sources, and what was read to get them.
+
+    Attributes:
+        samples: source by source, each in reading order.
+        fingerprints: content hash of each sample, in the same order (``sample_fingerprint``).
+        sources: per source its ``source``, ``tasks`` (name to number of samples), where it was read
+            (``repository``, ``config``, ``revision`` or ``path``; ``split``), ``choice`` (how samples were drawn),
+            ``rows`` (0-based row numbers used, as ranges), ``skipped`` and ``fingerprint`` (over ids and contents).
+        skipped: unreadable rows left out, over all sources.
+    """
+
+    samples: tuple[Sample, ...]
+    fingerprints: tuple[str, ...]
+    sources: tuple[dict[str, Any], ...]
+    skipped: int
+
+
+def load_data(
+    specs: Sequence[DataSpec],
+    *,
+    limit: int | None,
+    seed: int,
+    skip_bad: bool = False,
+    exclude: Collection[str] = (),
+) -> DataMix:
+    """Read the samples of a mix.
+
+    Samples are drawn uniformly with the seed: from all rows of local data, from the first rows (a stated
+    number) of a remote data set, so that a small calibration does not fetch a large set. ``order: first``
+    takes the first rows instead. ``limit`` counts per task, so that a source with several tasks (``demo``, or
+    a file with a task column) has as many samples of each.
+
+    Args:
+        specs: the sources; their own ``limit`` takes precedence.
+        limit: samples per task, or None for all.
+        seed: of the draw, at least 0.
+        skip_bad: leave out rows that cannot be read, and count them, instead of failing.
+        exclude: fingerprints of samples that must not come up, for example those of a calibration.
+
+    Raises:
+        UsageError: contradicting options, or two sources that give the same rows.
+        NotFoundError: a source or a task is missing, unreadable or empty, or a row is bad.
+    """
+    samples: list[Sample] = []
+    prints: list[str] = []
+    sources: list[dict[str, Any]] = []
+    for spec in specs:
+        drawing = _Drawing(spec, spec.limit or limit, seed, frozenset(exclude))
+        record = _read(spec, drawing, skip_bad)
+        chosen = drawing.chosen()
+        known = {sample.id for sample in samples}
+        for _, _, sample in chosen:
+            if sample.id in known:
+                raise UsageError(f"data source {spec.source!r} is in the mix twice: both give {sample.id!r}")
+        samples += [sample for _, _, sample in chosen]
+        prints += [content for _, content, _ in chosen]
+        sources.append(record)
+    return DataMix(tuple(samples), tuple(prints), tuple(sources), sum(entry["skipped"] for entry in sources))
+
+
+def _read(spec: DataSpec, drawing: _Drawing, skip_bad: bool) -> dict[str, Any]:
+    """Read one source into the drawing; its record for result files."""
+    if spec.metric is not None and spec.metric not in METRICS:
+        close = nearest(spec.metric, METRICS)
+        hint = f"did you mean {close!r}?" if close else f"known metrics: {', '.join(METRICS)}"
+        raise UsageError(f"data source {spec.source!r}: unknown metric {spec.metric!r}", hint)
+    reading = TASKS.get(spec.source) or _plain_reading(spec)
+    rows = _open(spec, drawing)
+    most = None
+    if rows.remote and drawing.limit is not None:
+        most = max(reading.buffer, 2 * drawing.limit)
+    found: dict[str, None] = {}
+    seen = skipped = 0
+    complaint: NotFoundError | None = None
+    with console.progress(f"reading {spec.source}", most) as bar:
+        for place, row in enumerate(islice(rows.rows, most)):
+            seen += 1
+            bar.advance()
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                task = spec.task or _task_of(spec, reading, row)
+                found[task] = None
+                if spec.tasks is None or task in spec.tasks:
+                    drawing.offer(place, task, partial(_sample, spec, reading, rows, place, task, row))
+            except BadRow as bad:
+                complaint = NotFoundError(
+                    f"{rows.where}, row {place}: {bad.message}", bad.hint or "--skip-bad leaves such rows out"
+                )
+                if not skip_bad:
+                    raise complaint from None
+                skipped += 1
+            if len(found) == 1 and drawing.full and not _has_tasks(spec, row):
+                break
+    for task in spec.tasks or ():
+        if not drawing.kept.get(task):
+            raise NotFoundError(
+                f"{rows.where}: no samples of the task {task!r}; tasks: {', '.join(found) or 'none'}"
+            )
+    chosen = drawing.chosen()
+    if not chosen:
+        reason = f"; {skipped} rows skipped, the last because: {complaint.message}" if complaint else ""
+        raise NotFoundError(f"{rows.where}: no samples{reason}")
+    digest = hashlib.sha256()
+    for place, content, _ in chosen:
+        digest.update(f"{place}:{content}\n".encode())
+    whole = "first" if most is not None and seen == most else "all"
+    draw = "first rows" if spec.order == "first" else f"seeded draw from {whole} {seen} rows"
+    return {
+        "source": spec.source,
+        "tasks": {task: len(kept) for task, kept in sorted(drawing.kept.items()) if kept},
+        **rows.record,
+        "choice": draw,
+        "rows": _ranges([place for place, _, _ in chosen]),
+        "skipped": skipped,
+        "fingerprint": digest.hexdigest(),
+    }
+
+
+def _open(spec: DataSpec, drawing: _Drawing) -> Rows:
+    """Open the rows of a source, wherever they are."""
+    if spec.source == "demo":
+        return _demo(spec, drawing)
+    row = TASKS.get(spec.source)
+    if spec.path is not None and row is None:
+        raise UsageError(
+            f"data source {spec.source!r}: path is for built-in tasks", "use the path as the source"
+        )
+    config = spec.config or (row.config if row else None)
+    default = row.split if row else None
+    path = Path(spec.path or spec.source).expanduser()
+    if spec.path is not None or (row is None and path.exists()):
+        if spec.revision is not None:
+            raise UsageError(f"data source {spec.source!r}: a local path has no revision")
+        rows = open_local(path, config, spec.split, default)
+        if row and row.join and path.is_dir():
+            images = open_local(path, row.join.config, rows.record["split"], None)
+            rows = joined(rows, images, row.join.key, row.join.id)
+        return rows
+    if row is not None:
+        rows = open_hub(row.repository, config, spec.split, default, spec.revision)
+        if row.join:
+            read = rows.record
+            images = open_hub(read["repository"], row.join.config, read["split"], None, read["revision"])
+            rows = joined(rows, images, row.join.key, row.join.id)
+        return rows
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec.source) and path.suffix.lower() not in SUFFIXES:
+        return open_hub(spec.source, config, spec.split, None, spec.revision)
+    known = ("demo", *TASKS)
+    close = nearest(spec.source, known)
+    raise NotFoundError(
+        f"data source {spec.source!r}: no such file, directory or built-in task",
+        f"did you mean {close!r}?"
+        if close
+        else f"built-in: {', '.join(known)}; a Hub data set is OWNER/NAME",
+    )
+
+
+def _has_tasks(spec: DataSpec, row: Row | BadRow) -> bool:
+    """Whether a column says which task a row belongs to."""
+    if spec.task is not None or spec.source in TASKS or isinstance(row, BadRow):
+        return False
+    return spec.columns.task is not None or "task" in row
+
+
+def _task_of(spec: DataSpec, reading: TaskRow, row: Row) -> str:
+    return text(row, spec.columns.task or "task") if _has_tasks(spec, row) else reading.name
+
+
+def _plain_reading(spec: DataSpec) -> TaskRow:
+    """How rows are read that no built-in task describes: by the usual or the given column names."""
+    columns = spec.columns
+
+    def named(row: Row, given: str | None, *usual: str) -> str:
+        """The given column, else the first usual one that is there, else the first usual one."""
+        return given or next((name for name in usual if name in row), usual[0])
+
+    def choices(row: Row) -> tuple[str, ...]:
+        column = columns.choices or "choices"
+        return options(row, column) if columns.choices or row.get(column) else ()
+
+    def prompt(row: Row) -> str:
+        question = text(row, columns.question or "question")
+        return f"{question}\n{lettered(choices(row))}\n{LETTER_LINE}" if choices(row) else question
+
+    def references(row: Row) -> tuple[str, ...]:
+        column = named(row, columns.answer, "answer", "answers")
+        if columns.answer is None and column not in row:
+            return ()  # data without labels: enough for calibration
+        return (letter_of(row, column, choices(row)),) if choices(row) else texts(row, column)
+
+    return TaskRow(
+        name=Path(spec.source).stem,
+        title=spec.source,
+        repository=spec.source,
+        config=None,
+        split="",
+        metric="exact_match",
+        columns=Columns(question=columns.question or "question"),
+        prompt=prompt,
+        references=references,
+        choices=choices,
+        images=lambda row: (named(row, columns.image, "image", "file_name"),),
+    )
+
+
+def _sample(spec: DataSpec, reading: TaskRow, rows: Rows, place: int, task: str, row: Row) -> Sample:
+    """One row as a sample.
+
+    Raises:
+        BadRow: it cannot be one.
+    """
+    for role, usual in reading.columns:
+        given = getattr(spec.columns, role)
+        if given is not None and usual is not None and given != usual:
+            row = Row(row, **{usual: row[given]})
+    choices = reading.choices(row)
+    if spec.prompt is None:
+        prompt = reading.prompt(row)
+    else:
+        prompt = fill(spec.prompt, row, reading.columns.question or "question", choices)
+    if IMAGE_MARK in prompt:  # images are shown before the text, and a mark in it would ask for one more
+        prompt = prompt.replace(IMAGE_MARK, "").strip()
+    images = []
+    for column in reading.images(row):
+        values = row[column] if isinstance(row[column], list) else [row[column]]
+        images += [decode_image(value, column, rows.folder) for value in values]
+    metric = spec.metric or (
+        "multiple_choice" if choices and reading.metric == "exact_match" else reading.metric
+    )
+    split = rows.record.get("split")
+    identity = row["id"] if spec.source == "demo" else place
+    return Sample(
+        id=":".join(str(part) for part in (spec.source, split, identity) if part is not None),
+        task=task,
+        images=tuple(images),
+        prompt=prompt,
+        references=reading.references(row),
+        metric=metric,
+        choices=choices,
+        meta={name: row[name] for name in reading.meta},
+    )
+
+
+def _ranges(places: Sequence[int]) -> str:
+    """Row numbers in a few characters: ``0-19,40``."""
+    runs: list[list[int]] = []
+    for place in sorted(places):
+        if runs and place == runs[-1][1] + 1:
+            runs[-1][1] = place
+        else:
+            runs.append([place, place])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def sample_fingerprint(sample: Sample) -> str:
+    """SHA-256 of what a sample says: prompt, references, and its images' sizes and RGB pixels; not its id."""
+    digest = hashlib.sha256()
+    for part in (sample.prompt, *sample.references):
+        digest.update(f"{len(part)}:{part}".encode())
+    for image in sample.images:
+        digest.update(str(image.size).encode() + image.tobytes())
+    return digest.hexdigest()
+
+
+def decode_image(value: Any, column: str, folder: Path | None) -> Image:
+    """An image column's value as an upright RGB image.
+
+    Args:
+        value: a PIL image, encoded bytes, a path, a ``{"bytes", "path"}`` record of ``datasets``, or a
+            function that returns one of these.
+        column: its name, for messages.
+        folder: where a relative path begins.
+
+    Raises:
+        BadRow: empty, missing or not an image.
+    """
+    from PIL import Image, ImageOps
+
+    if callable(value):
+        value = value()
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if value is None or value == "":
+        raise BadRow(f"column {column!r} is empty")
+    name = "the image"
+    try:
+        if isinstance(value, Image.Image):
+            image = value
+        elif isinstance(value, bytes | bytearray):
+            image = Image.open(io.BytesIO(value))
+        elif isinstance(value, str):
+            name = repr(value)
+            image = Image.open((folder or Path()) / Path(value).expanduser())
+        else:
+            raise BadRow(f"column {column!r} holds a {type(value).__name__}, not an image or a path")
+        with image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise BadRow(f"column {column!r}: no file {name}") from None
+    except BadRow:
+        raise
+    except Exception as error:  # decoders raise whatever a broken file leads them to
+        raise BadRow(f"column {column!r}: cannot decode {name}: {first_line(error)}") from error
+
+
+class _Drawing:
+    """Draws samples while rows stream by: per task the ``limit`` rows with the smallest keys are kept.
+
+    Keys are random for a shuffled draw, which makes it uniform over the rows seen, and row numbers otherwise.
+    A row is only decoded once its key is small enough, about ``limit * (1 + log(rows / limit))`` times.
+    """
+
+    def __init__(self, spec: DataSpec, limit: int | None, seed: int, exclude: frozenset[str]) -> None:
+        self.limit, self.seed, self.exclude = limit, seed, exclude
+        self.kept: dict[str, list[tuple[float, int, str, Sample]]] = {}  # a heap each, largest key first
+        self._first = spec.order == "first"
+        self._random = random.Random(seed)
+
+    @property
+    def full(self) -> bool:
+        """Whether no later row can come in, given that all rows are of one task."""
+        limit = self.limit
+        return self._first and limit is not None and any(len(kept) >= limit for kept in self.kept.values())
+
+    def offer(self, place: int, task: str, make: Callable[[], Sample]) -> None:
+        """Consider one row; ``make`` decodes it."""
+        key = float(place) if self._first else self._random.random()
+        kept = self.kept.setdefault(task, [])
+        crowded = self.limit is not None and len(kept) >= self.limit
+        if crowded and -kept[0][0] <= key:
+            return
+        sample = make()
+        content = sample_fingerprint(sample)
+        if content in self.exclude:
+            return
+        (heapq.heapreplace if crowded else heapq.heappush)(kept, (-key, -place, content, sample))
+
+    def chosen(self) -> list[tuple[int, str, Sample]]:
+        """(row number, fingerprint, sample) of the kept rows in reading order."""
+        found = [
+            (-place, content, sample) for kept in self.kept.values() for _, place, content, sample in kept
+        ]
+        return sorted(found, key=lambda entry: entry[0])

@@ -1,0 +1,335 @@
+"""The built-in public tasks: one row each, with prompt, references, metric and where the data lives.
+
+Prompts are those of lmms-eval, so that numbers can be compared. Nothing here imports torch or datasets.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vtwcli.documents import nearest
+from vtwcli.errors import VtwError
+from vtwcli.recipe import Columns, DataSpec
+
+DEFAULT_MIX = ("scienceqa", "gqa", "ocrbench", "flickr30k")
+"""Read from the Hub for a real model when nothing else is asked for: choice, short answer, text, caption."""
+
+ORGANISATIONS = ("lmms-lab-encoder", "lmms-lab")
+"""Where lmms-eval keeps its image data sets, newest place first; the first one that answers is read."""
+
+LETTERS = string.ascii_uppercase
+BUFFER_ROWS = 200
+LETTER_LINE = "Answer with the option's letter from the given choices directly."
+SHORT_LINE = "Answer the question using a single word or phrase."
+
+
+class BadRow(VtwError):
+    """A row that cannot become a sample; the source adds its place, or skips it."""
+
+
+class Row(dict[str, Any]):
+    """One row of a data set; a column that is not there is a ``BadRow`` that names those that are."""
+
+    def __missing__(self, column: str) -> Any:
+        close = nearest(column, map(str, self))
+        hint = "name another one with columns.ROLE=COLUMN, for example columns.question="
+        raise BadRow(
+            f"no column {column!r}; columns: {', '.join(map(str, self)) or 'none'}",
+            f"{hint}{close or 'text'}",
+        )
+
+
+def text(row: Row, column: str) -> str:
+    """A column that must hold text; numbers are written out.
+
+    Raises:
+        BadRow: the column is missing, empty or of another kind.
+    """
+    value = row[column]
+    if isinstance(value, int | float):
+        return str(value)
+    if value is None or value == "":
+        raise BadRow(f"column {column!r} is empty")
+    if not isinstance(value, str):
+        raise BadRow(f"column {column!r} holds a {type(value).__name__}, not text")
+    return value
+
+
+def texts(row: Row, column: str) -> tuple[str, ...]:
+    """A column that holds one text or several; some of several may be empty, but not all."""
+    value = row[column]
+    if not isinstance(value, list | tuple):
+        return (text(row, column),)
+    for one in value:
+        if not isinstance(one, str | int | float):
+            raise BadRow(f"column {column!r} holds a {type(one).__name__} among its texts")
+    found = tuple(str(one) for one in value)
+    if not any(one.strip() for one in found):
+        raise BadRow(f"column {column!r} is empty")
+    return found
+
+
+def options(row: Row, column: str) -> tuple[str, ...]:
+    """A column that holds a list of options, or a string that writes one down as in MMMU and in CSV files."""
+    value = row[column]
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            value = None
+    if not isinstance(value, list | tuple) or not value:
+        raise BadRow(f"column {column!r} is not a list of choices")
+    if len(value) > len(LETTERS):
+        raise BadRow(f"column {column!r} has {len(value)} choices; at most {len(LETTERS)} have a letter")
+    return tuple(str(one) for one in value)
+
+
+def lettered(choices: Sequence[str]) -> str:
+    """One line ``A. text`` per choice."""
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+
+
+def letter_at(row: Row, column: str, choices: Sequence[str]) -> str:
+    """The letter of the choice whose 0-based place the column holds, as a number or as digits."""
+    value = row[column]
+    try:
+        place = int(value)
+    except (TypeError, ValueError):
+        raise BadRow(f"column {column!r} holds {value!r}, not the place of a choice") from None
+    if not 0 <= place < len(choices):
+        raise BadRow(f"column {column!r} holds {place}, but there are {len(choices)} choices")
+    return LETTERS[place]
+
+
+def letter_of(row: Row, column: str, choices: Sequence[str]) -> str:
+    """The letter of the right choice, however the column names it: as text, as a letter or as a 0-based place."""
+    value = row[column]
+    if isinstance(value, str):
+        said = value.strip().casefold()
+        by_text = {
+            choice.strip().casefold(): letter for letter, choice in zip(LETTERS, choices, strict=False)
+        }
+        by_letter = {letter.casefold(): letter for letter in LETTERS[: len(choices)]}
+        for accepted in (by_text, by_letter):
+            if said in accepted:
+                return accepted[said]
+        if not said.isdecimal():
+            raise BadRow(f"column {column!r} holds {value!r}, which is none of the choices")
+    return letter_at(row, column, choices)
+
+
+def fill(template: str, row: Row, question: str, choices: Sequence[str]) -> str:
+    """Put a row into a prompt template.
+
+    Args:
+        template: text with ``{question}``, ``{choices}`` (lettered lines) or ``{COLUMN}`` of any column.
+        row: the row.
+        question: name of its question column.
+        choices: its options.
+
+    Raises:
+        BadRow: the template names a column that is not there.
+    """
+
+    def value(name: re.Match[str]) -> str:
+        if name[1] == "choices":
+            return lettered(choices)
+        return text(row, question if name[1] == "question" else name[1])
+
+    return re.sub(r"\{(\w+)\}", value, template)
+
+
+@dataclass(frozen=True)
+class Join:
+    """Images that live in another configuration of the same data set, found by an id."""
+
+    config: str
+    key: str
+    id: str
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """How the rows of a data set become samples.
+
+    Attributes:
+        name: what the user types, and the task's name in the mix.
+        title: for people.
+        repository: name on the Hub; ``*/NAME`` stands for lmms-eval's organisations.
+        config: configuration on the Hub, or None for the only one.
+        split: the split that is read by default.
+        metric: key of the metric (``vtwcli.data.metrics``).
+        columns: names of its columns.
+        prompt: the user's turn of a row.
+        references: accepted answers of a row.
+        choices: options of a row; empty for open questions.
+        images: names of the image columns that a row uses.
+        meta: columns that the metric reads.
+        join: where the images are, if not in the row.
+        buffer: rows of a remote set among which samples are drawn; whole sets where rows are sorted by kind.
+    """
+
+    name: str
+    title: str
+    repository: str
+    config: str | None
+    split: str
+    metric: str
+    columns: Columns
+    prompt: Callable[[Row], str]
+    references: Callable[[Row], tuple[str, ...]]
+    choices: Callable[[Row], tuple[str, ...]] = lambda row: ()
+    images: Callable[[Row], tuple[str, ...]] = lambda row: ("image",)
+    meta: tuple[str, ...] = ()
+    join: Join | None = None
+    buffer: int = BUFFER_ROWS
+
+
+def _scienceqa_prompt(row: Row) -> str:
+    context = f"Context: {row['hint']}\n" if row["hint"] else ""
+    return f"{context}{text(row, 'question')}\n{lettered(options(row, 'choices'))}\n{LETTER_LINE}"
+
+
+def _mmmu_choices(row: Row) -> tuple[str, ...]:
+    return options(row, "options") if row["question_type"] == "multiple-choice" else ()
+
+
+def _mmmu_prompt(row: Row) -> str:
+    choices = _mmmu_choices(row)
+    if choices:
+        return f"{text(row, 'question')}\n{lettered(choices)}\n\n{LETTER_LINE}"
+    return f"{text(row, 'question')}\n\n{SHORT_LINE}"
+
+
+def _mmmu_references(row: Row) -> tuple[str, ...]:
+    answer = text(row, "answer")
+    if not _mmmu_choices(row) and answer.startswith("["):  # several accepted answers, written as a list
+        return options(row, "answer")
+    return (answer,)
+
+
+def _mmmu_images(row: Row) -> tuple[str, ...]:
+    shown = " ".join((text(row, "question"), *_mmmu_choices(row)))
+    named = sorted({int(number) for number in re.findall(r"<image (\d+)>", shown)})
+    present = [number for number in range(1, 8) if row.get(f"image_{number}") is not None]
+    return tuple(f"image_{number}" for number in named or present or [1])
+
+
+def _short(row: Row) -> str:
+    return f"{text(row, 'question').strip()}\n{SHORT_LINE}"
+
+
+TASKS: dict[str, TaskRow] = {
+    row.name: row
+    for row in (
+        TaskRow(
+            name="scienceqa",
+            title="ScienceQA, questions with an image",
+            repository="*/ScienceQA",
+            config="ScienceQA-IMG",
+            split="test",
+            metric="multiple_choice",
+            columns=Columns(image="image", question="question", answer="answer", choices="choices"),
+            prompt=_scienceqa_prompt,
+            references=lambda row: (letter_at(row, "answer", options(row, "choices")),),
+            choices=lambda row: options(row, "choices"),
+        ),
+        TaskRow(
+            name="ai2d",
+            title="AI2D diagrams",
+            repository="*/ai2d",
+            config=None,
+            split="test",
+            metric="multiple_choice",
+            columns=Columns(image="image", question="question", answer="answer", choices="options"),
+            prompt=lambda row: f"{text(row, 'question')}\n{lettered(options(row, 'options'))}\n{LETTER_LINE}",
+            references=lambda row: (letter_at(row, "answer", options(row, "options")),),
+            choices=lambda row: options(row, "options"),
+        ),
+        TaskRow(
+            name="mmmu",
+            title="MMMU",
+            repository="*/MMMU",
+            config=None,
+            split="validation",
+            metric="mmmu",
+            columns=Columns(question="question", answer="answer", choices="options"),
+            prompt=_mmmu_prompt,
+            references=_mmmu_references,
+            choices=_mmmu_choices,
+            images=_mmmu_images,
+            meta=("id", "question_type"),
+            buffer=900,
+        ),
+        TaskRow(
+            name="gqa",
+            title="GQA, balanced test-dev",
+            repository="*/GQA",
+            config="testdev_balanced_instructions",
+            split="testdev",
+            metric="exact_match",
+            columns=Columns(question="question", answer="answer"),
+            prompt=_short,
+            references=lambda row: (text(row, "answer"),),
+            join=Join(config="testdev_balanced_images", key="imageId", id="id"),
+        ),
+        TaskRow(
+            name="textvqa",
+            title="TextVQA",
+            repository="*/textvqa",
+            config=None,
+            split="validation",
+            metric="vqa_soft",
+            columns=Columns(image="image", question="question", answer="answers"),
+            # As published: capitalize() also puts names into lower case.
+            prompt=lambda row: f"{text(row, 'question').capitalize()}\n{SHORT_LINE}",
+            references=lambda row: texts(row, "answers"),
+        ),
+        TaskRow(
+            name="pope",
+            title="POPE, all three kinds of negatives",
+            repository="*/POPE",
+            config=None,
+            split="test",
+            metric="pope",
+            columns=Columns(image="image", question="question", answer="answer"),
+            prompt=_short,
+            references=lambda row: (text(row, "answer"),),
+            meta=("category",),
+        ),
+        TaskRow(
+            name="flickr30k",
+            title="Flickr30k captions",
+            repository="*/flickr30k",
+            config=None,
+            split="test",
+            metric="cider",
+            columns=Columns(image="image", answer="caption"),
+            prompt=lambda row: "Provide a one-sentence caption for the provided image.",
+            references=lambda row: texts(row, "caption"),
+        ),
+        TaskRow(
+            name="ocrbench",
+            title="OCRBench",
+            repository="echo840/OCRBench",
+            config=None,
+            split="test",
+            metric="ocrbench",
+            columns=Columns(image="image", question="question", answer="answer"),
+            prompt=lambda row: text(row, "question").strip(),
+            references=lambda row: texts(row, "answer"),
+            meta=("dataset", "question_type"),
+            buffer=1000,
+        ),
+    )
+}
+
+
+def default_mix() -> tuple[DataSpec, ...]:
+    """The data of ``DEFAULT_MIX``: one source per task, from the Hub."""
+    return tuple(DataSpec(source=name) for name in DEFAULT_MIX)

@@ -1,0 +1,519 @@
+"""Generation over exported ONNX graphs with ONNX Runtime.
+
+This file needs numpy and onnxruntime only: an exported directory carries a copy of it beside its graphs.
+Axes: B batch, S prompt, P past, T kept tokens, V vocabulary, D hidden size, N images.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    from vtwcli.errors import NotFoundError, UsageError
+except ImportError:  # beside an exported model the package need not be installed
+    NotFoundError = UsageError = ValueError  # type: ignore[assignment,misc]
+
+MANIFEST = "manifest.json"
+_TYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "bool": np.bool_}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+@dataclass
+class State:
+    """What a generation carries from step to step.
+
+    Attributes:
+        attended: for each decoder graph which cached positions are no padding, [B, P] of 0 and 1.
+        position: position of the next token, [B].
+        cache: present keys and values by their input name, on the device of the session.
+    """
+
+    attended: list[np.ndarray]
+    position: np.ndarray
+    cache: dict[str, Any] = field(default_factory=dict)
+
+
+class OnnxModel:
+    """An exported model, ready to generate.
+
+    Args:
+        directory: made by ``vtw export --format onnx``.
+        device: ``cpu`` or ``cuda``.
+        threads: of a session; 0 lets ONNX Runtime choose.
+
+    Raises:
+        NotFoundError: no manifest, or a graph that cannot be loaded.
+        UsageError: a device that this ONNX Runtime does not have.
+    """
+
+    def __init__(self, directory: str | Path, device: str = "cpu", threads: int = 0) -> None:
+        self.directory = Path(directory)
+        try:
+            self.manifest: dict[str, Any] = json.loads((self.directory / MANIFEST).read_text(encoding="utf-8"))
+            if self.manifest["format"] != "vtw-onnx" or self.manifest["format_version"] != 1:
+                raise ValueError("another format or version")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise NotFoundError(f"{self.directory} is no exported ONNX model: {error}") from error
+        self.device = device
+        self._threads = threads
+        self._sessions: dict[str, Any] = {}
+        self._graphs = {graph["role"]: graph for graph in self.manifest["graphs"]}
+        self._decoders = [graph["role"] for graph in self.manifest["graphs"] if graph["layers"] is not None]
+        self._check_device()
+
+    def _check_device(self) -> None:
+        import onnxruntime
+
+        provider = _PROVIDERS.get(self.device)
+        if provider not in onnxruntime.get_available_providers():
+            raise UsageError(
+                f"this ONNX Runtime has no device {self.device!r}"
+                f" (it has {', '.join(onnxruntime.get_available_providers())})"
+            )
+
+    def session(self, role: str) -> Any:
+        """The session of one graph, loaded when first used.
+
+        Raises:
+            NotFoundError: the file is missing or broken.
+        """
+        if role not in self._sessions:
+            import onnxruntime
+
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = self._threads
+            options.log_severity_level = 3
+            path = self.directory / self._graphs[role]["file"]
+            try:
+                self._sessions[role] = onnxruntime.InferenceSession(
+                    str(path), options, providers=[_PROVIDERS[self.device]]
+                )
+            except Exception as error:  # onnxruntime's own exceptions have no common base
+                raise NotFoundError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        return self._sessions[role]
+
+    def run(self, role: str, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Run one graph.
+
+        Args:
+            role: of the graph.
+            feeds: input name -> numpy array, or value that an earlier run returned.
+
+        Returns:
+            Output name -> value that stays on the session's device; ``.numpy()`` fetches it.
+        """
+        from onnxruntime import OrtValue
+
+        session, types = self.session(role), {p["name"]: p["dtype"] for p in self._graphs[role]["inputs"]}
+        binding = session.io_binding()
+        alive = []  # a binding does not keep its inputs alive
+        for name, value in feeds.items():
+            if isinstance(value, np.ndarray):
+                value = np.ascontiguousarray(value, dtype=_TYPES[types[name]])
+                value = OrtValue.ortvalue_from_numpy(value, self.device, 0)
+            alive.append(value)
+            binding.bind_ortvalue_input(name, value)
+        for port in self._graphs[role]["outputs"]:
+            binding.bind_output(port["name"], self.device)
+        session.run_with_iobinding(binding)
+        names = [port["name"] for port in self._graphs[role]["outputs"]]
+        return dict(zip(names, binding.get_outputs(), strict=True))
+
+    def embed(self, input_ids: np.ndarray) -> np.ndarray:
+        """Token embeddings [B, S, D]."""
+        return self.run("embed_tokens", {"input_ids": input_ids})["inputs_embeds"].numpy()
+
+    def features(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """The features of all images, in the order of their placeholders [rows, D]; None without images.
+
+        Args:
+            inputs: what the model's processor returns, as numpy arrays.
+        """
+        if any("video" in name for name in inputs):
+            raise UsageError("exported graphs take images, no videos")
+        if inputs.get("pixel_values") is None:
+            return None
+        return _ARRANGE[self.manifest["vision"]["arrange"]](self, inputs)
+
+    def prefill(self, inputs: Mapping[str, Any]) -> tuple[np.ndarray, State]:
+        """Run the prompt.
+
+        Args:
+            inputs: what the model's processor returns: ``input_ids`` and ``attention_mask`` [B, S], padded on
+                either side, and the images' tensors.
+
+        Returns:
+            Logits behind each row's last token [B, V], and the state to go on with.
+
+        Raises:
+            UsageError: placeholders that do not match the images, or a prompt that is too long.
+        """
+        arrays = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
+        input_ids = arrays["input_ids"].astype(np.int64)
+        attended = arrays.get("attention_mask", np.ones_like(input_ids)).astype(np.int64)
+        self._check_length(input_ids.shape[1])
+        if not attended.any(1).all():
+            raise UsageError("a row of the batch has no tokens")
+        visual = np.isin(input_ids, self.manifest["tokens"]["placeholder_ids"]) & (attended > 0)
+        hidden = self.embed(input_ids)
+        features = self.features(arrays)
+        count = 0 if features is None else len(features)
+        if count != int(visual.sum()):
+            raise UsageError(f"the prompt has {int(visual.sum())} visual tokens, the images give {count}")
+        if features is not None:
+            hidden[visual] = features
+        positions = self._positions(arrays, input_ids, attended)
+        state = State([], np.where(attended > 0, positions, -1).reshape(-1, *attended.shape).max((0, 2)) + 1)
+        logits = self._decode(hidden, attended, visual, positions, state)
+        return logits, state
+
+    def step(self, tokens: np.ndarray, state: State) -> np.ndarray:
+        """Run one more token of each row, [B], and return the logits behind it, [B, V]; ``state`` moves on."""
+        self._check_length(state.attended[0].shape[1] + 1)
+        tokens = np.asarray(tokens, dtype=np.int64)[:, None]
+        positions = state.position[:, None]
+        if self.manifest["positions"] == "grid":
+            positions = np.repeat(positions[None], 3, 0)
+        state.position = state.position + 1
+        none = np.zeros(tokens.shape, dtype=bool)
+        return self._decode(self.embed(tokens), np.ones_like(tokens), none, positions, state)
+
+    def _decode(
+        self, hidden: Any, attended: np.ndarray, visual: np.ndarray, positions: np.ndarray, state: State
+    ) -> np.ndarray:
+        """Run the decoder graphs over new tokens [B, S] and append to the state."""
+        first = not state.attended
+        kept_index, kept_mask = compact((attended > 0) & ~visual)
+        rows = np.arange(len(attended))[:, None]
+        kept_positions = positions[..., rows, kept_index]
+        if first:
+            empty = np.zeros((len(attended), 0), dtype=np.int64)
+            state.attended = [empty, empty]
+        state.attended = [np.concatenate(pair, 1) for pair in zip(state.attended, (attended, kept_mask), strict=True)]
+        last_full = attended.shape[1] - 1 - np.argmax(attended[:, ::-1], 1)
+        last_kept = np.full(len(attended), kept_index.shape[1] - 1)
+        offered = {"keep_index": kept_index, "kept_attention_mask": state.attended[1]}
+        out: dict[str, Any] = {}
+        for role in self._decoders:
+            names = [port["name"] for port in self._graphs[role]["inputs"]]
+            merged, gathers = "kept_attention_mask" in names, "keep_index" in names
+            now = {
+                **offered,
+                "inputs_embeds": hidden,
+                "hidden_states": hidden,
+                "attention_mask": state.attended[gathers and not merged],
+                "position_ids": kept_positions if gathers and not merged else positions,
+                "logits_index": (last_kept if gathers else last_full)[:, None],
+            }
+            feeds = {name: now[name] for name in names if name in now}
+            for port in self._graphs[role]["inputs"]:
+                if port["name"].startswith("past_key_values."):
+                    feeds[port["name"]] = (
+                        self._empty(port, len(attended)) if first else state.cache.pop(port["name"])
+                    )
+            out = self.run(role, feeds)
+            for name in [name for name in out if name.startswith("present.")]:
+                state.cache[name.replace("present.", "past_key_values.")] = out.pop(name)
+            hidden = out.get("hidden_states")
+        return out["logits"].numpy()[:, 0].astype(np.float32)
+
+    @staticmethod
+    def _empty(port: Mapping[str, Any], batch: int) -> np.ndarray:
+        return np.zeros((batch, port["shape"][1], 0, port["shape"][3]), dtype=_TYPES[port["dtype"]])
+
+    def _check_length(self, length: int) -> None:
+        longest = self.manifest["text"]["max_length"]
+        if length > longest:
+            raise UsageError(f"{length} tokens are more than the model's {longest}")
+
+    def _positions(
+        self, inputs: Mapping[str, np.ndarray], input_ids: np.ndarray, attended: np.ndarray
+    ) -> np.ndarray:
+        """Position ids: [B, S], or [3, B, S] where images have rows and columns."""
+        if self.manifest["positions"] == "grid":
+            visual = np.isin(input_ids, self.manifest["tokens"]["placeholder_ids"])
+            grids = inputs.get("image_grid_thw", np.zeros((0, 3), dtype=np.int64))
+            return grid_positions(visual, attended, grids, self.manifest["vision"]["spatial_merge_size"])
+        return np.maximum(np.cumsum(attended, 1) - 1, 0)
+
+    def generate(
+        self,
+        inputs: Mapping[str, Any],
+        max_new_tokens: int = 64,
+        *,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        eos_ids: Sequence[int] | None = None,
+        on_token: Callable[[np.ndarray], None] | None = None,
+    ) -> np.ndarray:
+        """Generate answers.
+
+        Args:
+            inputs: see ``prefill``.
+            max_new_tokens: at most so many.
+            do_sample: draw from the distribution; otherwise the most likely token.
+            temperature: divides the logits before drawing.
+            top_k: draw among the k most likely tokens; 0 for all.
+            top_p: draw among the most likely tokens that together have this probability.
+            seed: of the draws.
+            eos_ids: tokens that end an answer; None takes the model's own.
+            on_token: called with the tokens [B] of each step.
+
+        Returns:
+            New tokens [B, n]; behind the end of an answer the padding token.
+        """
+        ends = list(self.manifest["tokens"]["eos_ids"] if eos_ids is None else eos_ids)
+        random = np.random.default_rng(seed)
+        logits, state = self.prefill(inputs)
+        running = np.ones(len(logits), dtype=bool)
+        columns: list[np.ndarray] = []
+        while len(columns) < max_new_tokens:
+            tokens = sample(logits, random, temperature, top_k, top_p) if do_sample else logits.argmax(-1)
+            tokens = np.where(running, tokens, self.manifest["tokens"]["pad_id"])
+            columns.append(tokens)
+            if on_token is not None:
+                on_token(tokens)
+            running &= ~np.isin(tokens, ends)
+            if not running.any() or len(columns) == max_new_tokens:
+                break
+            logits = self.step(tokens, state)
+        return np.stack(columns, 1) if columns else np.zeros((len(logits), 0), dtype=np.int64)
+
+
+def compact(keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each row's kept positions are, right-aligned.
+
+    Args:
+        keep: [B, S] bool.
+
+    Returns:
+        Indices [B, T] in rising order and their mask [B, T] of 0 and 1; T is the largest number of any row, at
+        least 1. Rows with fewer begin with masked places.
+    """
+    width = max(int(keep.sum(1).max()), 1)
+    index = np.argsort(keep, 1, kind="stable")[:, keep.shape[1] - width :]
+    return index.astype(np.int64), np.take_along_axis(keep, index, 1).astype(np.int64)
+
+
+def sample(
+    logits: np.ndarray, random: np.random.Generator, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> np.ndarray:
+    """Draw one token per row from logits [B, V]; see ``OnnxModel.generate``."""
+    if temperature <= 0:
+        raise UsageError(f"a temperature of {temperature} is not above 0; for the most likely token do not sample")
+    drawn = []
+    for row in logits.astype(np.float64) / temperature:
+        order = np.argsort(-row, kind="stable")
+        order = order[: top_k or None]
+        weights = np.exp(row[order] - row[order[0]])
+        weights /= weights.sum()
+        before = np.cumsum(weights) - weights
+        weights = np.where(before < top_p, weights, 0.0)
+        weights[0] = weights[0] or 1.0
+        drawn.append(order[random.choice(len(order), p=weights / weights.sum())])
+    return np.array(drawn, dtype=np.int64)
+
+
+def grid_positions(visual: np.ndarray, attended: np.ndarray, grids: np.ndarray, merge: int) -> np.ndarray:
+    """Positions along time, row and column, [3, B, S]; text counts on, images hold their grid.
+
+    An image of t x h x w merged patches that begins at position p has (p + time, p + row, p + column); the text
+    behind it goes on at p + max(h, w). Qwen2-VL, arXiv:2409.12191.
+
+    Args:
+        visual: which positions are visual tokens [B, S].
+        attended: which are no padding [B, S].
+        grids: time, rows and columns of each image in patches [N, 3].
+        merge: patches merged along each side of a visual token.
+    """
+    positions = np.zeros((3, *visual.shape), dtype=np.int64)
+    image = iter(grids)
+    for row in range(len(visual)):
+        places = np.flatnonzero(attended[row])
+        at, start = 0, 0
+        while at < len(places):
+            if not visual[row, places[at]]:
+                positions[:, row, places[at]] = start
+                at, start = at + 1, start + 1
+                continue
+            grid = next(image, None)
+            if grid is None:
+                raise UsageError("the prompt has more images than image_grid_thw")
+            t, h, w = int(grid[0]), int(grid[1]) // merge, int(grid[2]) // merge
+            block = places[at : at + t * h * w]
+            if len(block) < t * h * w or not visual[row, block].all():
+                raise UsageError(f"an image of {t * h * w} visual tokens has fewer placeholders in the prompt")
+            positions[:, row, block] = start + np.indices((t, h, w)).reshape(3, -1)
+            at, start = at + t * h * w, start + max(h, w)
+    return positions
+
+
+def _rows(model: OnnxModel, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """LLaVA: every image has the same number of features."""
+    features = model.run("vision_encoder", {"pixel_values": inputs["pixel_values"]})["image_features"].numpy()
+    return features.reshape(-1, features.shape[-1])
+
+
+def _tiles(model: OnnxModel, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Idefics3 and SmolVLM: [B, n, 3, H, W] tiles; those that are all zero only fill up the batch."""
+    pixels = inputs["pixel_values"].reshape(-1, *inputs["pixel_values"].shape[2:])
+    real = (pixels != 0).any((1, 2, 3))
+    size = model.manifest["vision"]["patch_size"]
+    given = inputs.get("pixel_attention_mask", np.ones((*inputs["pixel_values"].shape[:2], *pixels.shape[2:])))
+    mask = given.reshape(-1, *given.shape[2:])[real] != 0
+    count, high, wide = mask.shape
+    patches = mask.reshape(count, high // size, size, wide // size, size).any((2, 4))
+    feeds = {"pixel_values": pixels[real], "patch_attention_mask": patches}
+    features = model.run("vision_encoder", feeds)["image_features"].numpy()
+    return features.reshape(-1, features.shape[-1])
+
+
+def _patches(model: OnnxModel, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Qwen2-VL and Qwen2.5-VL: packed patches, run image by image so that attention stays small."""
+    vision = model.manifest["vision"]
+    out, start = [], 0
+    for grid in inputs["image_grid_thw"].tolist():
+        stop = start + math.prod(grid)
+        feeds = {"pixel_values": inputs["pixel_values"][start:stop], **patch_feeds(grid, vision)}
+        out.append(model.run("vision_encoder", feeds)["image_features"].numpy())
+        start = stop
+    return np.concatenate(out)
+
+
+def patch_feeds(grid: Sequence[int], vision: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Where the patches of one image are and which of them see each other.
+
+    Args:
+        grid: time, rows, columns in patches.
+        vision: ``spatial_merge_size`` m, and for towers with windows ``window``, their side in merged patches.
+    """
+    t, h, w = grid
+    m = vision["spatial_merge_size"]
+    rows, columns = np.indices((h, w)).reshape(2, h // m, m, w // m, m).transpose(0, 1, 3, 2, 4).reshape(2, -1)
+    feeds = {
+        "patch_positions": np.tile(np.stack([rows, columns], 1), (t, 1)),
+        "segments": np.repeat(np.arange(t), h * w),
+    }
+    if vision.get("window"):
+        size = vision["window"]
+        time, high, wide = np.indices((t, h // m, w // m)).reshape(3, -1)
+        across = -(-(w // m) // size)
+        down = -(-(h // m) // size)
+        window = (time * down + high // size) * across + wide // size
+        order = np.argsort(window, kind="stable")
+        feeds |= {"window_index": order, "windows": np.repeat(window[order], m * m)}
+        # Patches stand in window order, frames one after the other: the segments stay as they are.
+    return feeds
+
+
+def _anyres(model: OnnxModel, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """LLaVA-NeXT and LLaVA-OneVision: the whole image and its tiles, [N, n, 3, H, W] padded along n."""
+    vision = model.manifest["vision"]
+    sizes = inputs["image_sizes"].tolist()
+    single = inputs.get("batch_num_images")
+    cut = [True] * len(sizes)
+    if single is not None:  # OneVision cuts an image into tiles only where it is the only one of its prompt
+        cut = [n == 1 for n in single.reshape(-1).tolist() for _ in range(n)]
+    tile = vision["image_size"]
+    resolutions = [best_resolution(size, vision["grid_pinpoints"]) for size in sizes]
+    counts = [
+        1 + (high // tile) * (wide // tile) if c else 1 for (high, wide), c in zip(resolutions, cut, strict=True)
+    ]
+    pixels = inputs["pixel_values"]
+    if pixels.ndim == 5:
+        pixels = np.concatenate([image[:n] for image, n in zip(pixels, counts, strict=True)])
+    out = model.run("vision_encoder", {"pixel_values": pixels})
+    features, newline = out["image_features"].numpy(), out["image_newline"].numpy()
+    starts = np.cumsum([0, *counts])
+    packed = [
+        pack(features[a:b], size, resolution, newline, vision)
+        for a, b, size, resolution in zip(starts, starts[1:], sizes, resolutions, strict=False)
+    ]
+    return np.concatenate(packed)
+
+
+def best_resolution(size: Sequence[int], pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The grid (height, width) that keeps most of an image's pixels and, among equals, wastes least."""
+    high, wide = size
+
+    def score(grid: Sequence[int]) -> tuple[int, int]:
+        scale = min(grid[1] / wide, grid[0] / high)
+        used = min(int(wide * scale) * int(high * scale), wide * high)
+        return used, used - grid[0] * grid[1]
+
+    best = max(pinpoints, key=score)
+    return int(best[0]), int(best[1])
+
+
+def pack(
+    features: np.ndarray,
+    size: Sequence[int],
+    resolution: tuple[int, int],
+    newline: np.ndarray,
+    vision: Mapping[str, Any],
+) -> np.ndarray:
+    """One image's features in reading order [rows, D]: the whole image, then the tiles without their padding,
+    with the new-line vector behind each line.
+
+    Args:
+        features: of the whole image and its tiles [n, T, D].
+        size: the image's height and width.
+        resolution: height and width of the grid of tiles.
+        newline: [D].
+        vision: ``image_size`` and ``patch_size`` of the tower; ``max_tiles``, where larger images are scaled down.
+    """
+    if len(features) == 1:
+        return np.concatenate([features[0], newline[None]])
+    side = vision["image_size"] // vision["patch_size"]
+    down, across = resolution[0] // vision["image_size"], resolution[1] // vision["image_size"]
+    grid = features[1:].reshape(down, across, side, side, -1).transpose(0, 2, 1, 3, 4)
+    grid = grid.reshape(down * side, across * side, -1)
+    high, wide = grid.shape[:2]
+    if size[1] / size[0] > wide / high:
+        edge = (high - int(round(size[0] * (wide / size[1]), 7))) // 2
+        grid = grid[edge : high - edge]
+    else:
+        edge = (wide - int(round(size[1] * (high / size[0]), 7))) // 2
+        grid = grid[:, edge : wide - edge]
+    if vision.get("max_tiles"):
+        ratio = math.sqrt(grid.shape[0] * grid.shape[1] / (vision["max_tiles"] * side**2))
+        if ratio > 1.1:
+            grid = shrink(grid, int(grid.shape[0] // ratio), int(grid.shape[1] // ratio))
+    lines = np.broadcast_to(newline, (grid.shape[0], 1, grid.shape[2]))
+    grid = np.concatenate([grid, lines.astype(grid.dtype)], 1)
+    return np.concatenate([features[0], grid.reshape(-1, grid.shape[-1])])
+
+
+def shrink(grid: np.ndarray, high: int, wide: int) -> np.ndarray:
+    """Bilinear interpolation of [H, W, D] to [high, wide, D], pixel centres at one half, edges repeated."""
+
+    def taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        place = np.maximum((np.arange(new, dtype=np.float32) + 0.5) * np.float32(old / new) - 0.5, 0)
+        low = np.minimum(place.astype(np.int64), old - 1)
+        return low, np.minimum(low + 1, old - 1), (place - low).astype(np.float32)
+
+    top, bottom, down = taps(grid.shape[0], high)
+    left, right, across = taps(grid.shape[1], wide)
+    values = grid.astype(np.float32)
+    down, across = down[:, None, None], across[None, :, None]
+    upper = values[top][:, left] * (1 - across) + values[top][:, right] * across
+    lower = values[bottom][:, left] * (1 - across) + values[bottom][:, right] * across
+    return (upper * (1 - down) + lower * down).astype(grid.dtype)
+
+
+_ARRANGE: dict[str, Callable[[OnnxModel, Mapping[str, np.ndarray]], np.ndarray]] = {
+    "rows": _rows,
+    "tiles": _tiles,
+    "patches": _patches,
+    "anyres": _anyres,
+}

@@ -1,0 +1,64 @@
+"""Where an option's value comes from: command line > ``--set`` > environment > recipe file > default.
+
+``--set calibrate.eta=1e-4`` and ``VTW_CALIBRATE__ETA=1e-4`` name a key of the recipe; their values are YAML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vtwcli import documents
+from vtwcli.errors import UsageError
+from vtwcli.recipe import Recipe
+
+ENVIRONMENT_PREFIX = "VTW_"
+
+
+def load_recipe(
+    path: Path | None, sets: Iterable[str] = (), environment: Mapping[str, str] | None = None
+) -> Recipe:
+    """The recipe that a command starts from.
+
+    Args:
+        path: recipe file; None starts from the defaults. Relative paths inside it are relative to it.
+        sets: ``KEY=VALUE`` texts of ``--set``, later ones win.
+        environment: variables; those that begin with ``VTW_`` and hold ``__`` name a key.
+
+    Raises:
+        UsageError: naming file, line, column and key, or the override that is wrong.
+    """
+    from ruamel.yaml.comments import CommentedMap
+
+    node = CommentedMap() if path is None else documents.read(path, "recipe")
+    name = "options" if path is None else str(path)
+    if not isinstance(node, dict):
+        return documents.validate(node, Recipe, name, "recipe")
+    origins: dict[str, str] = {}
+    for variable, value in sorted((environment or {}).items()):
+        key = variable.removeprefix(ENVIRONMENT_PREFIX)
+        if variable.startswith(ENVIRONMENT_PREFIX) and "__" in key:
+            dotted = key.lower().replace("__", ".")
+            _assign(node, dotted, value, variable)
+            origins[dotted] = f"environment variable {variable}"
+    for text in sets:
+        dotted, equals, value = text.partition("=")
+        if not equals or not dotted:
+            raise UsageError(f"--set {text}: not KEY=VALUE", "for example --set calibrate.eta=1e-4")
+        _assign(node, dotted, value, f"--set {text}")
+        origins[dotted] = f"--set {text}"
+    recipe = documents.validate(node, Recipe, name, "recipe", origins)
+    return recipe if path is None else recipe.relative_to(path.parent)
+
+
+def _assign(node: Any, dotted: str, value: str, origin: str) -> None:
+    """Put a YAML value at a dotted key, making the sections on the way."""
+    *sections, last = dotted.split(".")
+    for section in sections:
+        if node.get(section) is None:
+            node[section] = {}
+        node = node[section]
+        if not isinstance(node, dict):
+            raise UsageError(f"{origin}: {section!r} is not a section")
+    node[last] = documents.parse(value, origin, "value")
