@@ -1,0 +1,67 @@
+"""Progress and words stay on stderr, plain without a terminal."""
+
+import io
+
+import pytest
+
+from vtwcli import console
+
+
+@pytest.fixture(autouse=True)
+def fresh_settings():
+    before = console.settings.quiet, console.settings.verbose
+    yield
+    console.settings.quiet, console.settings.verbose = before
+
+
+def test_progress_without_a_terminal_is_sparse_lines(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
+    with console.progress("layers", total=4) as task:
+        for _ in range(4):
+            task.advance()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("layers: ")
+    assert "s left" in err
+    assert "\x1b" not in err
+
+
+def test_progress_on_a_terminal_draws_a_bar_with_remaining_time(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with console.progress("layers", total=3) as task:
+        task.advance(2)
+        task.update("layer 2")
+    drawn = terminal.getvalue()
+    assert "layer 2" in drawn
+    assert "2/3" in drawn
+    assert ":" in drawn  # the remaining time
+
+
+def test_quiet_silences_notes_but_not_warnings(capsys):
+    console.settings.quiet = True
+    console.note("a note")
+    console.warn("beware")
+    with console.progress("work", total=1) as task:
+        task.advance()
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "warning: beware\n")
+
+
+def test_details_need_verbose(capsys):
+    console.detail("inside")
+    assert capsys.readouterr().err == ""
+    console.settings.verbose = True
+    console.detail("inside")
+    assert capsys.readouterr().err == "inside\n"
+
+
+def test_markup_in_messages_is_text(capsys):
+    console.error("file [bold]x[/bold]", "hint [red]y")
+    assert capsys.readouterr().err == "error: file [bold]x[/bold]\n  hint [red]y\n"

@@ -1,0 +1,53 @@
+"""Nothing half-written, nothing overwritten unasked."""
+
+import stat
+
+import pytest
+
+from vtwcli import files
+from vtwcli.errors import UsageError, VtwError
+
+
+def test_write_is_whole_or_nothing(tmp_path):
+    target = tmp_path / "deep" / "result.json"
+    files.write_text(target, "whole")
+    assert target.read_text() == "whole"
+
+    def fail(path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(VtwError, match=r"result\.json: cannot write: No space left on device"):
+        files.write(target, fail)
+    assert target.read_text() == "whole"
+    assert [path.name for path in target.parent.iterdir()] == ["result.json"]
+
+
+def test_interruption_leaves_nothing(tmp_path):
+    def interrupt(path):
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.write(tmp_path / "result.json", interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_written_files_are_readable_by_others(tmp_path):
+    files.write_text(tmp_path / "a.txt", "x")
+    plain = tmp_path / "b.txt"
+    plain.write_text("x")
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_check_free(tmp_path):
+    taken = tmp_path / "taken.json"
+    taken.write_text("x")
+    files.check_free([None, tmp_path / "new" / "free.json"], force=False)
+    files.check_free([taken], force=True)
+    with pytest.raises(UsageError, match=r"taken\.json exists already"):
+        files.check_free([taken], force=False)
+    with pytest.raises(UsageError, match="is a directory"):
+        files.check_free([tmp_path], force=True)
+    with pytest.raises(UsageError, match="cannot write in"):
+        files.check_free([taken / "inside.json"], force=False)

@@ -1,0 +1,78 @@
+"""Precedence of options, and what wrong recipes are told."""
+
+import re
+
+import pytest
+
+from vtwcli.errors import UsageError
+from vtwcli.recipe import CalibrateSection, Recipe
+from vtwcli.settings import load_recipe
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_defaults_without_a_recipe():
+    assert load_recipe(None) == Recipe()
+    assert Recipe().calibrate == CalibrateSection()
+
+
+def test_set_beats_environment_beats_recipe_beats_default(write):
+    path = write("calibrate: {eta: 0.1, limit: 7, seed: 5, policy: paper}")
+    environment = {
+        "VTW_CALIBRATE__ETA": "0.2",
+        "VTW_CALIBRATE__LIMIT": "8",
+        "VTW_HOME": "ignored",
+        "ETA": "9",
+    }
+    found = load_recipe(path, ["calibrate.eta=3e-1"], environment).calibrate
+    assert (found.eta, found.limit, found.seed, found.policy) == (0.3, 8, 5, "paper")
+    assert found.bootstrap == CalibrateSection().bootstrap
+
+
+def test_yaml_1_2_numbers(write):
+    assert load_recipe(write("calibrate: {eta: 1e-3}")).calibrate.eta == 1e-3
+
+
+def test_short_forms(write):
+    recipe = load_recipe(write("model: demo\ndata: ['demo:limit=3', {source: scienceqa}]"))
+    assert recipe.model.name == "demo"
+    assert [(spec.source, spec.limit) for spec in recipe.data] == [("demo", 3), ("scienceqa", None)]
+
+
+def test_paths_are_relative_to_the_recipe(write, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "model").mkdir()
+    recipe = load_recipe(write("model: {name: model}\ndata: [{source: rows.jsonl}, {source: gqa}]"))
+    assert recipe.model.name == str(tmp_path / "model")
+    assert [spec.source for spec in recipe.data] == [str(tmp_path / "rows.jsonl"), "gqa"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sets", "environment", "message"),
+    [
+        ("calibrat: {eta: 1}", [], {}, "recipe.yaml:1:1: calibrat: unknown key 'calibrat' (did you mean 'calibrate'?)"),
+        ("calibrate:\n  etta: 1", [], {}, "recipe.yaml:2:3: calibrate.etta: unknown key 'etta' (did you mean 'eta'?)"),
+        ("calibrate:\n  eta: -1", [], {}, ":2:3: calibrate.eta: input should be greater than 0, got -1"),
+        ("calibrate:\n  eta: 1\n  eta: 2", [], {}, ':3:3: found duplicate key "eta"'),
+        ("calibrate: {policy: best}", [], {}, ":1:13: calibrate.policy: input should be 'paper', 'sustained'"),
+        ("calibrate: 3", [], {}, ":1:1: calibrate: input should be a valid dictionary"),
+        ("- 1", [], {}, "a recipe must be a mapping of keys to values, not list"),
+        ("data: ['demo:limit=x']", [], {}, "data: data source 'demo:limit=x': limit: Input should be a valid integer"),
+        ("{}", ["calibrate.etta=3"], {}, "--set calibrate.etta=3: calibrate.etta: unknown key 'etta'"),
+        ("{}", ["calibrate.eta"], {}, "--set calibrate.eta: not KEY=VALUE"),
+        ("calibrate: {eta: 1}", ["calibrate.eta.x=1"], {}, "--set calibrate.eta.x=1: 'eta' is not a section"),
+        ("{}", ["calibrate.eta=[1"], {}, "--set calibrate.eta=[1:1:3: expected"),
+        ("{}", [], {"VTW_CALIBRATE__ETA": "x"}, "environment variable VTW_CALIBRATE__ETA: calibrate.eta: input should"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_place(write, text, sets, environment, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load_recipe(write(text), sets, environment)
