@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
 
 # Libraries read these when they are imported, so they are set before any test module is.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="vtwcli-hf-home-")
-os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["HF_HOME"], "modules")  # noqa: PTH118
+_home = tempfile.mkdtemp(prefix="vtwcli-hf-home-")
+atexit.register(shutil.rmtree, _home, ignore_errors=True)
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": _home, "HF_MODULES_CACHE": f"{_home}/modules"}
 for _name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
     os.environ.pop(_name, None)
 

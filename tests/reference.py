@@ -86,21 +86,22 @@ def greedy(model: torch.nn.Module, batch: dict, k: int, steps: int, count_positi
         k: withdrawal layer; only the prompt's visual tokens are withdrawn.
         count_positions: pass ``position_ids`` counted from the mask; False lets the model find its own.
     """
-    batch = dict(batch)
+    batch, family = dict(batch), FAMILIES[model.config.model_type]
+    first = int(family.model_type == "paligemma")  # its generation counts positions from one
     visual = visual_mask(model, batch["input_ids"])
     tokens, scores = [], []
     last = batch["attention_mask"].shape[1] - 1
     for _ in range(steps):
-        extra = {"position_ids": positions(batch["attention_mask"])} if count_positions else {}
+        extra = {"position_ids": positions(batch["attention_mask"]) + first} if count_positions else {}
         out = logits(model, batch, withdrawal(model, visual, k), **extra)[:, last]
         token = out.argmax(-1, keepdim=True)
         tokens.append(token)
         scores.append(out)
         for name, fill in (("input_ids", token), ("attention_mask", torch.ones_like(token))):
             batch[name] = torch.cat([batch[name], fill], dim=1)
-        for name in ("token_type_ids", "mm_token_type_ids"):
+        for name, kind in (("token_type_ids", family.answer_token_type), ("mm_token_type_ids", 0)):
             if name in batch:
-                batch[name] = torch.cat([batch[name], torch.zeros_like(token)], dim=1)
+                batch[name] = torch.cat([batch[name], torch.full_like(token, kind)], dim=1)
         visual = torch.cat([visual, torch.zeros_like(token, dtype=torch.bool)], dim=1)
         last += 1
     return torch.cat(tokens, dim=1), torch.stack(scores, dim=1)

@@ -180,6 +180,22 @@ class CalibrateSection(Section):
     resume: bool = Field(False, description="keep finished samples across an interruption")
 
 
+class EvalSection(Section):
+    """How a schedule is judged."""
+
+    limit: int = Field(50, ge=1, description="samples per task")
+    max_new_tokens: int = Field(48, ge=1, description="longest answer")
+    batch_size: int = Field(8, ge=1, description="samples generated at once")
+    bootstrap: int = Field(1000, ge=0, description="resamples for the intervals of differences; 0 for none")
+    seed: int = Field(0, ge=0, description="of sample choice and bootstrap")
+    skip_bad: bool = Field(False, description="skip unreadable samples and count them")
+    timing: bool = Field(True, description="measure latencies, full and pruned in turn")
+    repeats: int = Field(5, ge=1, description="counted timing runs of each variant")
+    timing_tokens: int = Field(8, ge=1, description="tokens generated to time decoding")
+    max_drop: float | None = Field(None, ge=0, description="gate: largest drop of the worst task's metric")
+    max_kl: float | None = Field(None, ge=0, description="gate: largest mean KL over answer positions")
+
+
 class Recipe(Section):
     """One file from model to verified artefact; every part has a default.
 
@@ -189,6 +205,7 @@ class Recipe(Section):
     model: ModelSection = ModelSection()
     data: tuple[DataSpec, ...] = ()
     calibrate: CalibrateSection = CalibrateSection()
+    eval: EvalSection = EvalSection()
 
     @field_validator("model", mode="before")
     @classmethod

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vtwcli.data.tasks import ORGANISATIONS, BadRow, Row
 from vtwcli.documents import nearest
 from vtwcli.errors import NotFoundError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
-_SPLITS = ("test", "validation", "train")  # the first of these that is there is the default
+_SPLITS = ("test", "validation", "train")  # which split is read when nothing says so
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,27 @@ def _table(path: Path) -> Iterator[Row | BadRow]:
                 yield Row(values)
 
 
-def _parquet(path: Path) -> Iterator[Row | BadRow]:
+def _label(names: Sequence[str], value: Any) -> Any:
+    """A class label's name; no label, None or -1, stays what it is."""
+    return names[value] if isinstance(value, int) and value >= 0 else value
+
+
+def _parquet(source: Path | BinaryIO) -> Iterator[Row | BadRow]:
+    """Rows of a Parquet file, class labels by name; one row group is read at a time, and only when it is needed.
+
+    No read-ahead and no threads: those of Arrow's scanner fetch much more than was asked for, and a thread that
+    still reads when the process ends can block its exit for good (https://github.com/apache/arrow/issues/45214).
+    """
     import pyarrow.parquet as parquet
 
-    with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=64):
-            yield from map(Row, batch.to_pylist())
+    with parquet.ParquetFile(source, pre_buffer=False) as file:
+        described = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+        features = described.get("info", {}).get("features", {})
+        labels = {name: one["names"] for name, one in features.items() if "names" in one}
+        for group in range(file.num_row_groups):
+            for batch in file.iter_batches(batch_size=16, row_groups=[group], use_threads=False):
+                for values in batch.to_pylist():
+                    yield Row(values, **{name: _label(names, values[name]) for name, names in labels.items()})
 
 
 _READERS = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet, ".csv": _table, ".tsv": _table}
@@ -103,71 +118,96 @@ def _guarded(rows: Iterable[Row | BadRow], where: str) -> Iterator[Row | BadRow]
         raise NotFoundError(f"{where}: cannot be read: {first_line(error)}") from error
 
 
-def _file(path: Path) -> Rows:
+def _file(path: Path, split: str | None = None) -> Rows:
     suffix = path.suffix.lower()
     if suffix not in _READERS:
         raise NotFoundError(f"{path}: unknown kind of data file {suffix!r}", f"known: {', '.join(SUFFIXES)}")
     rows = _guarded(_READERS[suffix](path), str(path))
-    return Rows(rows, str(path), path.parent, False, {"path": str(path), "split": None})
+    return Rows(rows, str(path), path.parent, False, {"path": str(path), "split": split})
 
 
 # --- directories and the Hub -----------------------------------------------------------------------------
 
 
 def _pick_split(available: Sequence[str], wanted: str | None, default: str | None, where: str) -> str:
-    if wanted is not None and wanted not in available:
+    """The wanted split, else the only one, else the default one, else the first of ``_SPLITS``."""
+    if wanted is None and len(available) > 1:
+        wanted = default
+    if wanted is None:
+        return next((name for name in _SPLITS if name in available), available[0])
+    if wanted not in available:
         close = nearest(wanted, available)
         hint = f"did you mean {close!r}?" if close else None
         raise NotFoundError(f"{where}: no split {wanted!r}; splits: {', '.join(available)}", hint)
-    for name in (wanted, default, *_SPLITS):
-        if name in available:
-            return str(name)
-    return available[0]
+    return wanted
 
 
-def _decoded_never(data: Any) -> Iterator[Row | BadRow]:
-    """Rows of a ``datasets`` stream with images as stored and class labels by name."""
+def _streamed(data: Any) -> Iterator[Row | BadRow]:
+    """Rows of a ``datasets`` stream, images as stored and class labels by name."""
     from datasets import ClassLabel
 
     features = data.features or {}
-    labels = {name: feature for name, feature in features.items() if isinstance(feature, ClassLabel)}
+    labels = {name: feature.names for name, feature in features.items() if isinstance(feature, ClassLabel)}
     for values in data.decode(False):
-        row = Row(values)
-        for name, feature in labels.items():
-            if isinstance(row[name], int) and row[name] >= 0:
-                row[name] = feature.int2str(row[name])
-        yield row
+        yield Row(values, **{name: _label(names, values[name]) for name, names in labels.items()})
 
 
-def _opened(
-    splits: Mapping[str, Any], split: str | None, default: str | None, where: str
-) -> tuple[str, Iterator[Row | BadRow]]:
-    name = _pick_split(list(splits), split, default, where)
-    return name, _guarded(_decoded_never(splits[name]), where)
+def _parquet_files(files: Sequence[str]) -> Iterator[Row | BadRow]:
+    from huggingface_hub import HfFileSystem
+
+    for file in files:
+        if file.startswith("hf://"):
+            with HfFileSystem().open(file, "rb", block_size=2**20) as stream:
+                yield from _parquet(stream)
+        else:
+            yield from _parquet(Path(file))
+
+
+def _splits(builder: Any) -> dict[str, Iterator[Row | BadRow]]:
+    """The rows of each split of a ``datasets`` builder; nothing is read yet."""
+    files = {
+        str(name): [str(file) for file in some] for name, some in (builder.config.data_files or {}).items()
+    }
+    if files and all(file.endswith(".parquet") for some in files.values() for file in some):
+        return {name: _parquet_files(some) for name, some in files.items()}
+    return {name: _streamed(data) for name, data in builder.as_streaming_dataset().items()}
+
+
+def _metadata(folder: Path) -> Path | None:
+    """The file that describes an image folder."""
+    files = (folder / f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet"))
+    return next((file for file in files if file.is_file()), None)
 
 
 def _directory(path: Path, config: str | None, split: str | None, default: str | None) -> Rows:
     import datasets
 
-    for suffix in (".jsonl", ".csv", ".parquet"):
-        if (path / f"metadata{suffix}").is_file():
-            return _file(path / f"metadata{suffix}")
-    if config is not None and (path / config).is_dir():
-        return _directory(path / config, None, split, default)
+    if file := _metadata(path):
+        return open_local(file, None, split, None)
+    folders = {child.name: file for child in sorted(path.iterdir()) if (file := _metadata(child))}
+    if folders:
+        picked = _pick_split(list(folders), split, default, str(path))
+        return _file(folders[picked], picked)
+    named = None
     try:
         if (path / "dataset_dict.json").exists():
             saved = datasets.load_from_disk(str(path))
-            splits = {name: data.to_iterable_dataset() for name, data in saved.items()}
+            splits = {name: _streamed(data.to_iterable_dataset()) for name, data in saved.items()}
         elif (path / "state.json").exists():
-            splits = {"all": datasets.load_from_disk(str(path)).to_iterable_dataset()}
+            splits = {"all": _streamed(datasets.load_from_disk(str(path)).to_iterable_dataset())}
         else:
             known = datasets.get_dataset_config_names(str(path))
-            name = None if known == ["default"] else config
-            splits = datasets.load_dataset(str(path), name, streaming=True)
+            if config is not None and config not in known and (path / config).is_dir():
+                path = path / config  # a copy without its card
+            elif known != ["default"]:
+                named = config
+            splits = _splits(datasets.load_dataset_builder(str(path), named))
     except Exception as error:
         raise NotFoundError(f"{path}: cannot be read as a data set: {first_line(error)}") from error
-    picked, rows = _opened(splits, split, default, str(path))
-    return Rows(rows, str(path), path, False, {"path": str(path), "split": picked})
+    where = f"{path} ({named})" if named else str(path)
+    picked = _pick_split(list(splits), split, default, where)
+    record = {"path": str(path), "config": named, "split": picked}
+    return Rows(_guarded(splits[picked], where), where, path, False, record)
 
 
 def open_local(path: Path, config: str | None, split: str | None, default: str | None) -> Rows:
@@ -178,14 +218,18 @@ def open_local(path: Path, config: str | None, split: str | None, default: str |
             data set, or what ``save_to_disk`` of ``datasets`` wrote.
         config: configuration, if the directory has several; may be a subdirectory.
         split: split to read, which must be there.
-        default: split to read when none is asked for, if it is there.
+        default: split to read when none is asked for and there are several.
 
     Raises:
         NotFoundError: not there, unreadable, or without that split.
     """
     if not path.exists():
         raise NotFoundError(f"{path}: no such file or directory")
-    return _file(path) if path.is_file() else _directory(path, config, split, default)
+    if path.is_dir():
+        return _directory(path, config, split, default)
+    if split is not None:
+        raise NotFoundError(f"{path}: a single file has no split {split!r}")
+    return _file(path)
 
 
 def _commit(repository: str, revision: str | None) -> str:
@@ -227,7 +271,7 @@ def open_hub(
         repository: ``OWNER/NAME``; the owner ``*`` stands for each of ``ORGANISATIONS`` in turn.
         config: configuration, or None for the only one.
         split: split to read, which must be there.
-        default: split to read when none is asked for, if it is there.
+        default: split to read when none is asked for and there are several.
         revision: branch, tag or commit; the record names the commit that was read.
 
     Raises:
@@ -250,12 +294,13 @@ def open_hub(
         )
     where = f"{name} ({config})" if config else name
     try:
-        splits = datasets.load_dataset(name, config, revision=commit, streaming=True)
+        splits = _splits(datasets.load_dataset_builder(name, config, revision=commit))
     except Exception as error:
         raise NotFoundError(f"data set {where}: cannot be read: {first_line(error)}") from error
-    picked, rows = _opened(splits, split, default, f"data set {where}")
+    where = f"data set {where}"
+    picked = _pick_split(list(splits), split, default, where)
     record = {"repository": name, "config": config, "split": picked, "revision": commit}
-    return Rows(rows, f"data set {where}", None, True, record)
+    return Rows(_guarded(splits[picked], where), where, None, True, record)
 
 
 def joined(rows: Rows, images: Rows, key: str, identity: str) -> Rows:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
-import io
-import random
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vtwcli import console
+from vtwcli.data.drawing import Drawing, ranges
+from vtwcli.data.images import decode_image
 from vtwcli.data.metrics import METRICS
-from vtwcli.data.rows import SUFFIXES, Rows, first_line, joined, open_hub, open_local
+from vtwcli.data.rows import SUFFIXES, Rows, joined, open_hub, open_local
 from vtwcli.data.sample import Sample
 from vtwcli.data.tasks import (
     LETTER_LINE,
@@ -35,10 +34,8 @@ from vtwcli.documents import nearest
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.recipe import Columns, DataSpec
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 IMAGE_MARK = "<image>"
+DEMO_SPLITS = ("calibration", "test")
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def load_data(
     prints: list[str] = []
     sources: list[dict[str, Any]] = []
     for spec in specs:
-        drawing = _Drawing(spec, spec.limit or limit, seed, frozenset(exclude))
+        drawing = Drawing(spec.limit or limit, seed, first=spec.order == "first", exclude=exclude)
         record = _read(spec, drawing, skip_bad)
         chosen = drawing.chosen()
         known = {sample.id for sample in samples}
@@ -103,7 +100,7 @@ def load_data(
     return DataMix(tuple(samples), tuple(prints), tuple(sources), sum(entry["skipped"] for entry in sources))
 
 
-def _read(spec: DataSpec, drawing: _Drawing, skip_bad: bool) -> dict[str, Any]:
+def _read(spec: DataSpec, drawing: Drawing, skip_bad: bool) -> dict[str, Any]:
     """Read one source into the drawing; its record for result files."""
     if spec.metric is not None and spec.metric not in METRICS:
         close = nearest(spec.metric, METRICS)
@@ -153,16 +150,16 @@ def _read(spec: DataSpec, drawing: _Drawing, skip_bad: bool) -> dict[str, Any]:
     draw = "first rows" if spec.order == "first" else f"seeded draw from {whole} {seen} rows"
     return {
         "source": spec.source,
-        "tasks": {task: len(kept) for task, kept in sorted(drawing.kept.items()) if kept},
-        **rows.record,
+        "tasks": {task: len(kept) for task, kept in drawing.kept.items() if kept},
         "choice": draw,
-        "rows": _ranges([place for place, _, _ in chosen]),
+        **rows.record,
+        "rows": ranges([place for place, _, _ in chosen]),
         "skipped": skipped,
         "fingerprint": digest.hexdigest(),
     }
 
 
-def _open(spec: DataSpec, drawing: _Drawing) -> Rows:
+def _open(spec: DataSpec, drawing: Drawing) -> Rows:
     """Open the rows of a source, wherever they are."""
     if spec.source == "demo":
         return _demo(spec, drawing)
@@ -201,11 +198,37 @@ def _open(spec: DataSpec, drawing: _Drawing) -> Rows:
     )
 
 
+def _demo(spec: DataSpec, drawing: Drawing) -> Rows:
+    """Generated scenes that the demo model has not seen in training; the two splits share none either."""
+    from vtwcli.demo import scenes
+
+    for option in ("path", "config", "revision"):
+        if getattr(spec, option) is not None:
+            raise UsageError(f"data source 'demo': {option} does not apply to generated data")
+    tasks = spec.tasks or scenes.DEFAULT_TASKS
+    for task in tasks:
+        if task not in scenes.ALL_TASKS:
+            close = nearest(task, scenes.ALL_TASKS)
+            hint = f"did you mean {close!r}?" if close else f"tasks: {', '.join(scenes.ALL_TASKS)}"
+            raise UsageError(f"data source 'demo': unknown task {task!r}", hint)
+    split = spec.split or DEMO_SPLITS[0]
+    if split not in DEMO_SPLITS:
+        raise UsageError(f"data source 'demo': unknown split {split!r}", f"splits: {', '.join(DEMO_SPLITS)}")
+    if drawing.limit is None:
+        raise UsageError("data source 'demo': generated data has no end", "give a limit")
+    seed = (2 * drawing.seed + DEMO_SPLITS.index(split)) % 2**30
+    examples = scenes.examples("eval", drawing.limit * len(tasks), seed, tasks)
+    rows: Iterator[Row | BadRow] = (
+        Row(vars(example), id=f"{example.task}:{example.id.removeprefix('eval:')}") for example in examples
+    )
+    return Rows(rows, "demo", None, False, {"split": split, "choice": f"generated from seed {seed}"})
+
+
 def _has_tasks(spec: DataSpec, row: Row | BadRow) -> bool:
     """Whether a column says which task a row belongs to."""
-    if spec.task is not None or spec.source in TASKS or isinstance(row, BadRow):
+    if spec.task is not None or isinstance(row, BadRow):
         return False
-    return spec.columns.task is not None or "task" in row
+    return spec.columns.task is not None or (spec.source not in TASKS and "task" in row)
 
 
 def _task_of(spec: DataSpec, reading: TaskRow, row: Row) -> str:
@@ -285,105 +308,3 @@ def _sample(spec: DataSpec, reading: TaskRow, rows: Rows, place: int, task: str,
         choices=choices,
         meta={name: row[name] for name in reading.meta},
     )
-
-
-def _ranges(places: Sequence[int]) -> str:
-    """Row numbers in a few characters: ``0-19,40``."""
-    runs: list[list[int]] = []
-    for place in sorted(places):
-        if runs and place == runs[-1][1] + 1:
-            runs[-1][1] = place
-        else:
-            runs.append([place, place])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def sample_fingerprint(sample: Sample) -> str:
-    """SHA-256 of what a sample says: prompt, references, and its images' sizes and RGB pixels; not its id."""
-    digest = hashlib.sha256()
-    for part in (sample.prompt, *sample.references):
-        digest.update(f"{len(part)}:{part}".encode())
-    for image in sample.images:
-        digest.update(str(image.size).encode() + image.tobytes())
-    return digest.hexdigest()
-
-
-def decode_image(value: Any, column: str, folder: Path | None) -> Image:
-    """An image column's value as an upright RGB image.
-
-    Args:
-        value: a PIL image, encoded bytes, a path, a ``{"bytes", "path"}`` record of ``datasets``, or a
-            function that returns one of these.
-        column: its name, for messages.
-        folder: where a relative path begins.
-
-    Raises:
-        BadRow: empty, missing or not an image.
-    """
-    from PIL import Image, ImageOps
-
-    if callable(value):
-        value = value()
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if value is None or value == "":
-        raise BadRow(f"column {column!r} is empty")
-    name = "the image"
-    try:
-        if isinstance(value, Image.Image):
-            image = value
-        elif isinstance(value, bytes | bytearray):
-            image = Image.open(io.BytesIO(value))
-        elif isinstance(value, str):
-            name = repr(value)
-            image = Image.open((folder or Path()) / Path(value).expanduser())
-        else:
-            raise BadRow(f"column {column!r} holds a {type(value).__name__}, not an image or a path")
-        with image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise BadRow(f"column {column!r}: no file {name}") from None
-    except BadRow:
-        raise
-    except Exception as error:  # decoders raise whatever a broken file leads them to
-        raise BadRow(f"column {column!r}: cannot decode {name}: {first_line(error)}") from error
-
-
-class _Drawing:
-    """Draws samples while rows stream by: per task the ``limit`` rows with the smallest keys are kept.
-
-    Keys are random for a shuffled draw, which makes it uniform over the rows seen, and row numbers otherwise.
-    A row is only decoded once its key is small enough, about ``limit * (1 + log(rows / limit))`` times.
-    """
-
-    def __init__(self, spec: DataSpec, limit: int | None, seed: int, exclude: frozenset[str]) -> None:
-        self.limit, self.seed, self.exclude = limit, seed, exclude
-        self.kept: dict[str, list[tuple[float, int, str, Sample]]] = {}  # a heap each, largest key first
-        self._first = spec.order == "first"
-        self._random = random.Random(seed)
-
-    @property
-    def full(self) -> bool:
-        """Whether no later row can come in, given that all rows are of one task."""
-        limit = self.limit
-        return self._first and limit is not None and any(len(kept) >= limit for kept in self.kept.values())
-
-    def offer(self, place: int, task: str, make: Callable[[], Sample]) -> None:
-        """Consider one row; ``make`` decodes it."""
-        key = float(place) if self._first else self._random.random()
-        kept = self.kept.setdefault(task, [])
-        crowded = self.limit is not None and len(kept) >= self.limit
-        if crowded and -kept[0][0] <= key:
-            return
-        sample = make()
-        content = sample_fingerprint(sample)
-        if content in self.exclude:
-            return
-        (heapq.heapreplace if crowded else heapq.heappush)(kept, (-key, -place, content, sample))
-
-    def chosen(self) -> list[tuple[int, str, Sample]]:
-        """(row number, fingerprint, sample) of the kept rows in reading order."""
-        found = [
-            (-place, content, sample) for kept in self.kept.values() for _, place, content, sample in kept
-        ]
-        return sorted(found, key=lambda entry: entry[0])

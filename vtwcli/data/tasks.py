@@ -28,6 +28,14 @@ LETTER_LINE = "Answer with the option's letter from the given choices directly."
 SHORT_LINE = "Answer the question using a single word or phrase."
 
 
+_ROLES = {name: name for name in Columns.model_fields} | {
+    "file_name": "image",
+    "answers": "answer",
+    "caption": "answer",
+    "options": "choices",
+}  # which option names another column
+
+
 class BadRow(VtwError):
     """A row that cannot become a sample; the source adds its place, or skips it."""
 
@@ -36,12 +44,14 @@ class Row(dict[str, Any]):
     """One row of a data set; a column that is not there is a ``BadRow`` that names those that are."""
 
     def __missing__(self, column: str) -> Any:
-        close = nearest(column, map(str, self))
-        hint = "name another one with columns.ROLE=COLUMN, for example columns.question="
-        raise BadRow(
-            f"no column {column!r}; columns: {', '.join(map(str, self)) or 'none'}",
-            f"{hint}{close or 'text'}",
-        )
+        present = [str(name) for name in self]
+        hint: str | None
+        if column in _ROLES:
+            hint = f"name another one with columns.{_ROLES[column]}=COLUMN"
+        else:
+            close = nearest(column, present)
+            hint = f"did you mean {close!r}?" if close else None
+        raise BadRow(f"no column {column!r}; columns: {', '.join(present) or 'none'}", hint)
 
 
 def text(row: Row, column: str) -> str:
@@ -273,7 +283,7 @@ TASKS: dict[str, TaskRow] = {
             config="testdev_balanced_instructions",
             split="testdev",
             metric="exact_match",
-            columns=Columns(question="question", answer="answer"),
+            columns=Columns(image="image", question="question", answer="answer"),
             prompt=_short,
             references=lambda row: (text(row, "answer"),),
             join=Join(config="testdev_balanced_images", key="imageId", id="id"),

@@ -10,7 +10,8 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +44,7 @@ DTYPES: dict[str, torch.dtype] = {
 """The data types of safetensors headers that a supported checkpoint may hold."""
 
 _CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
+_INDEX = ".safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _DOWNLOAD_AGAIN = "copy or download the model again"
 
@@ -66,6 +68,19 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     nbytes: int
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How some of the model's tensors come from stored ones: fused experts, split projections, transposes.
+
+    Attributes:
+        sources: the stored tensors, in the order in which ``convert`` takes them.
+        convert: tensors read from ``sources`` -> {name in the model: tensor}.
+    """
+
+    sources: tuple[StoredTensor, ...]
+    convert: Callable[[Sequence[torch.Tensor]], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -95,17 +110,20 @@ class Checkpoint:
         Raises:
             NotFoundError: no safetensors weights, a missing shard, or a truncated or corrupt file.
         """
+        entry = _weights_entry(self.path, self.config, self.name)
+        if not entry.exists():
+            raise _no_weights(self.path, self.name)
+        listed = _index(entry)
         found: dict[str, StoredTensor] = {}
-        for file in weight_files(self.path, self.config, self.name):
-            found.update(read_header(file))
-        if listed := _index(self.path, self.config):
-            absent = sorted(key for key in listed if key not in found)
-            if absent:
-                raise NotFoundError(
-                    f"the weights of {self.name!r} are incomplete: the index lists {len(absent)} tensors that no "
-                    f"file holds, first {absent[0]!r} in {listed[absent[0]]}",
-                    _DOWNLOAD_AGAIN,
-                )
+        for file in sorted(set(listed.values())) or [entry.name]:
+            found |= read_header(self.path / file)
+        absent = sorted(listed.keys() - found.keys())
+        if absent:
+            raise NotFoundError(
+                f"the weights of {self.name!r} are incomplete: the index lists {len(absent)} tensors that no file "
+                f"holds, first {absent[0]!r} in {listed[absent[0]]}",
+                _DOWNLOAD_AGAIN,
+            )
         return found
 
     @property
@@ -142,7 +160,7 @@ class Checkpoint:
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         if attn is not None:
             options["attn_implementation"] = attn
-        with quiet_transformers(), torch.device("meta"):
+        with quiet_libraries(), torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(self.config, dtype=dtype or self.dtype, **options)
         # Buffers that no checkpoint holds are computed from the config. from_pretrained does the same after loading.
         for name, buffer in list(model.named_buffers()):
@@ -150,26 +168,43 @@ class Checkpoint:
             module = model.get_submodule(owner)
             if leaf in module._non_persistent_buffers_set:
                 module._buffers[leaf] = torch.empty_like(buffer, device="cpu")
-        with quiet_transformers():
+        with quiet_libraries():
             model.initialize_weights()
             if (self.path / "generation_config.json").exists():
                 model.generation_config = GenerationConfig.from_pretrained(self.path, local_files_only=True)
         return model.eval()
 
-    @cached_property
+    @property
     def key_map(self) -> dict[str, StoredTensor]:
         """Name in the model -> stored tensor, for every tensor that is stored as the model holds it.
 
         Checkpoints on disk often carry older names (``language_model.model.layers.0...``). The renaming is
-        transformers' own, so it is the one that ``from_pretrained`` uses. Tensors that transformers computes from
-        several stored ones (fused experts, for example) are not in the map. A tied parameter is, under each name
-        for which a tensor is stored.
+        transformers' own, so it is the one that ``from_pretrained`` uses. What is not in the map is in
+        ``conversions``, or tied to a parameter that is in one of the two.
 
         Raises:
-            NotFoundError: a parameter of the model has no stored tensor.
+            NotFoundError: a parameter of the model has no stored tensor, or one of another shape.
         """
+        return self._origins[0]
+
+    @property
+    def conversions(self) -> dict[str, Conversion]:
+        """Name in the model -> how it is computed, for tensors that are stored fused, split or transposed.
+
+        Empty for most families. A conversion stands under the name of each tensor that it gives.
+        """
+        return self._origins[1]
+
+    @cached_property
+    def _origins(self) -> tuple[dict[str, StoredTensor], dict[str, Conversion]]:
+        """Follows transformers' ``convert_and_load_state_dict_in_model`` without reading weights."""
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
 
         model = self.skeleton()
         wanted = model.state_dict()
@@ -178,37 +213,72 @@ class Checkpoint:
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         prefix = model.base_model_prefix
         mapped: dict[str, StoredTensor] = {}
-        converted = False
-        for key, tensor in self.tensors.items():
+        groups: dict[str, list[tuple[str, StoredTensor]]] = {}  # first tensor it gives -> (pattern, source)
+        # in transformers' order, in which it puts fused tensors together
+        for key in sorted(self.tensors, key=dot_natural_key):
+            tensor = self.tensors[key]
             name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
             if name not in wanted and key in wanted:
                 name, pattern = rename_source_key(key, [], [], prefix, wanted)
-            if pattern is not None:
-                converted = True
+            if name in wanted and pattern is not None:
+                groups.setdefault(name, []).append((pattern, tensor))
             elif name in wanted:
-                if tuple(wanted[name].shape) != tensor.shape:
-                    raise NotFoundError(
-                        f"the weights of {self.name!r} do not fit its config: {name!r} is "
-                        f"{list(tensor.shape)} on disk and {list(wanted[name].shape)} in the model",
-                        "config.json and the weights come from different models",
-                    )
                 mapped[name] = tensor
-        missing = _missing(model, mapped)
-        if missing and not converted:
+        conversions: dict[str, Conversion] = {}
+        shapes = {name: tensor.shape for name, tensor in mapped.items()}
+        for name, group in groups.items():
+            converter = next(c for c in converters if group[0][0] in c.source_patterns)
+            conversion = Conversion(
+                tuple(tensor for _, tensor in group), _converting(converter, model, name, group)
+            )
+            try:
+                made = conversion.convert([torch.empty(t.shape, device="meta") for t in conversion.sources])
+            except (RuntimeError, ValueError, KeyError, IndexError) as error:
+                raise NotFoundError(
+                    f"the weights of {self.name!r} do not fit its config: {name!r}: {first_line(error)}",
+                    _DOWNLOAD_AGAIN,
+                ) from error
+            conversions |= dict.fromkeys(made, conversion)
+            shapes |= {target: tuple(tensor.shape) for target, tensor in made.items()}
+        for name, shape in shapes.items():
+            if name in wanted and tuple(wanted[name].shape) != shape:
+                raise NotFoundError(
+                    f"the weights of {self.name!r} do not fit its config: {name!r} is {list(shape)} on disk and "
+                    f"{list(wanted[name].shape)} in the model",
+                    "config.json and the weights come from different models",
+                )
+        missing = _missing(model, shapes)
+        if missing:
             raise NotFoundError(
                 f"the weights of {self.name!r} are incomplete: {len(missing)} of {len(wanted)} tensors are "
                 f"missing, first {missing[0]!r}",
                 _DOWNLOAD_AGAIN,
             )
-        return mapped
+        return mapped, conversions
 
 
-def _missing(model: PreTrainedModel, mapped: Mapping[str, Any]) -> list[str]:
+def _converting(
+    converter: Any, model: PreTrainedModel, name: str, group: list[tuple[str, StoredTensor]]
+) -> Callable[[Sequence[torch.Tensor]], dict[str, torch.Tensor]]:
+    """The function of a ``Conversion``; converters collect their sources, so each call works on a copy."""
+    from copy import deepcopy
+
+    def convert(tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        own = deepcopy(converter)
+        for (pattern, stored), tensor in zip(group, tensors, strict=True):
+            own.add_tensor(name, stored.key, pattern, tensor)
+        made = own.convert(name, model=model, config=model.config)
+        return {target: x[0] if isinstance(x, list) else x for target, x in made.items()}
+
+    return convert
+
+
+def _missing(model: PreTrainedModel, found: Iterable[str]) -> list[str]:
     """Names of the state dict that are neither stored nor tied to something stored."""
     tied: dict[str, str] = dict(model.all_tied_weights_keys)
-    held = set(mapped)
+    held = set(found)
     for target, source in tied.items():
-        if target in mapped or source in mapped:
+        if target in held or source in held:
             held |= {target, source}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     return sorted(
@@ -217,21 +287,30 @@ def _missing(model: PreTrainedModel, mapped: Mapping[str, Any]) -> list[str]:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' bars and warnings unless ``--verbose``; errors still come through."""
+def quiet_libraries(bars: bool = False) -> Iterator[None]:
+    """Hold back the warnings of transformers and huggingface_hub unless ``--verbose``; errors come through.
+
+    Args:
+        bars: leave their progress bars on.
+    """
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
     if console.settings.verbose:
         yield
         return
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, hub_level = logging.get_verbosity(), hub.get_verbosity()
+    hide = logging.is_progress_bar_enabled() and not bars
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    hub.set_verbosity_error()
+    if hide:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        if bars:
+        hub.set_verbosity(hub_level)
+        if hide:
             logging.enable_progress_bar()
 
 
@@ -279,51 +358,39 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _index_file(path: Path, config: Any) -> Path:
-    """The index of a sharded checkpoint, whether it exists or not."""
+def _weights_entry(path: Path, config: Any, name: str) -> Path:
+    """The single weight file or the index of the shards: what the config names, else what is there."""
     named = getattr(config, "transformers_weights", None)
-    return path / (named if named and named.endswith(".index.json") else "model.safetensors.index.json")
+    if named is not None:
+        if Path(named).name != named or not named.endswith((".safetensors", _INDEX)):
+            raise NotFoundError(f"the config of {name!r} names {named!r} as its weights, which is not loaded")
+        return path / named
+    index = path / f"model{_INDEX}"
+    single = path / "model.safetensors"
+    return index if index.exists() and not single.exists() else single
 
 
-def _index(path: Path, config: Any) -> dict[str, str]:
-    """The weight map of a sharded checkpoint; empty for a single file."""
-    file = _index_file(path, config)
-    if _single_file(path, config).exists() or not file.exists():
+def _index(entry: Path) -> dict[str, str]:
+    """The weight map of a sharded checkpoint, name on disk -> file name; empty for a single file."""
+    if not entry.name.endswith(_INDEX):
         return {}
     try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        if not weight_map or any(Path(name).name != name for name in weight_map.values()):
+        weight_map = json.loads(entry.read_text(encoding="utf-8"))["weight_map"]
+        if not weight_map or any(Path(file).name != file for file in weight_map.values()):
             raise ValueError("the weight map is empty or points outside the directory")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NotFoundError(f"weight index {file} is unreadable: {error}", _DOWNLOAD_AGAIN) from error
+        raise NotFoundError(f"weight index {entry} is unreadable: {error}", _DOWNLOAD_AGAIN) from error
     return weight_map
 
 
-def _single_file(path: Path, config: Any) -> Path:
-    """The file of an unsharded checkpoint, whether it exists or not."""
-    named = getattr(config, "transformers_weights", None)
-    return path / (named if named and named.endswith(".safetensors") else "model.safetensors")
-
-
-def weight_files(path: Path, config: Any, name: str) -> list[Path]:
-    """The safetensors files that transformers would load from a directory, in order.
-
-    Raises:
-        NotFoundError: there are none; pickled weights are named and refused.
-    """
-    single = _single_file(path, config)
-    if single.exists():
-        return [single]
-    shards = sorted(set(_index(path, config).values()))
-    if shards:
-        return [path / shard for shard in shards]
+def _no_weights(path: Path, name: str) -> NotFoundError:
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
     if pickles:
-        raise NotFoundError(
+        return NotFoundError(
             f"{name!r} has its weights only as pickle ({pickles[0]}), which can run code and is not loaded",
             "convert it to safetensors: load it with transformers in a safe place and call save_pretrained",
         )
-    raise NotFoundError(
+    return NotFoundError(
         f"{name!r} has no weights in safetensors format",
         "expected model.safetensors, or model.safetensors.index.json and its shards",
     )
@@ -369,7 +436,7 @@ def read_config(path: Path, name: str, trust_remote_code: bool = False) -> tuple
             "use the checkpoint from which it was quantized",
         )
     try:
-        with quiet_transformers():
+        with quiet_libraries():
             config = AutoConfig.from_pretrained(
                 path, trust_remote_code=trust_remote_code, local_files_only=True
             )
@@ -407,12 +474,12 @@ def _locate(name: str, patterns: list[str]) -> tuple[Path, str | None]:
 
         return Path(model_dir()), None
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path.resolve(), None
     if path.is_file():
         raise NotFoundError(f"{name!r} is a file; a model is a directory", f"try {str(path.parent)!r}")
     repo, _, revision = name.partition("@")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo, re.ASCII) or name.startswith((".", "~")):
+    if not name or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo, re.ASCII) or name.startswith((".", "~")):
         raise NotFoundError(
             f"there is no directory {name!r}",
             "a model is a local directory, a Hub id such as llava-hf/llava-1.5-7b-hf, or demo",
@@ -425,9 +492,9 @@ def _fetch_weights(checkpoint: Checkpoint) -> None:
     """Download the weight files that the (already present) index names, or the single file."""
     from huggingface_hub import constants
 
-    path, config = checkpoint.path, checkpoint.config
-    wanted = sorted(set(_index(path, config).values())) or [_single_file(path, config).name]
-    if all((path / file).exists() for file in wanted):
+    entry = _weights_entry(checkpoint.path, checkpoint.config, checkpoint.name)
+    wanted = sorted(set(_index(entry).values())) or [entry.name]
+    if all((checkpoint.path / file).exists() for file in wanted):
         return
     if constants.HF_HUB_OFFLINE:
         raise NotFoundError(
@@ -439,18 +506,14 @@ def _fetch_weights(checkpoint: Checkpoint) -> None:
 
 def _snapshot(name: str, repo: str, revision: str | None, patterns: list[str]) -> Path:
     """Files of a Hub repository's top level, from the local cache or the Hub."""
-    import sys
-
     from huggingface_hub import errors, snapshot_download
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    hide = not are_progress_bars_disabled() and (console.settings.quiet or not sys.stderr.isatty())
-    if hide:
-        disable_progress_bars()
     try:
-        return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
-        )
+        with quiet_libraries(bars=sys.stderr.isatty() and not console.settings.quiet):
+            folder = snapshot_download(
+                repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+            )
+        return Path(folder)
     except errors.GatedRepoError as error:
         raise NotFoundError(
             f"the model {repo!r} is gated",
@@ -471,9 +534,6 @@ def _snapshot(name: str, repo: str, revision: str | None, patterns: list[str]) -
         raise NotFoundError(f"the Hub refused {repo!r}: {_status(error)}", first_line(error)) from error
     except Exception as error:  # a transfer that breaks off; the classes belong to the network library
         raise NotFoundError(f"could not fetch {repo!r}: {first_line(error)}") from error
-    finally:
-        if hide:
-            enable_progress_bars()
 
 
 def _unreachable(name: str, error: Exception) -> NotFoundError:

@@ -67,7 +67,7 @@ class Family:
     caveat: str = ""
 
 
-def _refused(reason: str) -> dict[str, str]:
+def _refused(reason: str) -> dict[str, Any]:
     """The flags of a family that is in the table only to say why nothing can be withdrawn from it."""
     return {"no_withdraw": reason, "no_sweep": reason, "no_onnx": reason}
 
@@ -81,6 +81,14 @@ _DEEPSTACK = _QWEN | {
     "deepstack": "vision_config.deepstack_visual_indexes",
     "no_onnx": "early layers add visual features by position, which the exported graphs do not",
     "caveat": "DeepStack adds vision again in the first layers; withdrawal starts behind them.",
+}
+_WINDOWS = "Sliding windows count original positions."
+_FRAMES = "Frames of a video use the image's placeholder."
+_GLM: dict[str, Any] = {
+    "vision": ("model.visual",),
+    "video": True,
+    "no_onnx": _NO_ENCODER,
+    "caveat": _FRAMES,
 }
 _IDEFICS: dict[str, Any] = {
     "text_model": "model.text_model",
@@ -177,10 +185,14 @@ FAMILIES: dict[str, Family] = {
             "GLM-4.1V",
             "zai-org/GLM-4.1V-9B-Thinking",
             "Glm4vForConditionalGeneration",
-            vision=("model.visual",),
-            video=True,
-            no_onnx=_NO_ENCODER,
-            caveat="Frames of a video use the image's placeholder.",
+            **_GLM,
+        ),
+        Family(
+            "glm4v_moe",
+            "GLM-4.5V",
+            "zai-org/GLM-4.5V",
+            "Glm4vMoeForConditionalGeneration",
+            **_GLM,
         ),
         Family(
             "video_llama_3",
@@ -197,7 +209,8 @@ FAMILIES: dict[str, Family] = {
             "InternVL 2.5, 3",
             "OpenGVLab/InternVL3-1B-hf",
             "InternVLForConditionalGeneration",
-            caveat="Frames of a video use the image's placeholder.",
+            no_onnx=_NO_ENCODER,
+            caveat=_FRAMES,
         ),
         Family(
             "idefics2",
@@ -219,7 +232,7 @@ FAMILIES: dict[str, Family] = {
             "SmolVLM2",
             "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
             "SmolVLMForConditionalGeneration",
-            caveat="Frames of a video use the image's placeholder.",
+            caveat=_FRAMES,
             **_IDEFICS,
         ),
         Family(
@@ -227,6 +240,7 @@ FAMILIES: dict[str, Family] = {
             "Mistral Small 3.1",
             "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
             "Mistral3ForConditionalGeneration",
+            no_onnx=_NO_ENCODER,
             caveat="The row breaks between visual tokens are text and stay.",
         ),
         Family(
@@ -243,7 +257,7 @@ FAMILIES: dict[str, Family] = {
             "google/gemma-3-4b-it",
             "Gemma3ForConditionalGeneration",
             no_onnx=_BLOCKS,
-            caveat="Sliding windows count original positions.",
+            caveat=_WINDOWS,
         ),
         Family(
             "paligemma",
@@ -260,7 +274,7 @@ FAMILIES: dict[str, Family] = {
             "CohereLabs/aya-vision-8b",
             "AyaVisionForConditionalGeneration",
             no_onnx=_NO_ENCODER,
-            caveat="Sliding windows count original positions.",
+            caveat=_WINDOWS,
         ),
         Family(
             "cohere2_vision",
@@ -268,7 +282,7 @@ FAMILIES: dict[str, Family] = {
             "CohereLabs/command-a-vision-07-2025",
             "Cohere2VisionForConditionalGeneration",
             no_onnx=_NO_ENCODER,
-            caveat="Sliding windows count original positions.",
+            caveat=_WINDOWS,
         ),
         Family("aria", "Aria", "rhymes-ai/Aria", "AriaForConditionalGeneration", no_onnx=_NO_ENCODER),
         Family(
@@ -281,7 +295,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "ovis2",
             "Ovis2",
-            "thisisiron/Ovis2-2B-hf",
+            "thisisiron/Ovis2-1B-hf",
             "Ovis2ForConditionalGeneration",
             vision=("model.vision_tower", "model.visual_embeddings_table"),
             no_onnx=_NO_ENCODER,
@@ -302,7 +316,7 @@ FAMILIES: dict[str, Family] = {
             "Molmo2ForConditionalGeneration",
             video=True,
             no_onnx=_BLOCKS,
-            caveat="Frames of a video use the image's placeholder.",
+            caveat=_FRAMES,
         ),
         Family(
             "qwen3_5",

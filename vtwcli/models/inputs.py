@@ -16,10 +16,10 @@ from torch import Tensor
 from vtwcli import console
 from vtwcli.data.sample import Sample
 from vtwcli.errors import NotFoundError
-from vtwcli.models.checkpoint import first_line, quiet_transformers
+from vtwcli.models.checkpoint import first_line, quiet_libraries
 from vtwcli.models.loading import LoadedModel
 
-_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+_ANSWER = "ANSWER"  # stands for an answer where only the template around it is looked at
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def encode(
     prompt_length = int(inputs["input_ids"].shape[1])
     visual = visual_mask(inputs["input_ids"][0], loaded.placeholder_ids)
     if answer_ids is not None:
-        inputs = append(inputs, answer_ids)
+        inputs = append(loaded, inputs, answer_ids)
         visual = torch.cat([visual, visual.new_zeros(answer_ids.shape[0])])
     _check_length(loaded, [sample], int(visual.shape[0]))
     return Encoded(inputs, prompt_length, visual)
@@ -80,22 +80,25 @@ def encode_batch(
     return inputs
 
 
-def append(inputs: dict[str, Tensor], answer_ids: Tensor) -> dict[str, Tensor]:
+def append(loaded: LoadedModel, inputs: dict[str, Tensor], answer_ids: Tensor) -> dict[str, Tensor]:
     """Inputs of a batch of one with answer tokens [A] behind the prompt; the answer is text, attended to."""
-    extended = dict(inputs)
     tail = answer_ids.to(inputs["input_ids"].device)[None]
-    for name in _PER_TOKEN:
-        if name in inputs:
-            old = inputs[name]
-            fill = {"input_ids": tail, "attention_mask": torch.ones_like(tail)}.get(
-                name, torch.zeros_like(tail)
-            )
-            extended[name] = torch.cat([old, fill.to(old.dtype)], dim=1)
-    return extended
+    fill = {
+        "input_ids": tail,
+        "attention_mask": torch.ones_like(tail),
+        "token_type_ids": torch.full_like(tail, loaded.family.answer_token_type),
+        "mm_token_type_ids": torch.zeros_like(tail),
+    }
+    longer = {
+        name: torch.cat([inputs[name], x.to(inputs[name].dtype)], 1)
+        for name, x in fill.items()
+        if name in inputs
+    }
+    return {**inputs, **longer}
 
 
 def answer_ids(loaded: LoadedModel, text: str) -> Tensor:
-    """A reference answer as token ids [A], as it continues a prompt: no bos, an eos at the end.
+    """A reference answer as token ids [A], as it continues a prompt: no bos, an end token behind it.
 
     What stands between prompt and answer (a space in ``ASSISTANT: red``) and which token ends the turn are taken
     from the chat template.
@@ -103,20 +106,20 @@ def answer_ids(loaded: LoadedModel, text: str) -> Tensor:
     tokenizer = loaded.processor.tokenizer
     question = Sample("answer", "answer", (), "?")
     prompt = _prompt(loaded, question, None)
-    turn = _render(loaded, [*_conversation(question, None), _message("assistant", text)], False)
-    lead, tail = " ", ""
-    if turn is not None and turn.startswith(prompt) and text and text in turn[len(prompt) :]:
-        lead, _, tail = turn[len(prompt) :].partition(text)
-    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    whole = tokenizer(prompt + lead + text, add_special_tokens=False)["input_ids"]
-    if (
-        whole[: len(before)] != before
-    ):  # the tokenizer merges across the border: tokenize the answer on its own
-        before, whole = [], tokenizer((lead + text).lstrip(), add_special_tokens=False)["input_ids"]
+    turn = _render(loaded, [*_conversation(question, None), _message("assistant", _ANSWER)], False) or ""
+    lead, tail = " " if prompt.endswith(":") else "", ""
+    if turn.startswith(prompt) and _ANSWER in turn[len(prompt) :]:
+        lead, _, tail = turn[len(prompt) :].partition(_ANSWER)
+
+    def ids(words: str) -> list[int]:
+        return list(tokenizer(words, add_special_tokens=False)["input_ids"])
+
+    before, whole = ids(prompt), ids(prompt + lead + text.strip())
+    # Where the tokenizer merges across the border, generation cannot: the answer is tokenized on its own.
+    answer = whole[len(before) :] if whole[: len(before)] == before else ids(lead + text.strip())
     ends = end_ids(loaded)
-    closing = tokenizer(tail, add_special_tokens=False)["input_ids"] if tail.strip() else []
-    end = next((i for i in closing if i in ends), tokenizer.eos_token_id)
-    return torch.tensor([*whole[len(before) :], *([end] if end is not None else [])], dtype=torch.long)
+    end = next((token for token in ids(tail) if token in ends), tokenizer.eos_token_id)
+    return torch.tensor([*answer, *([] if end is None else [end])], dtype=torch.long)
 
 
 def end_ids(loaded: LoadedModel) -> tuple[int, ...]:
@@ -141,12 +144,12 @@ def generate_answers(
     """
     answers: list[tuple[str, Tensor]] = []
     ends = set(end_ids(loaded))
-    with console.progress("answers", total=len(samples)) as task, _plain_generation(loaded):
+    with console.progress("answers", total=len(samples)) as task, plain_generation(loaded):
         for at in range(0, len(samples), batch_size):
             batch = encode_batch(loaded, samples[at : at + batch_size])
             width = batch["input_ids"].shape[1]
             try:
-                with quiet_transformers():
+                with quiet_libraries():
                     output = loaded.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
             except ValueError as error:
                 ids = _names(samples[at : at + batch_size])
@@ -162,7 +165,7 @@ def generate_answers(
 
 
 @contextmanager
-def _plain_generation(loaded: LoadedModel) -> Iterator[None]:
+def plain_generation(loaded: LoadedModel) -> Iterator[None]:
     """The library's own generation defaults for a while, with the model's special tokens."""
     from transformers import GenerationConfig
 
@@ -193,28 +196,34 @@ def _conversation(sample: Sample, system: str | None) -> list[dict[str, Any]]:
 
 def _render(loaded: LoadedModel, conversation: list[dict[str, Any]], generation_prompt: bool) -> str | None:
     """The chat template's text, or None where the processor has no template."""
+    from jinja2 import TemplateError
+
     processor = loaded.processor
     if not (getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)):
         return None
-    return str(
-        processor.apply_chat_template(conversation, add_generation_prompt=generation_prompt, tokenize=False)
-    )
+    try:
+        text = processor.apply_chat_template(
+            conversation, add_generation_prompt=generation_prompt, tokenize=False
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise NotFoundError(
+            f"the chat template of {loaded.name!r} fails: {first_line(error)}",
+            "it is called with one user turn of images and text, and a system turn where one is asked for",
+        ) from error
+    return str(text)
 
 
 def _prompt(loaded: LoadedModel, sample: Sample, system: str | None) -> str:
     text = _render(loaded, _conversation(sample, system), True)
     if text is not None:
         return text
-    if loaded.family.model_type != "llava":
+    if loaded.family.prompt is None:
         raise NotFoundError(
             f"the processor of {loaded.name!r} has no chat template",
             "copy chat_template.jinja of the base model beside the weights",
         )
-    console.note(
-        f"{loaded.name}: no chat template, using the prompt of LLaVA-1.5: USER: <image> ... ASSISTANT:"
-    )
-    head = f"{system} " if system else ""
-    return f"{head}USER: {'<image>' * len(sample.images)}\n{sample.prompt} ASSISTANT:"
+    images = loaded.processor.image_token * len(sample.images)
+    return f"{system} " * bool(system) + loaded.family.prompt.format(images=images, text=sample.prompt)
 
 
 def _process(
@@ -235,7 +244,7 @@ def _process(
         tokenizer.pad_token = tokenizer.eos_token
     bos = tokenizer.bos_token
     try:
-        with quiet_transformers():
+        with quiet_libraries():
             encoded = processor(
                 text=texts,
                 images=images if any(images) else None,
@@ -249,6 +258,7 @@ def _process(
         raise NotFoundError(
             f"the processor cannot encode sample {_names(samples)}: {first_line(error)}"
         ) from error
+    encoded.pop("labels", None)  # PaliGemma's processor makes some even where there is nothing to learn
     inputs = {
         name: value.to(loaded.device, loaded.dtype if value.is_floating_point() else None)
         for name, value in encoded.items()

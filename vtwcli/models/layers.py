@@ -25,8 +25,8 @@ class Capture:
 
     Attributes:
         hidden: the embedding stream, text and visual tokens merged, [B, S, D].
-        added: what the model itself adds before layer d (d = L: before the final norm), {d: [B, S, D]};
-            empty for most families, the visual features of DeepStack for others.
+        added: what the model itself adds before layer d > 0, {d: [B, S, D]}; empty for most families, the visual
+            features of DeepStack for others.
         kwargs: the keyword arguments of each layer, without hidden states and cache.
         visual: which positions are visual tokens, bool [B, S].
         attended: which positions are not padding, bool [B, S].
@@ -128,12 +128,17 @@ def capture(model: nn.Module, family: Family, inputs: Mapping[str, Tensor]) -> C
     given = inputs.get("attention_mask")
     attended = torch.ones_like(input_ids, dtype=torch.bool) if given is None else given.bool()
     home = streams[0].device
+    attended = attended.to(home)
+    visual = torch.isin(input_ids, ids).to(home) & attended
+    behind = streams.pop().to(home)
+    if bool(behind[attended & ~visual].any()):
+        raise VtwError("the model adds something to text tokens behind its last layer")
     return Capture(
         hidden=streams[0],
         added={d: x.to(home) for d, x in enumerate(streams) if d and bool(x.any())},
         kwargs=kwargs,
-        visual=(torch.isin(input_ids, ids) & attended).to(home),
-        attended=attended.to(home),
+        visual=visual,
+        attended=attended,
     )
 
 
@@ -145,12 +150,12 @@ def read_out(model: nn.Module, family: Family, hidden: Tensor) -> Tensor:
     soft-capping behind the head is the library's own.
     """
     text_model: Any = model.get_submodule(family.text_model)
-    text_model_output = text_model.norm(hidden[None])
+    normed = text_model.norm(hidden[None])
 
     def forward(*_: Any, **__: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        from transformers.modeling_outputs import MoeModelOutputWithPast
 
-        return BaseModelOutputWithPast(last_hidden_state=text_model_output)
+        return MoeModelOutputWithPast(last_hidden_state=normed)
 
     count = len(hidden)
     with replaced(text_model, forward):
@@ -176,8 +181,9 @@ class Resident:
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.model, self.family = model, family
         self.eager = check_attention(model, family)
-        self._text_model: Any = model.get_submodule(family.text_model)
-        self.depth = len(self._text_model.layers)
+        layers: Any = model.get_submodule(family.text_model).layers
+        self._layers = layers
+        self.depth = len(layers)
 
     def captures(self, batches: Sequence[Mapping[str, Tensor]]) -> list[Capture]:
         """See ``LayerSource``."""
@@ -185,7 +191,7 @@ class Resident:
 
     def layers(self) -> Iterator[nn.Module]:
         """See ``LayerSource``."""
-        return iter(self._text_model.layers)
+        return iter(self._layers)
 
     def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         """See ``LayerSource``."""

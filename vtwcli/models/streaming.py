@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from vtwcli.errors import NotFoundError, UsageError
-from vtwcli.models.checkpoint import StoredTensor
+from vtwcli.models.checkpoint import Conversion, StoredTensor
 from vtwcli.models.layers import Capture, capture, check_attention, read_out
 from vtwcli.models.loading import LoadedModel
+
+Origin = StoredTensor | Conversion
 
 _ALIGNMENT = 64  # bytes; what vector instructions like
 
@@ -38,20 +40,18 @@ class Streamed:
             for the thread; ``head``: reading the head.
 
     Raises:
-        UsageError: weights that are not stored as the model holds them (quantized, or fused experts).
+        UsageError: a model that did not come from files, or quantized weights.
     """
 
     together = True
 
     def __init__(self, loaded: LoadedModel) -> None:
-        if loaded.checkpoint is None:
-            raise UsageError(f"{loaded.name} did not come from files, so it cannot be streamed")
         self.model, self.family, self.device = loaded.model, loaded.family, loaded.device
         self.eager = check_attention(self.model, self.family)
         self.depth = len(loaded.layers)
         self.seconds = dict.fromkeys(("encoding", "reading", "waiting", "head"), 0.0)
         self._empty: dict[str, Tensor] = dict(self.model.state_dict(keep_vars=True))
-        self._stored = _stored(loaded, self._empty)
+        self._origins = _origins(loaded, self._empty)
         for name, buffer in list(self.model.named_buffers()):
             if not buffer.is_meta:
                 _assign(self.model, name, buffer.to(self.device))
@@ -61,7 +61,7 @@ class Streamed:
         """See ``LayerSource``; the vision side and the embeddings are dropped again."""
         began = time.perf_counter()
         apart = (f"{self.family.text_model}.layers.", *self._head_prefixes)
-        names = [name for name in self._empty if not name.startswith(apart)]
+        names = [name for name in self._origins if not name.startswith(apart)]
         with self._filled(names):
             found = [capture(self.model, self.family, batch) for batch in batches]
         self.seconds["encoding"] += time.perf_counter() - began
@@ -70,13 +70,14 @@ class Streamed:
     def layers(self) -> Iterator[nn.Module]:
         """See ``LayerSource``; a layer is emptied when the next one is asked for."""
         prefixes = [f"{self.family.text_model}.layers.{d}." for d in range(self.depth)]
-        names = [[name for name in self._empty if name.startswith(prefix)] for prefix in prefixes]
+        names = [[name for name in self._origins if name.startswith(prefix)] for prefix in prefixes]
+        empty = [{name: self._empty[name] for name in layer} for layer in names]
         modules: Any = self.model.get_submodule(self.family.text_model)
-        slots = _Slots(max(sum(map(self._room, layer)) for layer in names), self.device)
+        slots = _Slots(max(sum(_room(tensor) for tensor in layer.values()) for layer in empty), self.device)
 
         def read(d: int) -> list[Tensor]:
             began = time.perf_counter()
-            tensors = slots.fill(d % 2, [(self._stored[name], self._empty[name]) for name in names[d]])
+            tensors = slots.fill(d % 2, empty[d], self._origins)
             self.seconds["reading"] += time.perf_counter() - began
             return tensors
 
@@ -100,7 +101,7 @@ class Streamed:
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """See ``LayerSource``; norm and head are dropped at the end."""
         began = time.perf_counter()
-        with self._filled([name for name in self._empty if name.startswith(self._head_prefixes)]):
+        with self._filled([name for name in self._origins if name.startswith(self._head_prefixes)]):
             self.seconds["head"] += time.perf_counter() - began
             yield lambda hidden: read_out(self.model, self.family, hidden)
 
@@ -108,21 +109,15 @@ class Streamed:
     def _head_prefixes(self) -> tuple[str, str]:
         return f"{self.family.text_model}.norm.", f"{self.family.head}."
 
-    def _room(self, name: str) -> int:
-        """Bytes that a tensor takes in a buffer."""
-        empty = self._empty[name]
-        return -(-empty.numel() * empty.element_size() // _ALIGNMENT) * _ALIGNMENT
-
     @contextmanager
     def _filled(self, names: Sequence[str]) -> Iterator[None]:
         """Tensors that are read, each into memory of its own, and dropped at the end."""
+        made: dict[str, Tensor] = {}
         try:
             for name in names:
-                stored, empty = self._stored[name], self._empty[name]
-                raw = torch.empty(stored.nbytes, dtype=torch.uint8)
-                _read(stored, raw)
-                tensor = raw.view(stored.dtype).view(stored.shape)
-                _assign(self.model, name, tensor.to(self.device, empty.dtype))
+                tensor = torch.empty_like(self._empty[name], device="cpu")
+                _fill(name, self._origins[name], tensor, made)
+                _assign(self.model, name, tensor.to(self.device))
             yield
         finally:
             self._drop(names)
@@ -142,33 +137,27 @@ class _Slots:
         self.device = device
         self.slots = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
         self.cuda = device.type == "cuda"
-        self.staging = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.cuda) if device.type != "cpu" else None
+        self.staging = (
+            torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.cuda) if device.type != "cpu" else None
+        )
         self.stream = torch.cuda.Stream(device) if self.cuda else None
-        self.scratch = torch.empty(0, dtype=torch.uint8)
 
-    def fill(self, slot: int, tensors: Sequence[tuple[StoredTensor, Tensor]]) -> list[Tensor]:
-        """Read stored tensors into a buffer, in the types of the empty ones; runs in the reading thread."""
+    def fill(self, slot: int, empty: Mapping[str, Tensor], origins: Mapping[str, Origin]) -> list[Tensor]:
+        """Read tensors into a buffer, in the shapes and types of the empty ones; runs in the reading thread."""
         target, place = self.slots[slot], 0
         memory = target if self.staging is None else self.staging
-        views = []
-        for stored, empty in tensors:
-            end = place + empty.numel() * empty.element_size()
-            if stored.dtype == empty.dtype:
-                _read(stored, memory[place:end])
-            else:
-                if len(self.scratch) < stored.nbytes:
-                    self.scratch = torch.empty(stored.nbytes, dtype=torch.uint8)
-                raw = self.scratch[: stored.nbytes]
-                _read(stored, raw)
-                memory[place:end].view(empty.dtype).copy_(raw.view(stored.dtype))
-            views.append(target[place:end].view(empty.dtype).view(empty.shape))
-            place = -(-end // _ALIGNMENT) * _ALIGNMENT
+        tensors, made = [], dict[str, Tensor]()
+        for name, like in empty.items():
+            part = slice(place, place + like.numel() * like.element_size())
+            _fill(name, origins[name], memory[part].view(like.dtype).view(like.shape), made)
+            tensors.append(target[part].view(like.dtype).view(like.shape))
+            place += _room(like)
         if self.staging is not None:
             with torch.cuda.stream(self.stream):
                 target[:place].copy_(self.staging[:place], non_blocking=self.cuda)
             if self.stream is not None:
                 self.stream.synchronize()
-        return views
+        return tensors
 
     def wait(self) -> None:
         """Return when the device has computed all it was given."""
@@ -176,13 +165,41 @@ class _Slots:
             torch.cuda.current_stream(self.device).synchronize()
 
 
+def _room(tensor: Tensor) -> int:
+    """Bytes that a tensor takes in a buffer."""
+    return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+
+
+def _fill(name: str, origin: Origin, tensor: Tensor, made: dict[str, Tensor]) -> None:
+    """Give a CPU tensor its stored values, in its own type.
+
+    Args:
+        made: what conversions gave beyond the tensor they were asked for.
+    """
+    if isinstance(origin, Conversion):
+        if name not in made:
+            made |= origin.convert([_stored(source) for source in origin.sources])
+        tensor.copy_(made.pop(name))
+    elif origin.dtype == tensor.dtype:
+        _read(origin, tensor)
+    else:
+        tensor.copy_(_stored(origin))
+
+
+def _stored(stored: StoredTensor) -> Tensor:
+    """A tensor as it is on disk."""
+    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    _read(stored, tensor)
+    return tensor
+
+
 def _read(stored: StoredTensor, into: Tensor) -> None:
-    """Read a tensor's bytes into a CPU byte tensor of that length.
+    """Read a tensor's bytes into a contiguous CPU tensor of its type.
 
     Raises:
         NotFoundError: the file is gone or ends early.
     """
-    view = memoryview(into.numpy())
+    view = into.flatten().view(torch.uint8).numpy().data
     try:
         with stored.file.open("rb", buffering=0) as stream:
             stream.seek(stored.start)
@@ -200,26 +217,27 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if leaf in module._parameters:
-        is_parameter = isinstance(tensor, nn.Parameter)
-        module._parameters[leaf] = tensor if is_parameter else nn.Parameter(tensor, requires_grad=False)
+        if not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        module._parameters[leaf] = tensor
     else:
         module._buffers[leaf] = tensor
 
 
-def _stored(loaded: LoadedModel, wanted: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
-    """The stored tensor for each name of the model's state; a tied name takes that of the one it is tied to."""
+def _origins(loaded: LoadedModel, wanted: Mapping[str, Tensor]) -> dict[str, Origin]:
+    """Where each tensor of the model's state comes from; a tied one from that which it is tied to.
+
+    What the library itself may leave out of a checkpoint is left out here.
+    """
     checkpoint = loaded.checkpoint
-    assert checkpoint is not None
+    if checkpoint is None:
+        raise UsageError(f"{loaded.name} did not come from files, so it cannot be streamed")
     if getattr(loaded.config, "quantization_config", None) is not None:
-        raise UsageError(f"{loaded.name} is quantized; its layers cannot be streamed", "stream the original model")
-    stored, ties = checkpoint.key_map, dict(loaded.model.all_tied_weights_keys)
-    ties |= {source: target for target, source in ties.items()}
-    found = {name: stored.get(name) or stored.get(ties.get(name, "")) for name in wanted}
-    missing = [name for name, tensor in found.items() if tensor is None]
-    if missing:
         raise UsageError(
-            f"{loaded.name} cannot be streamed: {missing[0]!r} and {len(missing) - 1} more are not stored as the "
-            "model holds them",
-            "leave out --stream",
+            f"{loaded.name} is quantized; its layers cannot be streamed", "stream the original model"
         )
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+    known: dict[str, Origin] = {**checkpoint.key_map, **checkpoint.conversions}
+    ties = dict(loaded.model.all_tied_weights_keys)
+    ties |= {source: target for target, source in ties.items()}
+    found = {name: known.get(name) or known.get(ties.get(name, "")) for name in wanted}
+    return {name: origin for name, origin in found.items() if origin is not None}

@@ -1,0 +1,311 @@
+"""Metrics against hand-computed values and against what the fields' own programs give."""
+
+import math
+
+import pytest
+
+from vtwcli.data import metrics
+from vtwcli.data.metrics import aggregate, cider, score, scores
+from vtwcli.data.sample import Sample
+from vtwcli.errors import UsageError, VtwError
+
+
+def sample(*references, choices=(), **meta):
+    return Sample("s:0", "t", (), "?", tuple(references), choices=tuple(choices), meta=meta)
+
+
+@pytest.mark.parametrize(
+    ("answer", "references", "expected"),
+    [
+        ("Red.", ["red"], 1),
+        ("  dark   red ", ["Dark red"], 1),
+        ("traffic-light", ["traffic light"], 0),  # punctuation goes, it does not become a space
+        ("red", ["blue", "RED!"], 1),
+        ("reds", ["red"], 0),
+        ("", ["red"], 0),
+    ],
+)
+def test_exact_match(answer, references, expected):
+    assert score("exact_match", answer, sample(*references)) == expected
+
+
+# Outputs of the official answer processor of the VQA challenge server.
+VQA_NORMALIZED = [
+    ("The 2 Dogs.", "2 dogs"),
+    ("two dogs", "2 dogs"),
+    ("A  red, Ball!", "red ball"),
+    ("1,000", "1000"),
+    ("3.5", "3.5"),
+    ("it isnt", "it isn't"),
+    ("isn't", "isn't"),
+    ("dont know", "don't know"),
+    ("men's", "men 's"),
+    ("x-ray", "x ray"),
+    ("red - blue", "red blue"),
+    ("what?", "what"),
+    ("None", "0"),
+    ("a.m.", "am"),
+    ("$5.00", "$5.00"),
+    ("new\nyork", "new york"),
+    ("yes/no", "yes no"),
+    ("O'Clock", "o'clock"),
+    ("youll've", "youll've"),
+    ("somebody'd", "somebodyd"),
+    ("the", ""),
+    ("U.S.A.", "usa"),
+    ("(left)", "left"),
+    ("10%", "10%"),
+    ("ten:30", "ten:30"),
+    ("she's", "she 's"),
+    ("shes", "shes"),
+    ("y'alldve", "y'alldve"),
+    ("yall'd've", "y'all'd've"),
+]
+
+
+@pytest.mark.parametrize(("raw", "expected"), VQA_NORMALIZED)
+def test_vqa_normalization_is_the_official_one(raw, expected):
+    assert metrics.vqa_normalize(raw) == expected
+
+
+@pytest.mark.parametrize("agreeing", range(11))
+def test_vqa_soft_counts_the_other_nine_annotators(agreeing):
+    references = ["two"] * agreeing + [f"other {i}" for i in range(10 - agreeing)]
+    # Leaving out one who agrees leaves agreeing - 1, leaving out another one leaves them all.
+    expected = (agreeing * min(1, max(agreeing - 1, 0) / 3) + (10 - agreeing) * min(1, agreeing / 3)) / 10
+    assert score("vqa_soft", "2", sample(*references)) == pytest.approx(expected, abs=1e-12)
+    if agreeing == 3:
+        assert expected == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("B", 1),
+        (" b \n", 1),
+        ("B. the moon", 1),
+        ("b.", 1),
+        ("A", 0),
+        ("A. B.", 0),
+        ("Because", 0),
+        ("(B)", 0),
+        ("", 0),
+    ],
+)
+def test_multiple_choice(answer, expected):
+    assert score("multiple_choice", answer, sample("B", choices=["sun", "moon"])) == expected
+
+
+MMMU_CHOICES = ("a red car", "DNA", "the moon", "4")
+# Letters that lmms-eval's parser gives; None where it draws one at random.
+MMMU_LETTERS = [
+    ("B", "B"),
+    ("(C)", "C"),
+    ("A.", "A"),
+    ("The answer is D", "D"),
+    ("(A) or (B)", "B"),
+    ("Option (D), not (A).", "A"),
+    ("I think B because DNA is shown", "B"),
+    ("it is clearly a red car in the picture", "A"),
+    ("the moon", None),
+    ("it is just the moon", None),  # texts count in answers longer than five words
+    ("it is surely just the moon", "C"),
+    ("C: the moon", None),
+    ("B and C", "C"),
+    ("", None),
+    ("none of these fit the picture at all", None),
+]
+
+
+@pytest.mark.parametrize(("answer", "letter"), MMMU_LETTERS)
+def test_mmmu_letters(answer, letter):
+    assert metrics.mmmu_letter(answer, MMMU_CHOICES) == letter
+    for right in "ABCD":
+        assert score("mmmu", answer, sample(right, choices=MMMU_CHOICES)) == (letter == right)
+
+
+def test_mmmu_takes_the_last_of_several_letters_with_full_stops():
+    assert metrics.mmmu_letter("C.then A.no:B.x", MMMU_CHOICES) == "B"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [  # as MMMU's own program judges them
+        ("The answer is 3.14159", "3.14", 1),
+        ("so x = 1,000", "1000", 1),
+        ("1e3", "1000", 1),
+        ("It is a cat.", "cat", 1),
+        ("dog", "cat", 0),
+        ("x = 5\ny = 7", "5", 0),  # "=" counts in the last line only
+        ("x is 5\ny = 7", "5", 1),
+        ("Thus the result is b", "b", 1),
+        ("bob", "b", 0),  # one letter matches as a word only
+        ("0.333", "1/3", 0),
+        ("therefore 1/3", "1/3", 1),
+    ],
+)
+def test_mmmu_open_questions(answer, reference, expected):
+    assert score("mmmu", answer, sample(reference)) == expected
+    assert score("mmmu", answer, sample("no such", reference)) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "yes"),
+    [
+        ("Yes, there is a dog.", True),
+        ("No, there is no dog.", False),
+        ("no", False),
+        ("There is not a dog", False),
+        ("A dog is there. No cat.", True),  # the first sentence only
+        ("NO", True),  # as published: only "No", "no" and "not" are words of denial
+        ("Nothing", True),
+        ("", True),
+    ],
+)
+def test_pope_reads_the_first_sentence(answer, yes):
+    assert score("pope", answer, sample("yes")) == yes
+    assert score("pope", answer, sample("no")) == (not yes)
+
+
+def test_pope_summary_by_hand():
+    answers = ["Yes", "yes", "yes", "no", "no", "No, it is not.", "no", "yes"]
+    references = ["yes", "yes", "no", "no", "no", "yes", "no", "yes"]
+    got = aggregate("pope", answers, [sample(reference) for reference in references])
+    # TP 3, FP 1, FN 1, TN 3
+    assert got == {"mean": 0.75, "precision": 0.75, "recall": 0.75, "f1": 0.75, "yes_ratio": 0.5}
+    never = aggregate("pope", ["no"] * 4, [sample(r) for r in ("yes", "no", "no", "no")])
+    assert never == {"mean": 0.75, "precision": 0.0, "recall": 0.0, "f1": 0.0, "yes_ratio": 0.0}
+    # The ratio is of the answers, not of the references.
+    assert aggregate("pope", ["yes"] * 4, [sample("no")] * 4)["yes_ratio"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"),
+    [("kitten", "sitting", 3), ("flaw", "lawn", 2), ("", "abc", 3), ("abc", "", 3), ("same", "same", 0)],
+)
+def test_edit_distance(a, b, distance):
+    assert metrics.edit_distance(a, b) == distance
+
+
+@pytest.mark.parametrize(
+    ("answer", "references", "expected"),
+    [
+        ("Kitten", ["kitten"], 1.0),
+        ("sitting", ["kitten"], 1 - 3 / 7),
+        ("ab", ["cb"], 0.0),  # distance 1 of 2 is not below the threshold
+        ("abc", ["cbc"], 1 - 1 / 3),
+        ("july  12", ["July 12", "12"], 1.0),
+        ("", ["x"], 0.0),
+    ],
+)
+def test_anls(answer, references, expected):
+    assert score("anls", answer, sample(*references)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("105", "100", 1),
+        ("95", "100", 1),
+        ("105.1", "100", 0),
+        ("5%", "0.05", 1),
+        ("-10.4", "-10", 1),
+        ("10.4", "-10", 0),
+        ("0", "0", 1),
+        ("0.0", "0", 0),  # nothing is within 5 % of zero, and the text differs
+        ("Yes", "yes", 1),
+        ("yess", "yes", 0),
+    ],
+)
+def test_relaxed_accuracy(answer, reference, expected):
+    assert score("relaxed_accuracy", answer, sample(reference)) == expected
+
+
+def test_ocrbench_containment():
+    assert score("ocrbench", "It says STOP\nHERE.", sample("go", "stop here")) == 1
+    assert score("ocrbench", "st op", sample("stop")) == 0
+    formula = sample("x ^ 2 + Y", dataset="HME100k")
+    assert score("ocrbench", "the formula x^2+Y", formula) == 1
+    assert score("ocrbench", "the formula x^2+y", formula) == 0
+
+
+# Tokens of the caption evaluation's own (Java) tokenizer.
+CAPTION_TOKENS = [
+    ("The man's dog doesn't like the cat, isn't it?", "the man 's dog does n't like the cat is n't it"),
+    ("A black-and-white dog (a collie) runs!", "a black-and-white dog -lrb- a collie -rrb- runs"),
+    ("We cannot pay $3.50 for 1,000 toys", "we can not pay $ 3.50 for 1,000 toys"),
+    ("I've seen what you'd do, we'll see", "i 've seen what you 'd do we 'll see"),
+    ("It's 10:30 - the boys' ball is at 50% off.", "it 's 10:30 the boys ball is at 50 % off"),
+    ('A t-shirt says "Just Do It" at 9 o\u2019clock...', "a t-shirt says just do it at 9 o'clock"),
+]
+
+
+@pytest.mark.parametrize(("caption", "expected"), CAPTION_TOKENS)
+def test_caption_tokens(caption, expected):
+    assert metrics.caption_tokens(caption) == expected.split()
+
+
+def test_cider_by_hand():
+    # Two images without a common word: every n-gram weighs log 2, so equal captions have cosine 1 for n = 1, 2
+    # and no n-grams of order 3 and 4: 10 * (1 + 1 + 0 + 0) / 4.
+    assert cider(["red ball", "green tree"], [["red ball"], ["blue sky"]]) == pytest.approx([5.0, 0.0])
+    # One word more: 2 of 3 words and 1 of 2 bigrams match, one bigram of difference in length.
+    penalty = math.exp(-1 / 72)
+    expected = 10 * penalty * (2 / math.sqrt(6) + 1 / math.sqrt(2)) / 4
+    assert cider(["red ball here", "x"], [["red ball"], ["blue sky"]])[0] == pytest.approx(expected)
+    # A repeated word is clipped to the reference's count, but counts in the norm.
+    got = cider(["red red", "x"], [["red ball"], ["blue sky"]])[0]
+    assert got == pytest.approx(10 * (1 / (2 * math.sqrt(2))) / 4)
+    # A word in every image's references weighs nothing; a corpus of one image is all such words.
+    assert cider(["a ball", "a tree"], [["a dog"], ["a sky"]]) == [0.0, 0.0]
+    assert cider(["red ball"], [["red ball"]]) == [0.0]
+
+
+def test_cider_equals_the_caption_evaluation():
+    references = [
+        [
+            "a man rides a brown horse on the beach",
+            "a man is riding a horse by the sea",
+            "someone on a horse",
+        ],
+        ["two dogs play with a red ball", "a pair of dogs chase a ball on grass"],
+        ["a child eats an apple", "a little girl is eating a red apple at a table"],
+    ]
+    answers = [
+        "a man riding a horse on the beach",
+        "a dog plays with a ball",
+        "a child is eating an apple at a table at a table",
+    ]
+    published = [2.8648166642468302, 1.1842867620143265, 1.8241013973597298]  # pycocoevalcap
+    assert cider(answers, references) == pytest.approx(published, abs=1e-12)
+    samples = [sample(*texts) for texts in references]
+    assert scores("cider", answers, samples) == pytest.approx(published, abs=1e-12)
+    assert aggregate("cider", answers, samples)["mean"] == pytest.approx(sum(published) / 3, abs=1e-12)
+
+
+def test_scores_and_aggregate_agree():
+    samples = [sample("red"), sample("blue"), sample("green")]
+    assert scores("exact_match", ["red", "red", "green"], samples) == [1.0, 0.0, 1.0]
+    assert aggregate("exact_match", ["red", "red", "green"], samples) == {"mean": pytest.approx(2 / 3)}
+
+
+def test_errors():
+    with pytest.raises(
+        UsageError, match=r"^unknown metric 'accuracy' \(known metrics: exact_match, vqa_soft, "
+    ):
+        score("accuracy", "red", sample("red"))
+    with pytest.raises(UsageError, match=r"^cider judges a whole corpus, not one answer$"):
+        score("cider", "red", sample("red"))
+    with pytest.raises(
+        VtwError, match=r"^sample 's:0' has no reference answer, so exact_match cannot judge it$"
+    ):
+        scores("exact_match", ["red"], [sample()])
+    with pytest.raises(UsageError, match=r"^no samples to judge by anls$"):
+        aggregate("anls", [], [])
+    with pytest.raises(ValueError, match="zip"):
+        scores("anls", ["one", "two"], [sample("one")])
+
+
+@pytest.mark.parametrize("metric", [name for name in metrics.METRICS if name != "cider"])
+def test_every_metric_is_one_for_the_reference_itself(metric):
+    assert score(metric, "yes", sample("yes", "yes", "yes", "yes")) == 1.0

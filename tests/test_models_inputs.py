@@ -1,0 +1,314 @@
+"""Samples to model inputs: against sequences written by hand, and answers against a loop without a cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests import tiny
+from tests.conftest import TEMPLATE, build_processor
+from vtwcli.data.sample import Sample
+from vtwcli.errors import NotFoundError
+from vtwcli.models.families import FAMILIES
+from vtwcli.models.inputs import answer_ids, encode, encode_batch, end_ids, generate_answers, visual_mask
+from vtwcli.models.loading import LoadedModel, load
+
+IMAGE = tiny.IMAGE_ID
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def picture(seed: int, size: tuple[int, int] = (12, 12)) -> Image.Image:
+    """An image of random pixels; at 12x12 the processor neither resizes nor crops it."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def sample(prompt: str, images: int = 1, id: str = "a", seed: int = 0) -> Sample:
+    return Sample(id, "task", tuple(picture(seed + i) for i in range(images)), prompt)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_dir) -> LoadedModel:
+    return load(str(tiny_dir))
+
+
+def with_template(loaded: LoadedModel, template: str | None, **changes) -> LoadedModel:
+    return dataclasses.replace(loaded, processor=build_processor(template), **changes)
+
+
+def ids_of(loaded: LoadedModel, text: str) -> list[int]:
+    """Token ids character by character, but for the one word that the tokenizer knows; a backslash-n is one token."""
+    vocabulary = loaded.processor.tokenizer.get_vocab()
+    pieces = text.replace(" red", "\0").replace(" ", "Ġ").replace("\n", "Ċ")
+    return [vocabulary["Ġred" if piece == "\0" else piece] for piece in pieces]
+
+
+def pixels_of(images) -> torch.Tensor:
+    """CLIP's normalisation in double precision: (x / 255 - mean) / std, channels first."""
+    stacked = np.stack([np.asarray(image, dtype=np.float64) for image in images]) / 255
+    return torch.from_numpy(((stacked - MEAN) / STD).transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_a_sample_becomes_the_prompt_written_by_hand(loaded, images):
+    encoded = encode(loaded, sample("Is it red?", images))
+    head, tail = ids_of(loaded, "USER: "), ids_of(loaded, "Is it red? ASSISTANT:")
+    middle = ([IMAGE] * 9 + ids_of(loaded, "\n")) * images
+    expected = [1, *head, *middle, *tail]
+    assert encoded.inputs["input_ids"].tolist() == [expected]
+    assert encoded.inputs["attention_mask"].tolist() == [[1] * len(expected)]
+    assert encoded.prompt_length == encoded.length == len(expected)
+    assert encoded.visual.dtype == torch.bool
+    assert encoded.visual.tolist() == [token == IMAGE for token in expected]
+    if images:
+        assert encoded.inputs["pixel_values"].shape == (images, 3, 12, 12)
+        expected_pixels = pixels_of(sample("", images).images)
+        assert torch.allclose(encoded.inputs["pixel_values"].double(), expected_pixels, atol=1e-5)
+    else:
+        assert "pixel_values" not in encoded.inputs
+
+
+def test_a_system_turn_comes_first(loaded):
+    encoded = encode(loaded, sample("red?", 0), system="Be brief.")
+    assert encoded.inputs["input_ids"].tolist() == [[1, *ids_of(loaded, "Be brief. USER: red? ASSISTANT:")]]
+
+
+def test_an_answer_goes_behind_the_prompt_and_is_never_visual(loaded):
+    bare = encode(loaded, sample("red?"))
+    answer = torch.tensor([5, IMAGE, 2])
+    forced = encode(loaded, sample("red?"), answer)
+    length = bare.prompt_length
+    assert forced.prompt_length == length
+    assert forced.length == length + 3
+    assert forced.inputs["input_ids"][0].tolist() == [*bare.inputs["input_ids"][0].tolist(), 5, IMAGE, 2]
+    assert forced.inputs["attention_mask"].tolist() == [[1] * (length + 3)]
+    assert forced.visual.tolist() == [*bare.visual.tolist(), False, False, False]
+    assert torch.equal(forced.inputs["pixel_values"], bare.inputs["pixel_values"])
+
+
+@pytest.mark.parametrize(("model_type", "fill"), [("gemma3", 0), ("paligemma", 1)])
+def test_token_types_continue_as_generation_continues_them(loaded, model_type, fill):
+    from vtwcli.models.inputs import append
+
+    family = dataclasses.replace(loaded, family=FAMILIES[model_type])
+    inputs = {
+        "input_ids": torch.tensor([[4, 5]]),
+        "token_type_ids": torch.tensor([[1, 0]]),
+        "mm_token_type_ids": torch.tensor([[1, 0]], dtype=torch.int32),
+    }
+    longer = append(family, inputs, torch.tensor([6, 7]))
+    assert longer["input_ids"].tolist() == [[4, 5, 6, 7]]
+    assert longer["token_type_ids"].tolist() == [[1, 0, fill, fill]]
+    assert longer["mm_token_type_ids"].tolist() == [[1, 0, 0, 0]]
+    assert longer["mm_token_type_ids"].dtype == torch.int32
+    assert inputs["input_ids"].tolist() == [[4, 5]]
+    # as transformers' generate does it, for the family's own model
+    model = tiny.TINY[model_type].build(layers=1)
+    kwargs = {"token_type_ids": inputs["token_type_ids"]}
+    step = model._update_model_kwargs_for_generation({}, kwargs, num_new_tokens=1)
+    assert step["token_type_ids"].tolist() == [[1, 0, fill]]
+
+
+def test_pixels_take_the_model_s_dtype(tiny_dir):
+    half = load(str(tiny_dir), dtype="bfloat16")
+    encoded = encode(half, sample("red?"))
+    assert encoded.inputs["pixel_values"].dtype == torch.bfloat16
+    assert encoded.inputs["input_ids"].dtype == torch.long
+    assert half.model(**encoded.inputs).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_is_its_rows_padded(loaded, side):
+    rows = [
+        sample("red?", 1),
+        sample("no image", 0, seed=3),
+        sample("two?", 2, seed=5),
+        sample("x", 1, seed=9),
+    ]
+    batch = encode_batch(loaded, rows, side)
+    singles = [encode(loaded, row) for row in rows]
+    width = max(one.length for one in singles)
+    for row, one in enumerate(singles):
+        pad = [0] * (width - one.length)
+        ids, ones = one.inputs["input_ids"][0].tolist(), [1] * one.length
+        expected = (pad + ids, pad + ones) if side == "left" else (ids + pad, ones + pad)
+        assert (batch["input_ids"][row].tolist(), batch["attention_mask"][row].tolist()) == expected
+    pixels = [one.inputs["pixel_values"] for one in singles if "pixel_values" in one.inputs]
+    assert torch.equal(batch["pixel_values"], torch.cat(pixels))
+
+
+def test_the_visual_mask_knows_several_ids():
+    ids = torch.tensor([[1, 98, 97, 2], [98, 98, 3, 4]])
+    assert visual_mask(ids, (98, 97)).tolist() == [[False, True, True, False], [True, True, False, False]]
+    assert visual_mask(ids, (98,))[0].tolist() == [False, True, False, False]
+    assert not visual_mask(ids, ()).any()
+
+
+# --- templates ---------------------------------------------------------------------------------------------------
+
+
+def test_a_template_with_a_bos_gets_no_second_one(loaded):
+    expected = encode(loaded, sample("red?")).inputs["input_ids"]
+    own_bos = with_template(loaded, "{{ bos_token }}" + TEMPLATE)
+    assert torch.equal(encode(own_bos, sample("red?")).inputs["input_ids"], expected)
+
+
+def test_without_a_template_llava_has_its_own_prompt(loaded):
+    bare = with_template(loaded, None)
+    expected = [1, *ids_of(loaded, "USER: "), *[IMAGE] * 9, *ids_of(loaded, "\nred? ASSISTANT:")]
+    assert encode(bare, sample("red?")).inputs["input_ids"].tolist() == [expected]
+    assert answer_ids(bare, "red").tolist() == [*ids_of(loaded, " red"), 2]
+    other = with_template(loaded, None, family=FAMILIES["llava_next"])
+    with pytest.raises(NotFoundError) as caught:
+        encode(other, sample("red?"))
+    assert caught.value.message == f"the processor of {loaded.name!r} has no chat template"
+    assert caught.value.hint == "copy chat_template.jinja of the base model beside the weights"
+
+
+def test_a_failing_template_is_named(loaded):
+    broken = with_template(loaded, "{{ raise_exception('only text here') }}")
+    with pytest.raises(NotFoundError, match=r"^the chat template of .* fails: only text here"):
+        encode(broken, sample("red?"))
+
+
+def test_reference_answers_continue_the_prompt(loaded):
+    assert answer_ids(loaded, "red").tolist() == [*ids_of(loaded, " red"), 2]
+    assert answer_ids(loaded, " red\n").tolist() == [*ids_of(loaded, " red"), 2]
+    assert answer_ids(loaded, "a red one").tolist() == [*ids_of(loaded, " a red one"), 2]
+    assert answer_ids(loaded, "ANSWER").tolist() == [*ids_of(loaded, " ANSWER"), 2]
+    assert answer_ids(loaded, "red").dtype == torch.long
+    prompt = encode(loaded, sample("?", 0)).inputs["input_ids"][0].tolist()
+    whole = loaded.processor.tokenizer("USER: ? ASSISTANT: red</s>")["input_ids"]
+    assert prompt + answer_ids(loaded, "red").tolist() == whole
+
+
+def test_the_turn_ends_as_the_template_ends_it(loaded):
+    """A chat model has several end tokens; the template closes a turn with one, the tokenizer calls another eos."""
+    closing = TEMPLATE.replace("</s>", "<unk>\n")
+    chat = with_template(loaded, closing, model=tiny.llava(layers=1))
+    chat.model.generation_config.eos_token_id = [2, 3]
+    assert end_ids(chat) == (2, 3)
+    assert answer_ids(chat, "red").tolist() == [*ids_of(loaded, " red"), 3]
+    chat.model.generation_config.eos_token_id = 2
+    assert end_ids(chat) == (2,)
+    assert answer_ids(chat, "red").tolist() == [*ids_of(loaded, " red"), 2]
+
+
+def test_an_answer_that_would_merge_with_the_prompt_does_not(loaded):
+    """The prompt ends in a space: generation goes on behind it, without the token of space and word."""
+    spaced = with_template(loaded, TEMPLATE.replace("ASSISTANT:{% endif %}", "ASSISTANT: {% endif %}"))
+    prompt = encode(spaced, sample("?", 0)).inputs["input_ids"][0].tolist()
+    assert prompt[-1:] == ids_of(loaded, " ")
+    assert answer_ids(spaced, "red").tolist() == [*ids_of(loaded, "red"), 2]
+
+
+# --- generation --------------------------------------------------------------------------------------------------
+
+
+def greedy(loaded: LoadedModel, one: Sample, steps: int, ends: tuple[int, ...]) -> list[int]:
+    """Argmax token by token, the whole sequence anew each time."""
+    inputs = encode(loaded, one).inputs
+    ids, answer = inputs["input_ids"], []
+    for _ in range(steps):
+        logits = loaded.model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=inputs.get("pixel_values"),
+            use_cache=False,
+        ).logits
+        answer.append(int(logits[0, -1].argmax()))
+        ids = torch.cat([ids, torch.tensor([[answer[-1]]])], 1)
+        if answer[-1] in ends:
+            break
+    return answer
+
+
+SAMPLES = [
+    sample("red?", 1, "a"),
+    sample("no image", 0, "b"),
+    sample("two?", 2, "c", 5),
+    sample("x", 1, "d", 9),
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_generated_answers_are_the_argmax_of_full_recomputes(loaded, batch_size):
+    free = dataclasses.replace(loaded, model=tiny.llava())
+    expected = [greedy(free, one, 6, ()) for one in SAMPLES]
+    end = expected[0][3]  # some token of the first answer becomes an end token
+    assert len({tuple(answer) for answer in expected}) == len(SAMPLES)
+    free.model.generation_config.eos_token_id = [end, 2]
+    stopped = [greedy(free, one, 6, (end, 2)) for one in SAMPLES]
+    assert stopped[0][-1] == end
+    answers = generate_answers(free, SAMPLES, 6, batch_size)
+    assert [ids.tolist() for _, ids in answers] == stopped
+    for (text, ids), _ in zip(answers, SAMPLES, strict=True):
+        assert text == loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_a_generation_config_cannot_bend_the_answers_and_comes_back(loaded):
+    plain = dataclasses.replace(loaded, model=tiny.llava())
+    expected = generate_answers(plain, SAMPLES[:1], 6)[0][1].tolist()
+    config = plain.model.generation_config
+    config.repetition_penalty, config.no_repeat_ngram_size, config.do_sample, config.temperature = (
+        5.0,
+        1,
+        True,
+        9.0,
+    )
+    config.suppress_tokens, config.min_new_tokens = [expected[0]], 5
+    bent = plain.model.generate(**encode(plain, SAMPLES[0]).inputs, max_new_tokens=6)[0, -6:].tolist()
+    assert bent != expected
+    assert generate_answers(plain, SAMPLES[:1], 6)[0][1].tolist() == expected
+    assert plain.model.generation_config is config
+
+
+# --- failures ----------------------------------------------------------------------------------------------------
+
+
+def test_prompts_that_do_not_fit(loaded):
+    long = sample("x" * 600, 0, "long:1")
+    for encoding in (encode, lambda loaded, one: encode_batch(loaded, [one])):
+        with pytest.raises(NotFoundError) as caught:
+            encoding(loaded, long)
+        assert (
+            caught.value.message == "sample 'long:1' is 618 tokens long, more than the model's 512 positions"
+        )
+    room = 512 - encode(loaded, sample("x", 0)).length
+    assert encode(loaded, sample("x", 0), torch.full((room,), 5)).length == 512
+    with pytest.raises(NotFoundError, match="is 513 tokens long"):
+        encode(loaded, sample("x", 0), torch.full((room + 1,), 5))
+
+
+def test_placeholders_and_images_must_agree(loaded):
+    with pytest.raises(
+        NotFoundError, match=r"^the prompt of sample 'a' contains the image placeholder '<image>'"
+    ):
+        encode(loaded, sample("what is <image>?"))
+    silent = with_template(loaded, TEMPLATE.replace("<image>", ""))
+    with pytest.raises(
+        NotFoundError, match=r"^the processor cannot encode sample 'a': The total number of <image>"
+    ):
+        encode(silent, sample("red?"))
+    wrong = dataclasses.replace(loaded, processor=build_processor(image_token_id=97))
+    with pytest.raises(NotFoundError) as caught:
+        encode(wrong, sample("red?"))
+    assert caught.value.message == "sample 'a' has 1 images, but its encoded prompt has 0 visual tokens"
+    fewer = dataclasses.replace(loaded, processor=build_processor())
+    fewer.processor.patch_size = 6  # four placeholders for nine visual tokens
+    with pytest.raises(
+        NotFoundError, match=r"^the model refuses the inputs of sample 'a', 'b': Image features"
+    ):
+        generate_answers(fewer, [sample("red?"), sample("x", id="b")], 2, batch_size=2)
+
+
+def test_no_files_are_written(loaded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    generate_answers(loaded, SAMPLES[:1], 2)
+    assert list(Path.cwd().iterdir()) == []

@@ -1,0 +1,80 @@
+"""A seeded choice of samples from a stream of rows, without holding or decoding the others."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import random
+from collections.abc import Callable, Collection, Sequence
+
+from vtwcli.data.sample import Sample
+
+
+def sample_fingerprint(sample: Sample) -> str:
+    """SHA-256 of what a sample says: prompt, references, and its images' sizes and RGB pixels; not its id."""
+    digest = hashlib.sha256()
+    for part in (sample.prompt, *sample.references):
+        digest.update(f"{len(part)}:{part}".encode())
+    for image in sample.images:
+        digest.update(str(image.size).encode() + image.tobytes())
+    return digest.hexdigest()
+
+
+def ranges(places: Sequence[int]) -> str:
+    """Row numbers in a few characters: ``0-19,40``."""
+    runs: list[list[int]] = []
+    for place in sorted(places):
+        if runs and place == runs[-1][1] + 1:
+            runs[-1][1] = place
+        else:
+            runs.append([place, place])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+class Drawing:
+    """Draws samples while rows stream by: per task the ``limit`` rows with the smallest keys are kept.
+
+    Keys are random for a shuffled draw, which makes it uniform over the rows seen, and row numbers otherwise.
+    A row is only decoded once its key is small enough, about ``limit * (1 + log(rows / limit))`` times.
+    """
+
+    def __init__(
+        self, limit: int | None, seed: int, *, first: bool = False, exclude: Collection[str] = ()
+    ) -> None:
+        """
+        Args:
+            limit: samples per task, or None for all.
+            seed: of the random keys.
+            first: take the first rows instead.
+            exclude: fingerprints of samples that are passed over.
+        """
+        self.limit, self.seed, self.exclude = limit, seed, frozenset(exclude)
+        self.kept: dict[str, list[tuple[float, int, str, Sample]]] = {}  # a heap each, largest key first
+        self._first = first
+        self._random = random.Random(seed)
+
+    @property
+    def full(self) -> bool:
+        """Whether no later row can come in, given that all rows are of one task."""
+        limit = self.limit
+        return self._first and limit is not None and any(len(kept) >= limit for kept in self.kept.values())
+
+    def offer(self, place: int, task: str, make: Callable[[], Sample]) -> None:
+        """Consider one row; ``make`` decodes it."""
+        key = float(place) if self._first else self._random.random()
+        kept = self.kept.setdefault(task, [])
+        crowded = self.limit is not None and len(kept) >= self.limit
+        if crowded and -kept[0][0] <= key:
+            return
+        sample = make()
+        content = sample_fingerprint(sample)
+        if content in self.exclude:
+            return
+        (heapq.heapreplace if crowded else heapq.heappush)(kept, (-key, -place, content, sample))
+
+    def chosen(self) -> list[tuple[int, str, Sample]]:
+        """(row number, fingerprint, sample) of the kept rows in reading order."""
+        found = [
+            (-place, content, sample) for kept in self.kept.values() for _, place, content, sample in kept
+        ]
+        return sorted(found, key=lambda entry: entry[0])
