@@ -28,7 +28,7 @@ from vtwcli.errors import UsageError, VtwError
 from vtwcli.models.layers import Capture
 
 _KINDS = ("withdraw", "mute", "freeze")
-_CHUNK_ROWS = 256  # rows of begun streams that run as one sequence
+_CHUNK_ROWS = 384  # rows of begun streams that run as one sequence
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ def take(hidden: Tensor, rows: Tensor) -> Tensor:
 
 def _rotary(embedding: Tensor, rows: Tensor, times: int) -> Tensor:
     """``times`` copies, one behind the other, of a rotary embedding [..., B or 1, S, E] at ``rows`` [B, Q]."""
-    return torch.cat([embedding.take_along_dim(rows[:, :, None], -2)] * times, dim=-2)
+    index = rows[(None,) * (embedding.ndim - 3)].unsqueeze(-1)
+    return torch.cat([embedding.take_along_dim(index, -2)] * times, dim=-2)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -232,15 +233,25 @@ class AttentionRows(NamedTuple):
     Attributes:
         query: after rotary embedding, [B, heads, R, E].
         keys, values: of all rows, [B, H, S, E].
-        scaling: factor on query · key.
         allowed: which columns each row may read, bool [B, R, S].
+        scaling: factor on query · key.
+        softcap: bound that the scores approach, or None.
     """
 
     query: Tensor
     keys: Tensor
     values: Tensor
-    scaling: float
     allowed: Tensor
+    scaling: float
+    softcap: float | None
+
+    def weights(self) -> Tensor:
+        """Attention weights, float32 [B, heads, R, S], each row summing to 1."""
+        keys = self.keys.repeat_interleave(self.query.shape[1] // self.keys.shape[1], 1)
+        scores = (self.query @ keys.transpose(2, 3)).float() * self.scaling
+        if self.softcap is not None:
+            scores = (scores / self.softcap).tanh() * self.softcap
+        return scores.masked_fill(~self.allowed[:, None], -torch.inf).softmax(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -392,10 +403,10 @@ class Walk:
 
         seen: dict[str, Any] = {}
 
-        def record(
-            module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, mask: Any, **kw: Any
-        ) -> None:
-            seen.update(query=query, scaling=kw.get("scaling") or query.shape[-1] ** -0.5)
+        def record(module: nn.Module, query: Tensor, *_: Any, **given: Any) -> None:
+            scaling = given.get("scaling")
+            seen.update(query=query, scaling=query.shape[-1] ** -0.5 if scaling is None else scaling)
+            seen.update(softcap=given.get("softcap"))
             raise _Enough
 
         allowed = readable(self._mask(view.index), rows, view.hidden_in.shape[1])
@@ -405,7 +416,7 @@ class Walk:
         try:
             _run(view.layer, take(view.hidden_in, rows), kwargs, lambda *_: (view.keys, view.values))
         except _Enough:
-            return AttentionRows(seen["query"], view.keys, view.values, seen["scaling"], allowed)
+            return AttentionRows(keys=view.keys, values=view.values, allowed=allowed, **seen)
         finally:
             del ALL_ATTENTION_FUNCTIONS[name]
         raise VtwError(f"{type(view.layer).__name__} does not use the library's attention functions")
@@ -463,11 +474,6 @@ class Walk:
             self.hidden = _run(layer, take(entry, self.rows), kwargs, lambda *_: (keys, values))
         for group in self.groups:
             self._advance(group, d, layer, keys, values, group.find(self.rows)[0])
-        added = self.capture.added.get(self.depth)
-        if added is not None:
-            self.hidden = self.hidden + take(added, self.rows)
-            for group in self.groups:
-                group.hidden = group.hidden + take(added, self.rows)[:, None]
 
     def _row_kwargs(self, d: int, rows: Tensor, times: int, allowed: Tensor) -> dict[str, Any]:
         """The layer's arguments for ``times`` copies of ``rows`` [B, Q] under a bool mask [B, times*Q, n]."""
@@ -478,7 +484,8 @@ class Walk:
         elif embeddings is not None:
             kwargs["position_embeddings"] = tuple(_rotary(x, rows, times) for x in embeddings)
         if positions is not None:
-            kwargs["position_ids"] = torch.cat([positions.take_along_dim(rows, -1)] * times, dim=-1)
+            index = rows[(None,) * (positions.ndim - 2)]
+            kwargs["position_ids"] = torch.cat([positions.take_along_dim(index, -1)] * times, dim=-1)
         kwargs["attention_mask"] = explicit(allowed[:, None], self.eager, self.hidden.dtype)
         return kwargs
 
@@ -487,16 +494,10 @@ class Walk:
         key = (id(self.capture.kwargs[d].get("attention_mask")), query is None)
         if key not in group.patterns:
             visual, length = self.capture.visual, self.capture.hidden.shape[1]
-            places = torch.arange(group.count, device=visual.device)
-            index = places.expand_as(group.rows) if query is None else query
-            rows = group.rows.gather(1, index)
+            rows = group.rows if query is None else group.rows.gather(1, query)
             base = readable(self._mask(d), rows, length)
-            own = (
-                base.gather(2, group.rows[:, None, :].expand(-1, rows.shape[1], -1)) & group.valid[:, None, :]
-            )
-            own |= (
-                index[:, :, None] == places
-            )  # also rows that only fill up: a softmax over nothing is not a number
+            columns = group.rows[:, None, :].expand(-1, rows.shape[1], -1)
+            own = base.gather(2, columns) & group.valid[:, None, :]
             full = base & ~group.reached[:, None, :]
             text = ~visual.gather(1, rows)[:, :, None]
             unread = group.kind != "freeze"
