@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ def calibrate(
         UsageError: options that contradict each other or the model.
     """
     started = time.perf_counter()
-    mix = _samples(model, data, options)
+    mix = read_samples(model, data, options)
     loaded, source = open_model(model)
     _check_options(options, source)
     timing = {"load": time.perf_counter() - started}
@@ -175,7 +175,16 @@ def measure(
     timing["sweep"] = time.perf_counter() - begun
 
 
-def _samples(model: ModelSection, data: Sequence[DataSpec], options: CalibrateSection) -> DataMix:
+class SampleOptions(Protocol):
+    """The options that choosing samples needs; the sections of several commands have them."""
+
+    limit: int
+    seed: int
+    skip_bad: bool
+
+
+def read_samples(model: ModelSection, data: Sequence[DataSpec], options: SampleOptions) -> DataMix:
+    """The samples of a command: its data sources, or the model's default ones."""
     specs = list(data) or ([DataSpec(source="demo")] if model.name == "demo" else list(default_mix()))
     mix = load_data(specs, limit=options.limit, seed=options.seed, skip_bad=options.skip_bad)
     if mix.skipped:
@@ -259,7 +268,13 @@ def _result(
     def rule(policy: Policy) -> policies.Rule:
         relative = cost["kv_ratio"] if options.budget_of == "kv" else cost["flops_ratio"][DEFAULT_CONVENTION]
         return policies.Rule(
-            policy, options.eta, least, options.quantile, options.agreement, options.budget, tuple(relative)
+            policy,
+            options.eta,
+            least,
+            options.quantile,
+            options.agreement,
+            options.budget,
+            tuple(relative[:depth]),
         )
 
     chosen = rule(options.policy)
@@ -329,13 +344,14 @@ def _result(
         "samples": [
             {
                 "id": sample.id,
+                "fingerprint": fingerprint,
                 "task": sample.task,
                 "prefix": one.prefix,
                 "visual": one.visual,
                 "suffix": one.suffix,
                 "positions": len(one.kl[0]),
             }
-            for sample, one in zip(mix.samples, measured, strict=True)
+            for sample, fingerprint, one in zip(mix.samples, mix.fingerprints, measured, strict=True)
         ],
         "data": list(mix.sources),
         "skipped": mix.skipped,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 
 from vtwcli import __version__, console
 from vtwcli.errors import GateError, UsageError, VtwError
-from vtwcli.recipe import CalibrateSection, DataSpec, ModelSection, Recipe, Section
+from vtwcli.recipe import CalibrateSection, DataSpec, EvalSection, ModelSection, Recipe, Section
 
 app = typer.Typer(
     name="vtw",
@@ -226,7 +227,11 @@ def calibrate(
     base = _recipe(context.params)
     options = _section(CalibrateSection, context.params, base.calibrate)
     where, specs = _model(context.params, base), _data(context.params, base)
-    outputs = _calibration_outputs(where.name, output, plot, as_json)
+    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--plot: {plot} must end in .png, .svg or .pdf")
+    beside = {"schedule": ".schedule.yaml", "plot": ".png"}
+    outputs = _outputs(where.name, output, as_json, "calibration", beside)
+    outputs["plot"] = plot or outputs["plot"]
     from vtwcli import files
 
     files.check_free(outputs.values(), force)
@@ -239,33 +244,40 @@ def calibrate(
     if is_main():
         _publish_calibration(result, outputs, as_json)
     finish()
-    if result["withdrawal_layer"] is None:
+    if result["withdrawal_layer"] is None and is_main():
         from vtwcli.report import calibration_sentence
 
         raise GateError(calibration_sentence(result), "more samples, a larger --eta, or --policy budget")
 
 
-def _calibration_outputs(
-    model: str, output: Path | None, plot: Path | None, as_json: bool
+def _outputs(
+    model: str, output: Path | None, as_json: bool, name: str, beside: dict[str, str]
 ) -> dict[str, Path | None]:
-    """Where the result, the schedule and the picture go; nowhere under ``--json`` without ``--output``."""
+    """Where the result and the files beside it go; nowhere under ``--json`` without ``--output``."""
     if output is None and not as_json:
         slug = model.rstrip("/").replace("@", "-").rsplit("/", 1)[-1] or "model"
-        output = Path(f"vtw-{slug}") / "calibration.json"
-    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--plot: {plot} must end in .png, .svg or .pdf")
+        output = Path(f"vtw-{slug}") / f"{name}.json"
     return {
         "result": output,
-        "schedule": output.with_suffix(".schedule.yaml") if output else None,
-        "plot": plot or (output.with_suffix(".png") if output else None),
+        **{key: output.with_suffix(suffix) if output else None for key, suffix in beside.items()},
     }
+
+
+def _written(outputs: dict[str, Path | None]) -> None:
+    paths = [str(path) for path in outputs.values() if path and path.exists()]
+    if paths:
+        console.note("wrote " + ", ".join(paths))
+
+
+def _document(result: dict[str, Any]) -> str:
+    return json.dumps(result, indent=1, ensure_ascii=False) + "\n"
 
 
 def _publish_calibration(result: dict[str, Any], outputs: dict[str, Path | None], as_json: bool) -> None:
     from vtwcli import files, report
     from vtwcli.schedule import Schedule
 
-    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    text = _document(result)
     if outputs["plot"]:
         report.plot_calibration(result, outputs["plot"])
     if outputs["schedule"] and result["schedule"]:
@@ -276,6 +288,131 @@ def _publish_calibration(result: dict[str, Any], outputs: dict[str, Path | None]
         console.result_text(text)
     else:
         console.result(report.calibration_view(result))
-    written = [str(path) for path in outputs.values() if path and path.exists()]
-    if written:
-        console.note("wrote " + ", ".join(written))
+    _written(outputs)
+
+
+EVAL_EXAMPLES = """
+Examples:
+
+  vtw eval demo --layer 6
+
+  vtw eval demo --layers 4,6,8 --limit 100
+
+  vtw eval MODEL --schedule calibration.schedule.yaml --max-drop 0.01
+"""
+
+
+@app.command("eval", epilog=EVAL_EXAMPLES)
+def evaluate(
+    context: typer.Context,
+    model: ModelName = None,
+    schedule: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--schedule", metavar="FILE", help="Schedule or calibration result; may be given several times."
+        ),
+    ] = None,
+    layer: Annotated[int | None, typer.Option("--layer", help="Withdraw at this layer.")] = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", metavar="K,K,...", help="Compare withdrawal at several layers.")
+    ] = None,
+    data: Data = None,
+    limit: Annotated[int | None, _option(EvalSection, "limit", "--limit", rich_help_panel="Data")] = None,
+    skip_bad: Annotated[
+        bool | None, _option(EvalSection, "skip_bad", "--skip-bad", rich_help_panel="Data")
+    ] = None,
+    max_drop: Annotated[float | None, _option(EvalSection, "max_drop", "--max-drop")] = None,
+    max_kl: Annotated[float | None, _option(EvalSection, "max_kl", "--max-kl")] = None,
+    max_new_tokens: Annotated[int | None, _option(EvalSection, "max_new_tokens", "--max-new-tokens")] = None,
+    batch_size: Annotated[int | None, _option(EvalSection, "batch_size", "--batch-size")] = None,
+    bootstrap: Annotated[int | None, _option(EvalSection, "bootstrap", "--bootstrap")] = None,
+    timing: Annotated[bool | None, _option(EvalSection, "timing", "--timing/--no-timing")] = None,
+    repeats: Annotated[int | None, _option(EvalSection, "repeats", "--repeats")] = None,
+    timing_tokens: Annotated[int | None, _option(EvalSection, "timing_tokens", "--timing-tokens")] = None,
+    seed: Annotated[int | None, _option(EvalSection, "seed", "--seed")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", metavar="FILE", help="Warn when its samples are judged on again."),
+    ] = None,
+    recipe: RecipeFile = None,
+    sets: Sets = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    attn: Attn = None,
+    trust_remote_code: Trust = None,
+    output: Output = None,
+    as_json: Json = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what pruning costs and saves: full and pruned on the same samples.
+
+    Compares answers by each task's metric, the distributions by KL, and the
+    work by FLOPs, KV cache and measured latency. Writes the result (JSON), a
+    table (Markdown), a page with the answers that differ (HTML) and a plot.
+    Exit code 3 when a gate (--max-drop, --max-kl) fails.
+    """
+    _begin(quiet, verbose)
+    base = _recipe(context.params)
+    options = _section(EvalSection, context.params, base.eval)
+    where, specs = _model(context.params, base), _data(context.params, base)
+    schedules = _schedules(schedule or (), layer, layers)
+    beside = {"markdown": ".md", "page": ".html", "plot": ".png"}
+    outputs = _outputs(where.name, output, as_json, "evaluation", beside)
+    from vtwcli import files
+
+    files.check_free(outputs.values(), force)
+    calibrated = json.loads(calibration.read_text(encoding="utf-8")) if calibration else None
+
+    from vtwcli.distributed import finish, is_main
+    from vtwcli.evaluate import evaluate as run
+
+    result, samples = run(where, schedules, specs, options, calibration=calibrated)
+    if is_main():
+        _publish_evaluation(result, samples, outputs, as_json)
+    finish()
+    failed = [gate for gate in result["gates"] if not gate["passed"]]
+    if failed and is_main():
+        from vtwcli.report_eval import gate_sentence
+
+        raise GateError(gate_sentence(failed[0]), f"{len(failed)} of {len(result['gates'])} gates failed")
+
+
+def _schedules(paths: Sequence[Path], layer: int | None, layers: str | None) -> list[tuple[str, Any]]:
+    """Names and schedules of ``--schedule``, ``--layer`` and ``--layers``."""
+    from vtwcli.schedule import Schedule
+
+    wanted = [] if layer is None else [layer]
+    for part in (layers or "").split(",") if layers else ():
+        if not part.strip().isdigit():
+            raise UsageError(f"--layers: {part!r} is not a layer number", "for example --layers 8,12,16")
+        wanted.append(int(part))
+    if any(k < 0 for k in wanted):
+        raise UsageError(f"--layer: {min(wanted)} is not a layer number")
+    named = [
+        (path.name.removesuffix(".yaml").removesuffix(".schedule"), Schedule.from_file(path))
+        for path in paths
+    ]
+    return named + [(f"K={k}", Schedule.withdraw_at(k)) for k in wanted]
+
+
+def _publish_evaluation(
+    result: dict[str, Any], samples: Sequence[Any], outputs: dict[str, Path | None], as_json: bool
+) -> None:
+    from vtwcli import files, report_eval
+
+    text = _document(result)
+    if outputs["plot"]:
+        report_eval.plot_quality(result, outputs["plot"])
+    if outputs["page"]:
+        files.write_text(outputs["page"], report_eval.html_report(result, samples))
+    if outputs["markdown"]:
+        files.write_text(outputs["markdown"], report_eval.markdown(result))
+    if outputs["result"]:
+        files.write_text(outputs["result"], text)
+    if as_json:
+        console.result_text(text)
+    else:
+        console.result(report_eval.evaluation_view(result))
+    _written(outputs)

@@ -90,9 +90,10 @@ def _start() -> None:
 
 
 def finish() -> None:
-    """Leave the process group, if one was joined."""
+    """Wait for the process that writes, then leave; a launcher may end the run as soon as one process is gone."""
     if size() > 1:
         from torch import distributed
 
         if distributed.is_initialized():
+            distributed.barrier()
             distributed.destroy_process_group()

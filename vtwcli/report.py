@@ -101,7 +101,7 @@ def plot_calibration(result: dict[str, Any], path: Path) -> None:
     """
     import numpy as np
 
-    figure, axis = _figure()
+    figure, axis = new_figure()
     layers = np.arange(result["num_layers"])
     floor = min(result["eta"] / 100, 1e-5)
     samples = np.asarray(
@@ -151,7 +151,7 @@ def plot_calibration(result: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
-def _figure() -> tuple[Any, Any]:
+def new_figure() -> tuple[Any, Any]:
     """A figure that needs no display and leaves pyplot's global state alone."""
     from matplotlib.figure import Figure
 
