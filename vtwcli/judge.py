@@ -1,0 +1,53 @@
+"""Paired comparison of two sets of scores on the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import comb
+from typing import Any
+
+import numpy as np
+
+
+def paired_difference(
+    full: Sequence[float], pruned: Sequence[float], resamples: int, seed: int
+) -> dict[str, Any]:
+    """Mean of ``pruned - full`` with a paired bootstrap interval.
+
+    Args:
+        full, pruned: scores of the same samples in the same order.
+        resamples: bootstrap resamples of the samples; 0 for no interval.
+
+    Returns:
+        ``difference`` and ``interval``, its 2.5 % and 97.5 % quantiles, or None.
+    """
+    change = np.asarray(pruned, dtype=np.float64) - np.asarray(full, dtype=np.float64)
+    interval = None
+    if resamples and len(change):
+        rows = np.random.default_rng(seed).integers(0, len(change), (resamples, len(change)))
+        interval = [float(x) for x in np.quantile(change[rows].mean(axis=1), (0.025, 0.975))]
+    return {"difference": float(change.mean()), "interval": interval}
+
+
+def mcnemar(full: Sequence[float], pruned: Sequence[float]) -> dict[str, Any]:
+    """McNemar's exact test of right-or-wrong scores (1 is right, anything less is wrong).
+
+    With b samples that only the full model gets right and c that only the pruned one does, the two-sided p is
+    ``min(1, 2 · Σ_{i <= min(b, c)} C(b + c, i) / 2^(b + c))`` (McNemar, 1947; exact binomial form).
+
+    Returns:
+        ``only_full`` b, ``only_pruned`` c and ``p``.
+    """
+    pairs = [(f >= 1, p >= 1) for f, p in zip(full, pruned, strict=True)]
+    b = sum(f and not p for f, p in pairs)
+    c = sum(p and not f for f, p in pairs)
+    tail = sum(comb(b + c, i) for i in range(min(b, c) + 1)) / 2 ** (b + c)
+    return {"only_full": b, "only_pruned": c, "p": min(1.0, 2 * tail)}
+
+
+def first_divergence(full: Sequence[int], pruned: Sequence[int]) -> int | None:
+    """The first position at which two token sequences differ, or None where they are equal."""
+    for position, (a, b) in enumerate(zip(full, pruned, strict=False)):
+        if a != b:
+            return position
+    return None if len(full) == len(pruned) else min(len(full), len(pruned))
