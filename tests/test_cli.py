@@ -25,7 +25,7 @@ def vtw(*args, env=None, cwd=None, **options):
     )
 
 
-COMMANDS = ["calibrate"]
+COMMANDS = ["calibrate", "eval", "families"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -48,6 +48,14 @@ def test_help_answers_without_torch_and_shows_an_example(command):
 def test_every_command_is_tested_here():
     listed = vtw("--help").stdout.split("Commands")[1]
     assert set(re.findall(r"^│ ([a-z]+) ", listed, re.MULTILINE)) == set(COMMANDS)
+
+
+def test_families_as_table_and_as_json():
+    done = vtw("families", env={"COLUMNS": "160"})
+    assert done.returncode == 0
+    assert "llava-hf/llava-1.5-7b-hf" in done.stdout
+    rows = json.loads(vtw("families", "--json").stdout)
+    assert {"family": "LLaVA-1.5", "model_type": "llava", "withdraw": "yes"}.items() <= rows[0].items()
 
 
 def test_version():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
@@ -20,10 +20,9 @@ from vtwcli.data.sources import DataMix, load_data
 from vtwcli.data.tasks import default_mix
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape, prefill_cost, tokens_with_withdrawal
-from vtwcli.models.checkpoint import resolve
 from vtwcli.models.inputs import Encoded, answer_ids, encode, generate_answers
 from vtwcli.models.layers import LayerSource, Resident
-from vtwcli.models.loading import LoadedModel, choose_device, choose_dtype, fits, load
+from vtwcli.models.loading import LoadedModel, fits, load
 from vtwcli.models.streaming import Streamed
 from vtwcli.recipe import CalibrateSection, DataSpec, ModelSection, Policy
 from vtwcli.schedule import Schedule
@@ -111,10 +110,7 @@ def open_model(model: ModelSection) -> tuple[LoadedModel, LayerSource]:
     where = distributed.local_device(model.device)
     streamed = model.stream
     if streamed is None:
-        checkpoint = resolve(model.name, trust_remote_code=model.trust_remote_code)
-        place = choose_device(where)
-        dtype = choose_dtype(checkpoint, place) if model.dtype == "auto" else getattr(torch, model.dtype)
-        streamed = not fits(checkpoint, place, dtype)
+        streamed = not fits(model.name, where, model.dtype, trust_remote_code=model.trust_remote_code)
         if streamed:
             console.note(f"{model.name} does not fit into memory; its layers are read one at a time")
     with console.progress(f"loading {model.name}"):
@@ -178,9 +174,17 @@ def measure(
 class SampleOptions(Protocol):
     """The options that choosing samples needs; the sections of several commands have them."""
 
-    limit: int
-    seed: int
-    skip_bad: bool
+    @property
+    def limit(self) -> int:
+        """Samples per task."""
+
+    @property
+    def seed(self) -> int:
+        """Of the choice."""
+
+    @property
+    def skip_bad(self) -> bool:
+        """Whether unreadable samples are skipped and counted."""
 
 
 def read_samples(model: ModelSection, data: Sequence[DataSpec], options: SampleOptions) -> DataMix:
@@ -316,7 +320,7 @@ def _result(
         "positions": options.positions,
         "min_layer": least,
         "options": options.model_dump(mode="json", exclude={"resume"}),
-        "policies": {name: policies.choose(rule(name), used, used_agree, tasks) for name in Policy.__args__},
+        "policies": {name: policies.choose(rule(name), used, used_agree, tasks) for name in get_args(Policy)},
         "compromise": {"layer": best, "kl": float(used.mean(axis=0)[best])},
         "tasks": {
             task: {

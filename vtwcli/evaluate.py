@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vtwcli import console, distributed, judge
 from vtwcli.calibrate import read_samples, versions
-from vtwcli.costs import latencies, prefill_cache_bytes
+from vtwcli.costs import Variant, latencies, prefill_cache_bytes
 from vtwcli.data import metrics
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import DataMix
@@ -72,7 +72,8 @@ def evaluate(
     Returns:
         The result document and the samples in its order. The document holds plain JSON values: ``tasks`` (per task
         the metric, the full model's ``mean``, and per schedule ``mean``, ``difference``, ``interval`` and McNemar's
-        test), ``schedules`` (per schedule ``kl_first``, ``kl_answer``, ``top1_agreement``, ``exact_sequences``, ``worst_task``, ``cost``), ``samples`` with all
+        test), ``schedules`` (per schedule ``kl_first``, ``kl_answer``, ``top1_agreement``, ``exact_sequences``,
+        ``worst_task``, ``cost``), ``samples`` with all
         answers, ``gates``, ``data``, ``versions``, ``seed`` and ``run``.
 
     Raises:
@@ -252,7 +253,7 @@ def _costs(
 ) -> dict[str, Any]:
     """Latencies (``latency``, None without timing) and cache bytes (``cache``) by variant, full first."""
     names = ["full", *(name for name, _ in schedules)]
-    variants = {
+    variants: dict[str, Variant] = {
         name: partial(_variant, loaded, schedule)
         for name, schedule in zip(names, [None, *(schedule for _, schedule in schedules)], strict=True)
     }
