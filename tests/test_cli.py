@@ -25,7 +25,7 @@ def vtw(*args, env=None, cwd=None, **options):
     )
 
 
-COMMANDS = ["calibrate", "eval", "families"]
+COMMANDS = ["calibrate", "eval", "export", "families", "verify"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

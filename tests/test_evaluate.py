@@ -97,6 +97,8 @@ def test_views_hold_the_numbers(evaluated, tmp_path):
     result, samples = evaluated
     text = report_eval.markdown(result)
     assert "| colour: exact_match | 3 | K=3 |" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("| ")}
+    assert widths == {len(report_eval.QUALITY_HEADER) + 1, len(report_eval.COST_HEADER) + 1}
     assert f"{result['schedules']['K=3']['kl_answer']:.2e}" in text
     page = report_eval.html_report(result, samples)
     different = sum(row["pruned"]["K=3"]["first_divergence"] is not None for row in result["samples"])

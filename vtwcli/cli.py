@@ -17,7 +17,15 @@ from pydantic import ValidationError
 
 from vtwcli import __version__, console
 from vtwcli.errors import GateError, UsageError, VtwError
-from vtwcli.recipe import CalibrateSection, DataSpec, EvalSection, ModelSection, Recipe, Section
+from vtwcli.recipe import (
+    CalibrateSection,
+    DataSpec,
+    EvalSection,
+    ExportSection,
+    ModelSection,
+    Recipe,
+    Section,
+)
 
 app = typer.Typer(
     name="vtw",
@@ -250,6 +258,189 @@ def calibrate(
         raise GateError(calibration_sentence(result), "more samples, a larger --eta, or --policy budget")
 
 
+EXPORT_EXAMPLES = """
+Examples:
+
+  vtw export demo --layer 9 --output demo-pruned
+
+  vtw export MODEL --calibration vtw-MODEL/calibration.json --output pruned
+
+  vtw export MODEL --layer 16 --format onnx --dtype float16 --output graphs
+"""
+
+
+@app.command(epilog=EXPORT_EXAMPLES)
+def export(
+    context: typer.Context,
+    model: ModelName = None,
+    schedule: Annotated[
+        Path | None, typer.Option("--schedule", metavar="FILE", help="Schedule to bake in, YAML or JSON.")
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", metavar="FILE", help="Calibration result whose schedule is baked in."),
+    ] = None,
+    layer: Annotated[int | None, typer.Option("--layer", min=0, help="Withdraw at this layer.")] = None,
+    kind: Annotated[str | None, _option(ExportSection, "format", "--format")] = None,
+    dtype: Annotated[str | None, _option(ExportSection, "dtype", "--dtype")] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option("--evaluation", metavar="FILE", help="Evaluation result for the model card (hf)."),
+    ] = None,
+    opset: Annotated[int | None, _option(ExportSection, "opset", "--opset", rich_help_panel="ONNX")] = None,
+    merged: Annotated[
+        bool | None, _option(ExportSection, "merged", "--merged", rich_help_panel="ONNX")
+    ] = None,
+    quantize: Annotated[
+        str | None, _option(ExportSection, "quantize", "--quantize", rich_help_panel="ONNX")
+    ] = None,
+    recipe: RecipeFile = None,
+    sets: Sets = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="REPO", help="Upload the directory (hf), private by default."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make the uploaded repository public.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Directory to make.", rich_help_panel="Output"),
+    ] = None,
+    as_json: Json = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a model with its schedule baked in: a Hugging Face directory, or ONNX graphs.
+
+    The directory appears only when it is complete and checked. The Hugging
+    Face form loads pruned with trust_remote_code=True where this tool is not
+    installed, and as the plain model without it.
+    """
+    _begin(quiet, verbose)
+    base = _recipe(context.params)
+    options = _section(ExportSection, {**context.params, "format": kind}, base.export)
+    where = _model({**context.params, "dtype": None}, base)
+    if output is None:
+        raise UsageError("no output directory given", "--output DIR")
+    if sum(x is not None for x in (schedule, calibration, layer)) != 1:
+        raise UsageError("give exactly one of --schedule, --calibration and --layer")
+    from vtwcli.schedule import Schedule
+
+    path = schedule or calibration
+    chosen = Schedule.from_file(path) if path else Schedule.withdraw_at(int(layer or 0))
+    if options.format == "onnx":
+        manifest = _export_onnx(where, chosen, output, options, force)
+    else:
+        from vtwcli.export.hf import export_hf
+
+        manifest = export_hf(
+            where.name,
+            chosen,
+            output,
+            dtype=_HF_DTYPES.get(options.dtype, options.dtype),
+            force=force,
+            calibration=_json_file(calibration),
+            evaluation=_json_file(evaluation),
+            recipe=recipe.read_text(encoding="utf-8") if recipe else None,
+        )
+        if push_to_hub:
+            from vtwcli.export.push import push
+
+            console.note(f"uploaded {push(output, push_to_hub, private=not public)}")
+    if as_json:
+        console.result_text(_document(manifest))
+    else:
+        console.result_text(f"wrote {output}")
+
+
+_HF_DTYPES = {"auto": None, "fp32": "float32", "fp16": "float16"}
+_ONNX_DTYPES = {"auto": "fp32", "float32": "fp32", "float16": "fp16"}
+
+
+def _export_onnx(
+    where: ModelSection, schedule: Any, output: Path, options: ExportSection, force: bool
+) -> dict[str, Any]:
+    if options.dtype == "bfloat16":
+        raise UsageError("--dtype: ONNX graphs are float32 or float16, not bfloat16")
+    from vtwcli.export.onnx import export_onnx
+    from vtwcli.models.checkpoint import resolve
+
+    return export_onnx(
+        resolve(where.name, trust_remote_code=where.trust_remote_code),
+        schedule,
+        output,
+        dtype=_ONNX_DTYPES.get(options.dtype, options.dtype),
+        opset=options.opset,
+        merged=options.merged,
+        quantize=options.quantize,
+        force=force,
+    )
+
+
+def _json_file(path: Path | None) -> dict[str, Any] | None:
+    """A result document that another command wrote."""
+    if path is None:
+        return None
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot read the result file: {error}") from None
+    if not isinstance(document, dict):
+        raise UsageError(f"{path}: not a result file")
+    return document
+
+
+VERIFY_EXAMPLES = """
+Examples:
+
+  vtw export demo --layer 9 --output demo-pruned && vtw verify demo-pruned
+
+  vtw verify pruned --base llava-hf/llava-1.5-7b-hf --json
+"""
+
+
+@app.command(epilog=VERIFY_EXAMPLES)
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory that vtw export made.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", metavar="MODEL", help="Base model to compare with; by default the one it names."
+        ),
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option("--image", metavar="FILE", help="Image to ask about; by default a drawing.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")] = 16,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Check an exported directory: files, loading, a smoke generation, parity with the base.
+
+    Exit code 3 when a check fails, 4 when it is not an export.
+    """
+    _begin(quiet, verbose)
+    from vtwcli.export.verify import verify as run
+
+    report = run(
+        directory,
+        base=base,
+        image=image,
+        device=device or "auto",
+        dtype=dtype or "auto",
+        max_new_tokens=max_new_tokens,
+        trust_remote_code=bool(trust_remote_code),
+    )
+    if as_json:
+        console.result_text(_document(report))
+    else:
+        console.result_text(f"{directory}: verified")
+
+
 FAMILIES_EXAMPLES = """
 Examples:
 
@@ -397,7 +588,7 @@ def evaluate(
     from vtwcli import files
 
     files.check_free(outputs.values(), force)
-    calibrated = json.loads(calibration.read_text(encoding="utf-8")) if calibration else None
+    calibrated = _json_file(calibration)
 
     from vtwcli.distributed import finish, is_main
     from vtwcli.evaluate import evaluate as run

@@ -196,6 +196,23 @@ class EvalSection(Section):
     max_kl: float | None = Field(None, ge=0, description="gate: largest mean KL over answer positions")
 
 
+class ExportSection(Section):
+    """What an exported directory holds."""
+
+    format: Literal["hf", "onnx"] = Field(
+        "hf", description="hf, a Hugging Face directory, or onnx, split graphs"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp32", "fp16"] = Field(
+        "auto",
+        description="auto keeps the weights as they are (onnx: float32); else float32, bfloat16 or float16",
+    )
+    opset: int = Field(20, ge=18, le=24, description="of the ONNX graphs, 18 to 24")
+    merged: bool = Field(False, description="one ONNX decoder with the removal inside, instead of two")
+    quantize: Literal["int8", "int4"] | None = Field(
+        None, description="int8 or int4 weights of the ONNX decoder"
+    )
+
+
 class Recipe(Section):
     """One file from model to verified artefact; every part has a default.
 
@@ -206,6 +223,7 @@ class Recipe(Section):
     data: tuple[DataSpec, ...] = ()
     calibrate: CalibrateSection = CalibrateSection()
     eval: EvalSection = EvalSection()
+    export: ExportSection = ExportSection()
 
     @field_validator("model", mode="before")
     @classmethod

@@ -41,28 +41,8 @@ def evaluation_rows(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-QUALITY_HEADER = [
-    "task",
-    "metric",
-    "n",
-    "schedule",
-    "full",
-    "pruned",
-    "difference",
-    "95 % interval",
-    "McNemar p",
-]
-COST_HEADER = [
-    "schedule",
-    "KL first",
-    "KL answer",
-    "top-1",
-    "same answer",
-    "FLOPs",
-    "KV cache",
-    "TTFT",
-    "TPOT",
-]
+QUALITY_HEADER = ["task: metric", "n", "schedule", "full", "pruned", "change", "95 % interval", "p"]
+COST_HEADER = ["schedule", "KL first", "KL answer", "top-1", "same", "FLOPs", "KV", "TTFT", "TPOT"]
 
 
 def cost_rows(result: dict[str, Any]) -> list[list[str]]:

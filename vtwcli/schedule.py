@@ -77,6 +77,15 @@ class Select(_Strict):
 
 
 class _Starting(_Strict):
+    """An action that starts at a fixed layer or, for each sample, one layer behind that in which a condition holds.
+
+    Attributes:
+        at: the layer, or ``auto``.
+        after: ``when`` is looked at in the layers behind this one; by default in all. It is always looked at only
+            once every ``withdraw`` and ``keep`` above has started; one below with a fixed layer makes it void.
+        when: the condition of ``auto``.
+    """
+
     at: Start
     after: int | None = Field(None, ge=0)
     when: When | None = None
@@ -171,7 +180,7 @@ class Schedule(_Strict):
                 raise ValueError(
                     f"action {number} ({action.action}) comes after the withdrawal of all visual tokens"
                 )
-            start = action.after or 0 if action.at == "auto" and isinstance(action, _Starting) else action.at
+            start = getattr(action, "after", None) if action.at == "auto" else action.at
             if isinstance(start, int):
                 if start < last:
                     raise ValueError(
@@ -240,6 +249,7 @@ class Schedule(_Strict):
         Raises:
             UsageError: an action lies outside the model.
         """
+        earliest = 0
         for number, action in enumerate(self.actions, 1):
             bounds = [
                 ("at", action.at),
@@ -253,10 +263,14 @@ class Schedule(_Strict):
                         f"but the model has {layers} layers (0..{layers - 1})"
                     )
             if isinstance(action, Withdraw | Keep):
-                start = action.after or 0 if action.at == "auto" else action.at
-                if isinstance(start, int) and start < first_withdrawal:
+                # the first condition is looked at one layer behind 'after', and holds from the next layer on
+                start = (
+                    (-1 if action.after is None else action.after) + 2 if action.at == "auto" else action.at
+                )
+                earliest = max(earliest, start)
+                if earliest < first_withdrawal:
                     raise UsageError(
-                        f"schedule action {number} ({action.action}) starts at layer {start}, but this family "
+                        f"schedule action {number} ({action.action}) starts at layer {earliest}, but this family "
                         f"still adds vision in layers 0..{first_withdrawal - 1}",
                         f"start at {first_withdrawal} or later",
                     )

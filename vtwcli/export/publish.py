@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import tempfile
@@ -66,7 +67,9 @@ def _move(temporary: Path, target: Path, force: bool) -> None:
         temporary.rename(target)
         return
     check_target(target, force)
-    # A directory cannot be replaced by a rename, so the old one steps aside and comes back if the rename fails.
+    if _exchange(temporary, target):
+        return  # the old directory now stands where the new one was made, and goes with it
+    # Where two directories cannot change places, the old one steps aside and comes back if the rename fails.
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-old-"))
     target.rename(aside / target.name)
     try:
@@ -77,3 +80,13 @@ def _move(temporary: Path, target: Path, force: bool) -> None:
     finally:
         if target.exists():
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two directories change names in one step (Linux ``renameat2``); False where the system cannot."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)

@@ -1,0 +1,138 @@
+"""Puts a checkpoint's weight files into an exported directory: linked, copied, or converted to another type."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import torch
+
+from vtwcli import console
+from vtwcli.errors import NotFoundError, UsageError
+from vtwcli.models.checkpoint import DTYPES, Checkpoint, StoredTensor, read_header
+
+_CONVERTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_CHUNK = 1 << 22  # values converted at a time
+_MIB = 1 << 20
+
+
+def place_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> str:
+    """Bring the weight files and their index into ``folder`` under their own names.
+
+    Files stay byte for byte as they are, and take no space where the file system can link them, unless ``dtype``
+    differs from what is stored. A linked file is the checkpoint's own: its mode is left alone, and who writes into
+    it in place changes both. (``save_pretrained`` does not: safetensors writes a new file and renames it.)
+
+    Returns:
+        ``linked``, ``copied`` or ``converted``.
+
+    Raises:
+        UsageError: a value does not fit into ``dtype``.
+    """
+    files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
+    changes = dtype is not None and any(
+        _target(t.dtype, dtype) != t.dtype for t in checkpoint.tensors.values()
+    )
+    if dtype is not None and changes:
+        size = checkpoint.total_bytes // _MIB
+        with console.progress("converting weights, MiB", size) as bar:
+            for file in files:
+                _convert(file, folder / file.name, checkpoint, dtype, bar)
+        _write_index(checkpoint, folder, True)
+        return "converted"
+    linked = []
+    with console.progress("weights", len(files)) as bar:
+        for file in files:
+            linked.append(_link_or_copy(file, folder / file.name))
+            bar.advance()
+    _write_index(checkpoint, folder, False)
+    return "linked" if all(linked) else "copied"
+
+
+def _link_or_copy(source: Path, target: Path) -> bool:
+    """Whether the file could be linked; a Hub cache holds links, so what they point to is meant."""
+    source = source.resolve()
+    try:
+        os.link(source, target)
+        return True
+    except OSError:  # another file system, one without links, or another owner's file
+        shutil.copyfile(source, target)
+        return False
+
+
+def _target(stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+    return wanted if stored in _CONVERTED else stored
+
+
+def _convert(
+    source: Path, target: Path, checkpoint: Checkpoint, dtype: torch.dtype, bar: console.Task
+) -> None:
+    """Write one safetensors file with its floating-point tensors in ``dtype``, a few MiB in memory at a time."""
+    with source.open("rb") as stream:
+        length = struct.unpack("<Q", stream.read(8))[0]
+        old = json.loads(stream.read(length))
+    tensors = sorted(
+        (t for t in checkpoint.tensors.values() if t.file == source), key=lambda t: (t.start, t.key)
+    )
+    header: dict[str, object] = {"__metadata__": old["__metadata__"]} if "__metadata__" in old else {}
+    end = 0
+    for tensor in tensors:
+        kind = _target(tensor.dtype, dtype)
+        size = tensor.nbytes // tensor.dtype.itemsize * kind.itemsize
+        header[tensor.key] = {
+            "dtype": _NAMES[kind],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + size],
+        }
+        end += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data to eight bytes
+    done = 0
+    with source.open("rb") as reader, target.open("wb") as writer:
+        writer.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            reader.seek(tensor.start)
+            left = tensor.nbytes
+            while left:
+                raw = bytearray(min(left, _CHUNK * tensor.dtype.itemsize))
+                if reader.readinto(raw) != len(raw):
+                    raise NotFoundError(f"weight file {source} ends within {tensor.key!r}")
+                left -= len(raw)
+                writer.write(_cast(raw, tensor, _target(tensor.dtype, dtype)))
+                done += len(raw)
+                bar.advance(done // _MIB)
+                done %= _MIB
+
+
+def _cast(raw: bytearray, tensor: StoredTensor, dtype: torch.dtype) -> bytes | bytearray:
+    """A run of values in ``dtype``, little-endian as safetensors stores them."""
+    if dtype == tensor.dtype:
+        return raw
+    values = torch.frombuffer(raw, dtype=tensor.dtype)
+    cast = values.to(dtype)
+    if not bool((cast.isfinite() | ~values.isfinite()).all()):
+        name = str(dtype).removeprefix("torch.")
+        raise UsageError(
+            f"{tensor.key!r} holds values that are too large for {name}",
+            "convert to bfloat16, which has the range of float32",
+        )
+    return cast.view(torch.uint8).numpy().tobytes()
+
+
+def _write_index(checkpoint: Checkpoint, folder: Path, converted: bool) -> None:
+    """Copy the index of a sharded checkpoint; converted weights have another total size."""
+    files = {tensor.file.name for tensor in checkpoint.tensors.values()}
+    for source in checkpoint.path.glob("*.safetensors.index.json"):
+        index = json.loads(source.read_text(encoding="utf-8"))
+        if set(index["weight_map"].values()) != files:
+            continue  # of weights that are not loaded
+        if converted and "total_size" in index.get("metadata", {}):
+            stored = [tensor for name in files for tensor in read_header(folder / name).values()]
+            index["metadata"]["total_size"] = sum(tensor.nbytes for tensor in stored)
+            (folder / source.name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        else:
+            shutil.copyfile(source, folder / source.name)
