@@ -152,7 +152,7 @@ def test_sample_without_an_image_does_not_count(tiny_dir, data, tmp_path, capsys
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     for row in rows:
         row["image"] = str(data.parent / row["image"])
-    rows.append({"image": None, "question": "no image?", "answer": "no", "task": "colour"})
+    rows.append({"image": [], "question": "no image?", "answer": "no", "task": "colour"})
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text("\n".join(map(json.dumps, rows)))
     found = run(tiny_dir, mixed, limit=4)
@@ -166,7 +166,7 @@ def test_sample_without_an_image_does_not_count(tiny_dir, data, tmp_path, capsys
 
 def test_nothing_but_text_is_an_error(tiny_dir, tmp_path):
     file = tmp_path / "text.jsonl"
-    file.write_text(json.dumps({"image": None, "question": "why?", "answer": "so"}))
+    file.write_text(json.dumps({"image": [], "question": "why?", "answer": "so"}))
     with pytest.raises(NotFoundError, match="no sample has a visual token"):
         run(tiny_dir, file)
 
@@ -243,7 +243,7 @@ def launch(tmp_path, *args, processes=2, code=None):
 def arguments(tiny_dir, data):
     return [
         "calibrate", str(tiny_dir), "--data", str(data), "--limit", "3", "--max-new-tokens", "4",
-        "--bootstrap", "50", "--eta", "0.05", "--policy", "budget",
+        "--bootstrap", "50", "--eta", "0.05", "--policy", "budget", "--budget", "0.95",
     ]  # fmt: skip
 
 
@@ -254,13 +254,13 @@ def test_two_processes_give_the_file_of_one(tiny_dir, data, tmp_path):
     assert ended[1][1] == ""
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["run"]["processes"] == 2
-    one = run(tiny_dir, data, policy="budget")
+    one = run(tiny_dir, data, policy="budget", budget=0.95)
     assert json.dumps(without_run(two)) == json.dumps(without_run(one))
 
 
 @pytest.mark.parametrize(
     ("death", "message"), [("raise RuntimeError('out of memory')", "process 1 failed: out of memory"),
-                           ("import os; os._exit(9)", "another process of this run died")]
+                           ("os._exit(9)", "another process of this run died")]
 )  # fmt: skip
 def test_a_rank_that_dies_ends_the_run_with_a_word(tiny_dir, data, tmp_path, death, message):
     code = (

@@ -17,7 +17,8 @@ def test_recipe_is_valid(path):
 
 
 @pytest.mark.parametrize(
-    ("name", "eta"), [("llava-1.5-7b-paper", 3e-3), ("llava-1.5-13b-paper", 5e-4), ("llava-next-7b-paper", 1e-4)]
+    ("name", "eta"),
+    [("llava-1.5-7b-paper", 3e-3), ("llava-1.5-13b-paper", 5e-4), ("llava-next-7b-paper", 1e-4)],
 )
 def test_published_thresholds(name, eta):
     [path] = [path for path in RECIPES if path.stem == name]

@@ -140,6 +140,78 @@ def test_hidden_states_and_attentions_are_those_of_the_remaining_rows():
     torch.testing.assert_close(model.lm_head(out.hidden_states[-1])[0, -1], out.logits[0, -1])
 
 
+@pytest.fixture
+def flash(monkeypatch):
+    """The library's own path to flash attention, its kernels replaced by plain ones of the same contract: causal
+    from the lower right corner, sequences packed after the two-dimensional mask."""
+    from transformers import modeling_flash_attention_utils as utils
+
+    def kernel(q, k, v, causal, softmax_scale, **_):
+        groups = q.shape[2] // k.shape[2]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        scores = q @ k.transpose(2, 3) * softmax_scale
+        if causal:
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
+            scores = scores.masked_fill(~seen, -torch.inf)
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+
+    def packed(q, k, v, cu_seqlens_q, cu_seqlens_k, **options):
+        parts = [
+            kernel(q[a:b][None], k[c:d][None], v[c:d][None], **options)[0]
+            for (a, b), (c, d) in zip(
+                pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True
+            )
+        ]
+        return torch.cat(parts)
+
+    def options(is_causal, softmax_scale, sliding_window=None, **_):
+        assert sliding_window is None
+        return {"causal": is_causal, "softmax_scale": softmax_scale}
+
+    kernels = (kernel, packed, None, utils._pad_input, utils._unpad_input)
+    monkeypatch.setattr(utils, "lazy_import_flash_attention", lambda *_: (kernels, (options, None)))
+    model = llava(dtype=torch.float64)
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    return model
+
+
+def test_flash_attention_by_its_contract(flash):
+    stock = model_of()
+    batches = [batch_of(["t3 i t5"]), batch_of(["t3 i t5", "t2 i t3 i t2", "t4"])]
+    mute = {"at": 1, "until": 3, "action": "mute"}
+    schedules = [
+        Schedule.withdraw_at(0),
+        Schedule.withdraw_at(3),
+        Schedule.from_dict([mute]),
+        Schedule.from_dict([mute | {"sink": "zero", "at": 0}]),
+        Schedule.from_dict([{"at": 2, "action": "keep", "select": {"score": "attention", "ratio": 0.5}}]),
+    ]
+    for batch in batches:
+        for schedule in schedules:
+            expected, logits = parity.generated(stock, batch, schedule)
+            actual, flash_logits = parity.generated(flash, batch, schedule)
+            assert torch.equal(actual.sequences, expected.sequences)
+            torch.testing.assert_close(flash_logits, logits, rtol=0, atol=1e-6)
+    refused = [mute | {"readers": "visual"}, mute | {"columns": "first_half"}]
+    for action in refused:
+        with (
+            pruned(flash, Schedule.from_dict([action])),
+            pytest.raises(PruningError, match="flash attention cannot"),
+        ):
+            flash(**batches[0])
+    with pruned(flash, 2), pytest.raises(PruningError, match="flash attention cannot"):
+        flash(**batch_of(["t3 i"]))
+
+
+def test_flex_attention_is_refused():
+    model = llava(dtype=torch.float64)
+    batch = batch_of(["t3 i t5"])
+    model.config.text_config._attn_implementation = "flex_attention"
+    with pruned(model, 2), pytest.raises(PruningError, match="flex_attention is not supported"):
+        model(**batch)
+
+
 # ------------------------------------------------------------------------------------------------ generation
 
 
@@ -218,6 +290,21 @@ def test_assisted_decoding_equals_plain_decoding(k):
         guessed = model.generate(**batch, max_new_tokens=12, do_sample=False, assistant_model=assistant)
     assert torch.equal(looked_up, plain)
     assert torch.equal(guessed, plain)
+
+
+def test_chunked_prefill_of_encoded_images():
+    model, batch = model_of(), batch_of(["t3 i t5"])
+    with torch.no_grad():
+        encoded = model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True)
+    rest = {name: x for name, x in batch.items() if name != "pixel_values"}
+    for k in (0, 3):
+        with pruned(model, k):
+            expected = model.generate(**batch, max_new_tokens=5, do_sample=False)
+            for size in (4, 5, 12):  # chunks that cut the image, and one that holds nothing else
+                options = {"max_new_tokens": 5, "do_sample": False, "prefill_chunk_size": size}
+                assert torch.equal(
+                    model.generate(**rest, mm_encoder_outputs={"image": encoded}, **options), expected
+                )
 
 
 def with_embeddings(model: torch.nn.Module, batch: dict) -> dict:

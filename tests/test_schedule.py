@@ -39,7 +39,9 @@ def test_canonical_form_says_only_what_matters():
         "format_version": 1,
         "actions": [{"at": 3, "action": "withdraw"}],
     }
-    assert Schedule.withdraw_at(3).to_json() == '{"actions":[{"action":"withdraw","at":3}],"format_version":1}'
+    assert (
+        Schedule.withdraw_at(3).to_json() == '{"actions":[{"action":"withdraw","at":3}],"format_version":1}'
+    )
     assert Schedule.withdraw_at(3, model="m").to_dict()["provenance"] == {"model": "m"}
 
 
@@ -113,7 +115,20 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
-KEYS = ["at", "until", "action", "select", "score", "ratio", "count", "above", "when", "cosine_below", "sink", "after"]
+KEYS = [
+    "at",
+    "until",
+    "action",
+    "select",
+    "score",
+    "ratio",
+    "count",
+    "above",
+    "when",
+    "cosine_below",
+    "sink",
+    "after",
+]
 WORDS = ["withdraw", "keep", "mute", "freeze", "auto", "random", "uniform", "attention", "first", "zero"]
 near_actions = st.dictionaries(
     st.sampled_from(KEYS),

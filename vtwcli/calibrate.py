@@ -433,7 +433,8 @@ def _kept(
                     entry = json.loads(line)
                 except ValueError:
                     break
-                known[entry.pop("place")] = Measured(**entry)
+                place = entry.pop("place")
+                known[place] = Measured(**entry)
             console.note(f"resuming: {len(known)} samples are done already")
         else:
             console.note("the interrupted run had other inputs; starting anew")

@@ -25,19 +25,50 @@ _TYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "bool
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Where the tokens of a forward pass are.
+
+    Attributes:
+        attended: which positions are no padding, bool [B, S].
+        visual: which are visual tokens, bool [B, S].
+        positions: position ids [B, S], or [3, B, S] where images have rows and columns.
+    """
+
+    attended: np.ndarray
+    visual: np.ndarray
+    positions: np.ndarray
+
+    def last(self) -> np.ndarray:
+        """The place of each row's last token, [B]."""
+        width = self.attended.shape[1]
+        return width - 1 - np.argmax(self.attended[:, ::-1], 1)
+
+    def next_position(self) -> np.ndarray:
+        """The position of the token that follows each row, [B]: one behind the largest."""
+        reached = np.where(self.attended, self.positions, -1)
+        return reached.reshape(-1, *self.attended.shape).max((0, 2)) + 1
+
+
 @dataclass
 class State:
     """What a generation carries from step to step.
 
     Attributes:
-        attended: for each decoder graph which cached positions are no padding, [B, P] of 0 and 1.
+        masks: for each mask input which cached positions are no padding, [B, P] of 0 and 1.
         position: position of the next token, [B].
         cache: present keys and values by their input name, on the device of the session.
     """
 
-    attended: list[np.ndarray]
+    masks: dict[str, np.ndarray]
     position: np.ndarray
     cache: dict[str, Any] = field(default_factory=dict)
+
+    def attend(self, name: str, attended: np.ndarray) -> np.ndarray:
+        """Append new positions to a mask and return it whole."""
+        new = attended.astype(np.int64)
+        self.masks[name] = np.concatenate([self.masks[name], new], 1) if name in self.masks else new
+        return self.masks[name]
 
 
 class OnnxModel:
@@ -56,7 +87,9 @@ class OnnxModel:
     def __init__(self, directory: str | Path, device: str = "cpu", threads: int = 0) -> None:
         self.directory = Path(directory)
         try:
-            self.manifest: dict[str, Any] = json.loads((self.directory / MANIFEST).read_text(encoding="utf-8"))
+            self.manifest: dict[str, Any] = json.loads(
+                (self.directory / MANIFEST).read_text(encoding="utf-8")
+            )
             if self.manifest["format"] != "vtw-onnx" or self.manifest["format_version"] != 1:
                 raise ValueError("another format or version")
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -65,7 +98,7 @@ class OnnxModel:
         self._threads = threads
         self._sessions: dict[str, Any] = {}
         self._graphs = {graph["role"]: graph for graph in self.manifest["graphs"]}
-        self._decoders = [graph["role"] for graph in self.manifest["graphs"] if graph["layers"] is not None]
+        self.decoders = [graph for graph in self.manifest["graphs"] if graph["layers"] is not None]
         self._check_device()
 
     def _check_device(self) -> None:
@@ -85,19 +118,28 @@ class OnnxModel:
             NotFoundError: the file is missing or broken.
         """
         if role not in self._sessions:
-            import onnxruntime
-
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = self._threads
-            options.log_severity_level = 3
-            path = self.directory / self._graphs[role]["file"]
-            try:
-                self._sessions[role] = onnxruntime.InferenceSession(
-                    str(path), options, providers=[_PROVIDERS[self.device]]
-                )
-            except Exception as error:  # onnxruntime's own exceptions have no common base
-                raise NotFoundError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+            self._sessions[role] = self.open(self.directory / self._graphs[role]["file"])
         return self._sessions[role]
+
+    def open(self, path: Path) -> Any:
+        """A session for an ONNX file.
+
+        Raises:
+            NotFoundError: the file is missing or broken.
+        """
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        try:
+            return onnxruntime.InferenceSession(str(path), options, providers=[_PROVIDERS[self.device]])
+        except Exception as error:  # onnxruntime's own exceptions have no common base
+            raise NotFoundError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+    def release(self) -> None:
+        """Close all sessions; the next use opens them again."""
+        self._sessions.clear()
 
     def run(self, role: str, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Run one graph.
@@ -134,8 +176,11 @@ class OnnxModel:
         """The features of all images, in the order of their placeholders [rows, D]; None without images.
 
         Args:
-            inputs: what the model's processor returns, as numpy arrays.
+            inputs: what the model's processor returns, as numpy arrays. ``image_features`` among them, from an
+                earlier call, are taken as they are.
         """
+        if inputs.get("image_features") is not None:
+            return inputs["image_features"]
         if any("video" in name for name in inputs):
             raise UsageError("exported graphs take images, no videos")
         if inputs.get("pixel_values") is None:
@@ -155,13 +200,24 @@ class OnnxModel:
         Raises:
             UsageError: placeholders that do not match the images, or a prompt that is too long.
         """
+        hidden, tokens = self.prompt(inputs)
+        state = State({}, tokens.next_position())
+        return self._decode(hidden, tokens, state), state
+
+    def prompt(self, inputs: Mapping[str, Any]) -> tuple[np.ndarray, Tokens]:
+        """The prompt's embeddings with the images' features in their places [B, S, D], and where its tokens are."""
         arrays = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
         input_ids = arrays["input_ids"].astype(np.int64)
-        attended = arrays.get("attention_mask", np.ones_like(input_ids)).astype(np.int64)
+        attended = arrays.get("attention_mask", np.ones_like(input_ids)) != 0
         self._check_length(input_ids.shape[1])
         if not attended.any(1).all():
             raise UsageError("a row of the batch has no tokens")
-        visual = np.isin(input_ids, self.manifest["tokens"]["placeholder_ids"]) & (attended > 0)
+        visual = np.isin(input_ids, self.manifest["tokens"]["placeholder_ids"]) & attended
+        last = input_ids.shape[1] - 1 - np.argmax(attended[:, ::-1], 1)
+        if visual[np.arange(len(last)), last].any() and any(graph["removal"] for graph in self.decoders):
+            raise UsageError(
+                "a prompt ends with a visual token, which leaves no token to predict the next one"
+            )
         hidden = self.embed(input_ids)
         features = self.features(arrays)
         count = 0 if features is None else len(features)
@@ -169,79 +225,84 @@ class OnnxModel:
             raise UsageError(f"the prompt has {int(visual.sum())} visual tokens, the images give {count}")
         if features is not None:
             hidden[visual] = features
-        positions = self._positions(arrays, input_ids, attended)
-        state = State([], np.where(attended > 0, positions, -1).reshape(-1, *attended.shape).max((0, 2)) + 1)
-        logits = self._decode(hidden, attended, visual, positions, state)
-        return logits, state
+        if self.manifest["positions"] == "grid":
+            grids = arrays.get("image_grid_thw", np.zeros((0, 3), dtype=np.int64))
+            merge = self.manifest["vision"]["spatial_merge_size"]
+            positions = grid_positions(visual, attended, grids, merge)
+        else:
+            positions = np.maximum(np.cumsum(attended, 1) - 1, 0)
+        return hidden, Tokens(attended, visual, positions)
 
     def step(self, tokens: np.ndarray, state: State) -> np.ndarray:
         """Run one more token of each row, [B], and return the logits behind it, [B, V]; ``state`` moves on."""
-        self._check_length(state.attended[0].shape[1] + 1)
-        tokens = np.asarray(tokens, dtype=np.int64)[:, None]
+        self._check_length(max(mask.shape[1] for mask in state.masks.values()) + 1)
+        column = np.asarray(tokens, dtype=np.int64)[:, None]
+        return self._decode(self.embed(column), self.next_tokens(state), state)
+
+    def next_tokens(self, state: State) -> Tokens:
+        """One text token per row, at the state's position; the position moves on."""
         positions = state.position[:, None]
+        state.position = state.position + 1
         if self.manifest["positions"] == "grid":
             positions = np.repeat(positions[None], 3, 0)
-        state.position = state.position + 1
-        none = np.zeros(tokens.shape, dtype=bool)
-        return self._decode(self.embed(tokens), np.ones_like(tokens), none, positions, state)
+        text = np.zeros((len(state.position), 1), dtype=bool)
+        return Tokens(~text, text, positions)
 
-    def _decode(
-        self, hidden: Any, attended: np.ndarray, visual: np.ndarray, positions: np.ndarray, state: State
-    ) -> np.ndarray:
-        """Run the decoder graphs over new tokens [B, S] and append to the state."""
-        first = not state.attended
-        kept_index, kept_mask = compact((attended > 0) & ~visual)
-        rows = np.arange(len(attended))[:, None]
-        kept_positions = positions[..., rows, kept_index]
-        if first:
-            empty = np.zeros((len(attended), 0), dtype=np.int64)
-            state.attended = [empty, empty]
-        state.attended = [np.concatenate(pair, 1) for pair in zip(state.attended, (attended, kept_mask), strict=True)]
-        last_full = attended.shape[1] - 1 - np.argmax(attended[:, ::-1], 1)
-        last_kept = np.full(len(attended), kept_index.shape[1] - 1)
-        offered = {"keep_index": kept_index, "kept_attention_mask": state.attended[1]}
+    def _decode(self, hidden: Any, tokens: Tokens, state: State) -> np.ndarray:
+        """Run the decoder graphs over new tokens, append to the state, and return the last logits [B, V]."""
         out: dict[str, Any] = {}
-        for role in self._decoders:
-            names = [port["name"] for port in self._graphs[role]["inputs"]]
-            merged, gathers = "kept_attention_mask" in names, "keep_index" in names
-            now = {
-                **offered,
-                "inputs_embeds": hidden,
-                "hidden_states": hidden,
-                "attention_mask": state.attended[gathers and not merged],
-                "position_ids": kept_positions if gathers and not merged else positions,
-                "logits_index": (last_kept if gathers else last_full)[:, None],
-            }
-            feeds = {name: now[name] for name in names if name in now}
-            for port in self._graphs[role]["inputs"]:
-                if port["name"].startswith("past_key_values."):
-                    feeds[port["name"]] = (
-                        self._empty(port, len(attended)) if first else state.cache.pop(port["name"])
-                    )
-            out = self.run(role, feeds)
+        first = not state.masks
+        for graph in self.decoders:
+            scores = out["scores"].numpy() if first and "scores" in out else None
+            feeds, tokens = self.feeds(graph, hidden, tokens, state, scores)
+            for port in graph["inputs"]:
+                name = port["name"]
+                if name.startswith("past_key_values."):
+                    empty = (len(tokens.attended), port["shape"][1], 0, port["shape"][3])
+                    feeds[name] = np.zeros(empty) if first else state.cache.pop(name)
+            out = self.run(graph["role"], feeds)
             for name in [name for name in out if name.startswith("present.")]:
                 state.cache[name.replace("present.", "past_key_values.")] = out.pop(name)
-            hidden = out.get("hidden_states")
+            hidden = out[graph["outputs"][0]["name"]]
         return out["logits"].numpy()[:, 0].astype(np.float32)
 
-    @staticmethod
-    def _empty(port: Mapping[str, Any], batch: int) -> np.ndarray:
-        return np.zeros((batch, port["shape"][1], 0, port["shape"][3]), dtype=_TYPES[port["dtype"]])
+    def feeds(
+        self,
+        graph: Mapping[str, Any],
+        hidden: Any,
+        tokens: Tokens,
+        state: State,
+        scores: np.ndarray | None = None,
+    ) -> tuple[dict[str, Any], Tokens]:
+        """What a decoder graph is fed, apart from its cache; the state's masks grow by the new tokens.
+
+        Args:
+            graph: its entry of the manifest.
+            hidden: embeddings, or hidden states of the graph before [B, S, D].
+            tokens: where the S new tokens are.
+            state: of the generation.
+            scores: of the S tokens, from the graph before, where this graph's removal needs them [B, S].
+
+        Returns:
+            The feeds, and the tokens that come out.
+        """
+        names = {port["name"] for port in graph["inputs"]}
+        offered: dict[str, Any] = {"inputs_embeds": hidden, "hidden_states": hidden}
+        after = tokens
+        if graph["removal"] is not None:
+            offered["keep_index"], after = remove(tokens, graph["removal"], scores)
+        inside = tokens if "kept_attention_mask" in names else after
+        offered["position_ids"] = inside.positions
+        for name, part in (("attention_mask", inside), ("kept_attention_mask", after)):
+            if name in names:
+                offered[name] = state.attend(graph["role"] + name, part.attended)
+        offered["logits_index"] = offered["score_index"] = after.last()[:, None]
+        return {name: value for name, value in offered.items() if name in names}, after
 
     def _check_length(self, length: int) -> None:
         longest = self.manifest["text"]["max_length"]
         if length > longest:
             raise UsageError(f"{length} tokens are more than the model's {longest}")
-
-    def _positions(
-        self, inputs: Mapping[str, np.ndarray], input_ids: np.ndarray, attended: np.ndarray
-    ) -> np.ndarray:
-        """Position ids: [B, S], or [3, B, S] where images have rows and columns."""
-        if self.manifest["positions"] == "grid":
-            visual = np.isin(input_ids, self.manifest["tokens"]["placeholder_ids"])
-            grids = inputs.get("image_grid_thw", np.zeros((0, 3), dtype=np.int64))
-            return grid_positions(visual, attended, grids, self.manifest["vision"]["spatial_merge_size"])
-        return np.maximum(np.cumsum(attended, 1) - 1, 0)
 
     def generate(
         self,
@@ -297,20 +358,65 @@ def compact(keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         keep: [B, S] bool.
 
     Returns:
-        Indices [B, T] in rising order and their mask [B, T] of 0 and 1; T is the largest number of any row, at
-        least 1. Rows with fewer begin with masked places.
+        Indices [B, T] in rising order and their mask [B, T], bool; T is the largest number of any row, at least 1.
+        Rows with fewer begin with masked places.
     """
     width = max(int(keep.sum(1).max()), 1)
     index = np.argsort(keep, 1, kind="stable")[:, keep.shape[1] - width :]
-    return index.astype(np.int64), np.take_along_axis(keep, index, 1).astype(np.int64)
+    return index, np.take_along_axis(keep, index, 1)
+
+
+def remove(
+    tokens: Tokens, removal: Mapping[str, Any], scores: np.ndarray | None
+) -> tuple[np.ndarray, Tokens]:
+    """Which tokens stay: all text, and of the visual ones those that a schedule's action keeps.
+
+    Args:
+        tokens: what there is.
+        removal: the action, ``withdraw`` or ``keep``.
+        scores: of each token [B, S], where the action needs them; None in a step without visual tokens.
+
+    Returns:
+        Their places [B, T] (see ``compact``), and the tokens that stay.
+    """
+    stay = tokens.attended & ~tokens.visual
+    if removal["action"] == "keep" and tokens.visual.any():
+        stay |= chosen(tokens.visual, removal["select"], scores)
+    index, mask = compact(stay)
+    rows = np.arange(len(index))[:, None]
+    return index, Tokens(mask, tokens.visual[rows, index] & mask, tokens.positions[..., rows, index])
+
+
+def chosen(visual: np.ndarray, select: Mapping[str, Any], scores: np.ndarray | None) -> np.ndarray:
+    """The visual tokens that ``keep`` keeps, bool [B, S].
+
+    Of n tokens ``count``, or the share ``ratio`` rounded up, stay: ``uniform`` ones the ceil(i n / m)-th for
+    i = 0..m-1, otherwise those with the highest scores, the earlier among equals.
+    """
+    number = visual.sum(1)
+    wanted = np.ceil(number * select["ratio"]) if "ratio" in select else np.minimum(number, select["count"])
+    wanted = wanted.astype(np.int64)[:, None]
+    if select["score"] == "uniform":
+        ordinal = np.cumsum(visual, 1) - 1
+        return visual & ((ordinal * wanted) % np.maximum(number, 1)[:, None] < wanted)
+    assert scores is not None
+    order = np.argsort(np.where(visual, -scores.astype(np.float64), np.inf), 1, kind="stable")
+    rank = np.argsort(order, 1, kind="stable")
+    return visual & (rank < wanted)
 
 
 def sample(
-    logits: np.ndarray, random: np.random.Generator, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+    logits: np.ndarray,
+    random: np.random.Generator,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> np.ndarray:
     """Draw one token per row from logits [B, V]; see ``OnnxModel.generate``."""
     if temperature <= 0:
-        raise UsageError(f"a temperature of {temperature} is not above 0; for the most likely token do not sample")
+        raise UsageError(
+            f"a temperature of {temperature} is not above 0; for the most likely token do not sample"
+        )
     drawn = []
     for row in logits.astype(np.float64) / temperature:
         order = np.argsort(-row, kind="stable")
@@ -352,7 +458,9 @@ def grid_positions(visual: np.ndarray, attended: np.ndarray, grids: np.ndarray, 
             t, h, w = int(grid[0]), int(grid[1]) // merge, int(grid[2]) // merge
             block = places[at : at + t * h * w]
             if len(block) < t * h * w or not visual[row, block].all():
-                raise UsageError(f"an image of {t * h * w} visual tokens has fewer placeholders in the prompt")
+                raise UsageError(
+                    f"an image of {t * h * w} visual tokens has fewer placeholders in the prompt"
+                )
             positions[:, row, block] = start + np.indices((t, h, w)).reshape(3, -1)
             at, start = at + t * h * w, start + max(h, w)
     return positions
@@ -369,7 +477,9 @@ def _tiles(model: OnnxModel, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
     pixels = inputs["pixel_values"].reshape(-1, *inputs["pixel_values"].shape[2:])
     real = (pixels != 0).any((1, 2, 3))
     size = model.manifest["vision"]["patch_size"]
-    given = inputs.get("pixel_attention_mask", np.ones((*inputs["pixel_values"].shape[:2], *pixels.shape[2:])))
+    given = inputs.get(
+        "pixel_attention_mask", np.ones((*inputs["pixel_values"].shape[:2], *pixels.shape[2:]))
+    )
     mask = given.reshape(-1, *given.shape[2:])[real] != 0
     count, high, wide = mask.shape
     patches = mask.reshape(count, high // size, size, wide // size, size).any((2, 4))
@@ -399,7 +509,9 @@ def patch_feeds(grid: Sequence[int], vision: Mapping[str, Any]) -> dict[str, np.
     """
     t, h, w = grid
     m = vision["spatial_merge_size"]
-    rows, columns = np.indices((h, w)).reshape(2, h // m, m, w // m, m).transpose(0, 1, 3, 2, 4).reshape(2, -1)
+    rows, columns = (
+        np.indices((h, w)).reshape(2, h // m, m, w // m, m).transpose(0, 1, 3, 2, 4).reshape(2, -1)
+    )
     feeds = {
         "patch_positions": np.tile(np.stack([rows, columns], 1), (t, 1)),
         "segments": np.repeat(np.arange(t), h * w),
@@ -427,7 +539,8 @@ def _anyres(model: OnnxModel, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
     tile = vision["image_size"]
     resolutions = [best_resolution(size, vision["grid_pinpoints"]) for size in sizes]
     counts = [
-        1 + (high // tile) * (wide // tile) if c else 1 for (high, wide), c in zip(resolutions, cut, strict=True)
+        1 + (high // tile) * (wide // tile) if c else 1
+        for (high, wide), c in zip(resolutions, cut, strict=True)
     ]
     pixels = inputs["pixel_values"]
     if pixels.ndim == 5:

@@ -47,8 +47,8 @@ PLACES = (
 )
 STEPS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
-DEFAULT_TASKS = ("colour", "shape", "existence", "count", "caption")
-ALL_TASKS = (*DEFAULT_TASKS, "where", "relation")
+ALL_TASKS = ("colour", "shape", "existence", "count", "caption", "where", "relation")
+DEFAULT_TASKS = ("colour", "shape", "existence", "caption")  # the others need vision up to the last layers
 
 _SUPERSAMPLE = 3  # drawn larger, then shrunk: smooth edges
 
@@ -235,7 +235,9 @@ def _ask_existence(things: Sequence[Thing], rng: np.random.Generator) -> tuple[s
         shapes = [t.shape for t in things] if rng.random() < 0.5 else SHAPES
         absent = [f"{c} {s}" for c in dict.fromkeys(colours) for s in dict.fromkeys(shapes)]
         absent = [name for name in absent if name not in present]
-        name = _pick(rng, absent or [f"{c} {s}" for c in COLOURS for s in SHAPES if f"{c} {s}" not in present])
+        name = _pick(
+            rng, absent or [f"{c} {s}" for c in COLOURS for s in SHAPES if f"{c} {s}" not in present]
+        )
     article = "an" if name.startswith("orange") else "a"
     return f"Is there {article} {name}?", "yes" if name in present else "no"
 

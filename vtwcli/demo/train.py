@@ -1,7 +1,8 @@
 """Train the demo model from nothing: ``python -m vtwcli.demo.train --output DIR``.
 
 Stage A teaches the vision tower alone which colour and which shape each patch shows. Stage B trains everything end
-to end on questions and answers. Muon (Jordan et al., 2024) drives the matrices of the layers, AdamW the rest. The
+to end on questions and answers. Stages C and D go on at lower learning rates with more of the questions that the
+stage before had not learned yet. Muon (Jordan et al., 2024) drives the matrices of the layers, AdamW the rest. The
 model never sees a run without its visual tokens: what withdrawal does to it is found, not trained.
 
 Axes: B images, P prefix (text and visual tokens up to the question), S packed sequence, D width.
@@ -10,10 +11,11 @@ Axes: B images, P prefix (text and visual tokens up to the question), S packed s
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,20 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
 
+from vtwcli.demo.card import RECORD, write_card
 from vtwcli.demo.model import PATCH, PATCHES, PatchReader, build_model, build_processor
 from vtwcli.demo.scenes import ALL_TASKS, COLOURS, SHAPES, Scene, ask, draw_scene, render, scene_seed
 
 QUESTIONS = {"colour": 1, "shape": 1, "existence": 2, "count": 2, "caption": 1, "where": 1, "relation": 2}
+# The later stages dwell on what was learned last: stage, questions, factor on the learning rates.
+LATER = (
+    ("C", {**QUESTIONS, "colour": 4, "existence": 4, "relation": 1}, 0.5),
+    ("D", {**QUESTIONS, "colour": 2, "existence": 3, "count": 5, "relation": 1}, 0.4),
+)
 CAPTION_WEIGHT = 0.5  # of a caption's token in the loss; captions have many
 MUON_RATE, ADAM_RATE, DECAY = 0.02, 2e-3, 0.05
 
@@ -54,8 +64,10 @@ class Batch:
 class Packer:
     """Training scenes as tensors; step number ``n`` always holds the same scenes."""
 
-    def __init__(self, processor: Any, images: int, seed: int) -> None:
-        self.images, self.seed = images, seed
+    def __init__(
+        self, processor: Any, images: int, seed: int, questions: Mapping[str, int] = QUESTIONS
+    ) -> None:
+        self.images, self.seed, self.questions = images, seed, questions
         self.tokenizer = processor.tokenizer
         self.end = self.tokenizer.eos_token_id
         image = processor.image_processor
@@ -83,25 +95,24 @@ class Packer:
         drawn = list(self.scenes(step))
         rows = [self._row(scene, rng) for scene, rng in drawn]
         length = -(-max(len(row) for row in rows) // 16) * 16
-        table = torch.tensor([row + [(0, 0, -1, -100, 0)] * (length - len(row)) for row in rows])
-        ids, positions, branch, labels, weights = table.unbind(-1)
-        weights = weights.float() / 100
-        return Batch(self.pixels(scene for scene, _ in drawn), ids, positions, branch, labels, weights)
+        table = torch.tensor([row + [(0, 0, -1, -100, 0.0)] * (length - len(row)) for row in rows])
+        ids, positions, branch, labels = table[..., :4].long().unbind(-1)
+        return Batch(self.pixels(scene for scene, _ in drawn), ids, positions, branch, labels, table[..., 4])
 
-    def _row(self, scene: Scene, rng: np.random.Generator) -> list[tuple[int, int, int, int, int]]:
-        """(id, position, branch, label, weight in percent) of each token of one image."""
-        row = [(token, at, 0, -100, 0) for at, token in enumerate(self.prefix)]
+    def _row(self, scene: Scene, rng: np.random.Generator) -> list[tuple[int, int, int, int, float]]:
+        """(id, position, branch, label, weight) of each token of one image."""
+        row = [(token, at, 0, -100, 0.0) for at, token in enumerate(self.prefix)]
         branch = 0
         for task in ALL_TASKS:
-            asked = {ask(scene, task, rng) for _ in range(QUESTIONS[task])}
+            asked = {ask(scene, task, rng) for _ in range(self.questions[task])}
             for question, answer in sorted(pair for pair in asked if pair):
                 branch += 1
                 prompt, reply = self.encode(f"{question} ASSISTANT:"), [*self.encode(f" {answer}"), self.end]
                 tokens = [*prompt, *reply]
-                weight = round(100 * (CAPTION_WEIGHT if task == "caption" else 1))
+                weight = CAPTION_WEIGHT if task == "caption" else 1.0
                 for i, token in enumerate(tokens[:-1]):
                     answers = i >= len(prompt) - 1
-                    label = (tokens[i + 1], weight) if answers else (-100, 0)
+                    label = (tokens[i + 1], weight) if answers else (-100, 0.0)
                     row.append((token, len(self.prefix) + i, branch, *label))
         return row
 
@@ -128,9 +139,7 @@ def answer_loss(model: Any, batch: Batch) -> Tensor:
         use_cache=False,
     ).last_hidden_state
     asked = batch.labels >= 0
-    losses = F.cross_entropy(
-        model.lm_head(hidden[asked]).float(), batch.labels[asked], reduction="none"
-    )
+    losses = F.cross_entropy(model.lm_head(hidden[asked]).float(), batch.labels[asked], reduction="none")
     weights = batch.weights[asked]
     return (losses * weights).sum() / weights.sum()
 
@@ -154,21 +163,23 @@ def patch_labels(scenes: Iterable[Scene]) -> tuple[Tensor, Tensor]:
 class Optimizers:
     """Muon for the layers' matrices, AdamW for the rest; warm-up, then a cosine to zero."""
 
-    def __init__(self, modules: Iterable[nn.Module], steps: int, warmup: int, adam_rate: float) -> None:
+    def __init__(
+        self, modules: Iterable[nn.Module], steps: int, adam_rate: float, muon_rate: float = MUON_RATE
+    ) -> None:
         named = [(n, p) for m in modules for n, p in m.named_parameters() if p.requires_grad]
         matrices = [p for n, p in named if ".layers." in n and p.ndim == 2]
         rest = [p for n, p in named if not (".layers." in n and p.ndim == 2)]
         self.both = (
-            torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=DECAY, momentum=0.95, nesterov=True),
+            torch.optim.Muon(matrices, lr=muon_rate, weight_decay=DECAY, momentum=0.95, nesterov=True),
             torch.optim.AdamW(rest, lr=adam_rate, weight_decay=DECAY, betas=(0.9, 0.98)),
         )
-        self.rates = (MUON_RATE, adam_rate)
-        self.steps, self.warmup = steps, warmup
+        self.rates = (muon_rate, adam_rate)
+        self.steps, self.warmup = steps, max(1, steps // 8)
         self.parameters = [*matrices, *rest]
 
     def step(self, number: int, loss: Tensor) -> None:
         """Update ``number`` of ``steps``, 0-based."""
-        late = max(0.0, (number - self.warmup) / (self.steps - self.warmup))
+        late = max(0.0, (number - self.warmup) / max(1, self.steps - self.warmup))
         scale = min(1.0, (number + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * late))
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -188,7 +199,7 @@ def stage_a(model: Any, packer: Packer, steps: int) -> float:
     """The vision tower learns what each patch shows. Returns the last accuracy of the shape on things' patches."""
     tower = model.model.vision_tower
     reader = PatchReader(tower.config.hidden_size, len(COLOURS) + 1, len(SHAPES) + 1)
-    optimizers = Optimizers([tower, reader], steps, warmup=min(50, steps), adam_rate=3e-3)
+    optimizers = Optimizers([tower, reader], steps, adam_rate=3e-3)
     right = 0.0
     for step in range(steps):
         scenes = [scene for scene, _ in packer.scenes(step)]
@@ -205,27 +216,102 @@ def stage_a(model: Any, packer: Packer, steps: int) -> float:
     return right
 
 
-def stage_b(model: Any, packer: Packer, steps: int, first: int, checkpoint: Path) -> None:
-    """End to end on answers; the scenes of steps ``first``... Resumes from ``checkpoint``, which it keeps writing."""
-    optimizers = Optimizers([model], steps, warmup=min(150, steps), adam_rate=ADAM_RATE)
-    start = 0
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
-        start = state["step"]
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers.both, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+def learn_answers(model: Any, packer: Packer, steps: int, first: int, scale: float, stage: str) -> None:
+    """End to end on answers, over the scenes of steps ``first``...; ``scale`` multiplies the learning rates."""
+    optimizers = Optimizers([model], steps, ADAM_RATE * scale, MUON_RATE * scale)
     began, mean = time.perf_counter(), 0.0
-    for step in range(start, steps):
+    for step in range(steps):
         with autocast():
             loss = answer_loss(model, packer.batch(first + step))
         optimizers.step(step, loss)
-        mean += (loss.item() - mean) / min(step - start + 1, 50)
-        if step % 25 == 0 or step == steps - 1:
-            pace = (time.perf_counter() - began) / (step - start + 1)
-            print(f"B {step:5d}  loss {mean:.5f}  {pace:.2f} s/step", flush=True)
-        if step % 100 == 99:
-            state = {"step": step + 1, "model": model.state_dict()}
-            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers.both]
-            torch.save(state, checkpoint.with_suffix(".new"))
-            checkpoint.with_suffix(".new").replace(checkpoint)
+        mean += (loss.item() - mean) / min(step + 1, 50)
+        if step % 50 == 0 or step == steps - 1:
+            pace = (time.perf_counter() - began) / (step + 1)
+            print(f"{stage} {step:5d}  loss {mean:.5f}  {pace:.2f} s/step", flush=True)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that shapes the model; the defaults are those of the shipped one."""
+
+    seed: int = 0
+    layers: int = 12
+    width: int = 128
+    images: int = 48
+    steps_a: int = 400
+    steps_b: int = 1200
+    images_c: int = 24  # and of the stages after it
+    steps_c: int = 800
+    steps_d: int = 500
+
+
+def train(output: Path, settings: Settings, threads: int, start: Path | None = None) -> None:
+    """Train a model and write it to ``output`` in float16, with its processor and a record of the training.
+
+    Args:
+        start: a model that ``train`` wrote with no steps in the last stages; the stages that it went through
+            are then taken from it.
+    """
+    began = time.perf_counter()
+    torch.set_num_threads(threads)
+    processor = build_processor()
+    before, done = 0.0, set()
+    if start is None:
+        model = build_model(
+            processor.tokenizer, layers=settings.layers, width=settings.width, seed=settings.seed
+        ).train()
+        packer = Packer(processor, settings.images, settings.seed)
+        stage_a(model, packer, settings.steps_a)
+        learn_answers(model, packer, settings.steps_b, settings.steps_a, 1.0, "B")
+    else:
+        model = LlavaForConditionalGeneration.from_pretrained(
+            start, dtype=torch.float32, attn_implementation="eager"
+        ).train()
+        known = json.loads((start / RECORD).read_text(encoding="utf-8"))
+        before = known["minutes"]
+        done = {stage for stage, *_ in LATER if known["settings"].get(f"steps_{stage.lower()}")}
+    first = -(-(settings.steps_a + settings.steps_b) * settings.images // settings.images_c)
+    for stage, questions, scale in LATER:
+        steps = getattr(settings, f"steps_{stage.lower()}")
+        if steps and stage not in done:
+            # begin at the precision in which a model is stored, as if it had been; rotary buffers never are
+            for parameter in model.parameters():
+                parameter.data = parameter.data.half().float()
+            packer = Packer(processor, settings.images_c, settings.seed, questions)
+            learn_answers(model, packer, steps, first, scale, stage)
+        first += steps
+    output.mkdir(parents=True, exist_ok=True)
+    model.eval().to(torch.float16).save_pretrained(output)
+    processor.save_pretrained(output)
+    record = {
+        "settings": asdict(settings),
+        "threads": threads,
+        "minutes": round(before + (time.perf_counter() - began) / 60, 1),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    (output / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    for file in output.iterdir():
+        file.chmod(0o644)  # safetensors writes 0600
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m vtwcli.demo.train", description="Train the demo model.")
+    parser.add_argument("--output", type=Path, required=True, help="directory to write")
+    parser.add_argument(
+        "--start", type=Path, help="a model written with no steps in the last stages, to go on from"
+    )
+    for name, default in asdict(Settings()).items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}"
+        )
+    parser.add_argument("--threads", type=int, default=2, help="torch threads, default 2")
+    options = vars(parser.parse_args(arguments))
+    output, threads, start = (options.pop(name) for name in ("output", "threads", "start"))
+    train(output, Settings(**options), threads, start)
+    print(write_card(output), flush=True)
+
+
+if __name__ == "__main__":
+    main()

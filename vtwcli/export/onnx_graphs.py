@@ -22,6 +22,8 @@ from vtwcli.models.families import Family
 
 ATTENTION = "vtw_onnx_flash"  # "flash" in the name makes vision towers pass whole sequences and segment marks
 
+FIXED_TOWERS = ("clip_vision_model", "siglip_vision_model")
+
 Dims = tuple[int | str, ...]
 
 
@@ -45,6 +47,7 @@ class Graph:
         inputs: what goes in.
         outputs: what comes out.
         layers: the range of decoder layers inside.
+        removal: the schedule's action that takes effect before these layers, in canonical form.
         taps: hidden states between layers, returned after ``outputs``; they name the borders for the parity check
             and are no outputs of the finished graph.
         scale: dynamic dimensions that are multiples of others, {"num_patches": ("num_features", 4)}.
@@ -54,7 +57,8 @@ class Graph:
     module: nn.Module
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
-    layers: tuple[int, int] = (0, 0)
+    layers: tuple[int, int] | None = None
+    removal: Mapping[str, Any] | None = None
     taps: tuple[Port, ...] = ()
     scale: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
@@ -85,6 +89,8 @@ def attention(
     batch, heads, length, width = query.shape
     groups = heads // key.shape[1]
     scale = width**-0.5 if scaling is None else scaling
+    if isinstance(probe := getattr(module, "probe", None), Probe):
+        probe.take(query * scale, key, value, attention_mask)
     if cu_seq_lens_q is not None:
         same = cu_seq_lens_q[:, None] == cu_seq_lens_q[None, :]
         attention_mask = torch.where(same, 0.0, lowest(query.dtype)).to(query.dtype)[None, None]
@@ -115,12 +121,43 @@ def fused_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """``attention`` as one operator, which opset 23 has."""
+    if isinstance(probe := getattr(module, "probe", None), Probe):
+        probe.take(
+            query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key, value, attention_mask
+        )
     if cu_seq_lens_q is not None:
         attention_mask = (cu_seq_lens_q[:, None] == cu_seq_lens_q[None, :])[None, None]
     out = nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
     return out.transpose(1, 2), None
+
+
+class Probe:
+    """How much one row reads of each column, for the choice of the tokens that stay.
+
+    ``attention`` is the mean over heads of the row's weights w, ``contribution`` the norm of the concatenation over
+    heads of w_i v_i (VisiPruner, arXiv 2510.17205); in float32.
+    """
+
+    def __init__(self, score: str) -> None:
+        self.score = score
+        self.row: Tensor | None = None
+        self.scores: Tensor | None = None
+
+    def take(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> None:
+        """Compute ``scores`` [B, S_kv] for the row ``row`` [B, 1]; ``query`` is scaled [B, H, S, C]."""
+        assert self.row is not None and attention_mask is not None
+        batch, heads, columns = query.shape[0], key.shape[1], key.shape[2]
+        row = gather(query.transpose(1, 2), self.row).transpose(1, 2)
+        row = row.reshape(batch, heads, -1, query.shape[-1]).float()
+        hidden = gather(attention_mask[:, 0], self.row)[:, None].float()
+        weights = (row @ key.transpose(2, 3).float() + hidden).softmax(-1)  # [B, H_kv, H / H_kv, S_kv]
+        if self.score == "attention":
+            self.scores = weights.mean((1, 2))
+        else:
+            norms = value.float().square().sum(-1)[:, :, None]
+            self.scores = (weights.square() * norms).sum((1, 2)).sqrt().reshape(batch, columns)
 
 
 @contextmanager
@@ -181,11 +218,15 @@ class Layers(nn.Module):
         hi: first layer that is not run any more.
         norm: whether the final norm runs behind them.
         tapped: the layers whose output is kept in ``taps``.
+        score: kind of the scores of columns that the last of the layers takes, or None.
     """
 
-    def __init__(self, text_model: nn.Module, lo: int, hi: int, norm: bool, tapped: range) -> None:
+    def __init__(
+        self, text_model: Any, lo: int, hi: int, norm: bool, tapped: range, score: str | None = None
+    ) -> None:
         super().__init__()
         self.lo, self.hi = lo, hi
+        self.probe = Probe(score) if score else None
         self.text_model = _shallow(text_model)
         self.text_model.layers = nn.ModuleList()
         self.taps: dict[int, Tensor] = {}
@@ -194,6 +235,9 @@ class Layers(nn.Module):
             layer._forward_hooks = OrderedDict()
             if index in tapped:
                 layer.register_forward_hook(self._tap(index))
+            if self.probe is not None and index == hi - 1:
+                layer.self_attn = _shallow(layer.self_attn)
+                layer.self_attn.probe = self.probe
             self.text_model.layers.append(layer)
         self.text_model.config = copy.copy(text_model.config)
         self.text_model.config.num_hidden_layers = hi - lo
@@ -226,7 +270,8 @@ class Decoder(nn.Module):
     """One decoder graph: some layers, the gather before them, the head behind them.
 
     Inputs in order: hidden states [B, S, D]; ``keep_index`` [B, T] if ``gathers``; ``logits_index`` [B, M] if there
-    is a head; ``attention_mask`` [B, P + T]; ``position_ids`` [B, T] or [3, B, T]; past keys and values.
+    is a head; ``score_index`` [B, 1] if the layers take scores; ``attention_mask`` [B, P + T]; ``position_ids``
+    [B, T] or [3, B, T]; past keys and values.
     """
 
     def __init__(self, layers: Layers, head: nn.Module | None, gathers: bool) -> None:
@@ -234,17 +279,21 @@ class Decoder(nn.Module):
         self.layers, self.head, self.gathers = layers, head, gathers
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Logits [B, M, V] or hidden states [B, T, D]; present keys and values; the taps."""
+        """Logits [B, M, V] or hidden states [B, T, D]; scores [B, P + T]; present keys and values; the taps."""
         given = iter(tensors)
         hidden = next(given)
         if self.gathers:
             hidden = gather(hidden, next(given))
         logits_index = next(given) if self.head is not None else None
+        probe = self.layers.probe
+        if probe is not None:
+            probe.row = next(given)
         attended, position_ids = next(given), next(given)
         out, present = self.layers(hidden, attended, position_ids, list(given))
         if self.head is not None and logits_index is not None:
             out = self.head(gather(out, logits_index))
-        return out, *present, *self.layers.taps.values()
+        scores = [] if probe is None or probe.scores is None else [probe.scores]
+        return out, *scores, *present, *self.layers.taps.values()
 
 
 class MergedDecoder(nn.Module):
@@ -265,7 +314,9 @@ class MergedDecoder(nn.Module):
         cut = 2 * (self.lower.hi - self.lower.lo)
         hidden, present = self.lower(hidden, attended, position_ids, past[:cut])
         rows = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
-        out, more = self.upper(gather(hidden, keep_index), kept, position_ids[..., rows, keep_index], past[cut:])
+        out, more = self.upper(
+            gather(hidden, keep_index), kept, position_ids[..., rows, keep_index], past[cut:]
+        )
         logits = self.head(gather(out, logits_index))
         return logits, *present, *more, *self.lower.taps.values(), *self.upper.taps.values()
 
@@ -283,9 +334,9 @@ class Embedding(nn.Module):
 
 
 class TowerAndProjector(nn.Module):
-    """The LLaVA line: pixels [N, 3, H, W] to projected features [N, T, D], with the new-line vector where there is one."""
+    """The LLaVA line: pixels [N, 3, H, W] to projected features [N, T, D], with the new-line vector if there is one."""
 
-    def __init__(self, base: nn.Module, config: Any) -> None:
+    def __init__(self, base: Any, config: Any) -> None:
         super().__init__()
         self.tower, self.projector = base.vision_tower, base.multi_modal_projector
         self.newline = getattr(base, "image_newline", None)
@@ -304,7 +355,7 @@ class TowerAndProjector(nn.Module):
 class MaskedTower(nn.Module):
     """Idefics3 and SmolVLM: pixels [N, 3, H, W] and the patches that are image [N, h, w] to features [N, T, D]."""
 
-    def __init__(self, base: nn.Module, config: Any) -> None:
+    def __init__(self, base: Any, config: Any) -> None:
         super().__init__()
         self.tower, self.connector = base.vision_model, base.connector
 
@@ -323,7 +374,7 @@ class PatchTower(nn.Module):
     [N / merge**2] and ``windows`` [N], number of the window of each patch in window order.
     """
 
-    def __init__(self, base: nn.Module, config: Any) -> None:
+    def __init__(self, base: Any, config: Any) -> None:
         super().__init__()
         self.visual = base.visual
         self.visual.config._attn_implementation = ATTENTION
@@ -350,7 +401,7 @@ class Vision:
             ``patches``.
     """
 
-    wrapper: Callable[[nn.Module, Any], nn.Module]
+    wrapper: Callable[[Any, Any], nn.Module]
     arrange: str
 
 
@@ -366,18 +417,20 @@ VISION: dict[str, Vision] = {
 """The families with an ONNX export."""
 
 
-def all_graphs(model: nn.Module, family: Family, cut: int | None, merged: bool, dtype: torch.dtype) -> list[Graph]:
+def all_graphs(
+    model: Any, family: Family, removals: Sequence[Mapping[str, Any]], merged: bool, dtype: torch.dtype
+) -> list[Graph]:
     """Every graph of an export.
 
     Args:
         model: the stock model or its skeleton.
         family: its row of the family table.
-        cut: the withdrawal layer K, or None for the full model.
-        merged: one decoder graph in place of two.
+        removals: the actions of a schedule that remove visual tokens, in canonical form, layers rising and below L.
+        merged: one decoder graph in place of several.
         dtype: of the weights.
 
     Raises:
-        UsageError: the family, or something in its text config, has no export.
+        UsageError: the family, or something in its text config, has no export, or ``merged`` cannot be had.
     """
     config = model.config
     if family.model_type not in VISION:
@@ -386,19 +439,39 @@ def all_graphs(model: nn.Module, family: Family, cut: int | None, merged: bool, 
             f"families with one: {', '.join(sorted(VISION))}",
         )
     check_text(config.get_text_config())
+    check_vision(family, config.vision_config)
     graphs = [embedding_graph(model, family, dtype), vision_graph(model, family, dtype)]
     depth = len(model.get_submodule(family.text_model).layers)
-    if cut is None or cut >= depth:
-        return [*graphs, decoder_graph(model, family, "decoder", 0, depth, False, dtype)]
-    if cut == 0:
-        return [*graphs, decoder_graph(model, family, "decoder_upper", 0, depth, True, dtype)]
-    if merged:
-        return [*graphs, merged_graph(model, family, cut, dtype)]
-    return [
-        *graphs,
-        decoder_graph(model, family, "decoder_lower", 0, cut, False, dtype),
-        decoder_graph(model, family, "decoder_upper", cut, depth, True, dtype),
-    ]
+    inner = [removal for removal in removals if removal["at"] > 0]
+    if merged and inner:
+        if len(removals) > 1 or measured(inner[0]):
+            raise UsageError(
+                "one merged graph holds one removal whose tokens are known beforehand",
+                "export without --merged",
+            )
+        return [*graphs, merged_graph(model, family, inner[0], dtype)]
+    first = next((removal for removal in removals if removal["at"] == 0), None)
+    starts = [0, *(removal["at"] for removal in inner), depth]
+    before: list[Mapping[str, Any] | None] = [first, *inner]
+    for i, removal in enumerate(before):
+        role = _role(i, len(before), removal)
+        score = measured(before[i + 1]) if i + 1 < len(before) else None
+        graphs.append(decoder_graph(model, family, role, (starts[i], starts[i + 1]), removal, score, dtype))
+    return graphs
+
+
+def _role(index: int, count: int, removal: Mapping[str, Any] | None) -> str:
+    if count == 1:
+        return "decoder" if removal is None else "decoder_upper"
+    if index in (0, count - 1):
+        return "decoder_upper" if index else "decoder_lower"
+    return f"decoder_middle_{index}"
+
+
+def measured(removal: Mapping[str, Any] | None) -> str | None:
+    """The kind of scores that a removal needs from the layer before it, or None."""
+    score = removal.get("select", {}).get("score") if removal is not None else None
+    return score if score in ("attention", "contribution") else None
 
 
 def check_text(config: Any) -> None:
@@ -415,6 +488,20 @@ def check_text(config: Any) -> None:
         raise UsageError(f"the text model has layers of the kind {min(kinds)}, which have no ONNX export")
 
 
+def check_vision(family: Family, config: Any) -> None:
+    """Refuse vision towers that take images of any size where the wrapper gives them one size.
+
+    Raises:
+        UsageError: a LLaVA checkpoint with another tower than CLIP or SigLIP.
+    """
+    kind = getattr(config, "model_type", None)
+    if VISION[family.model_type].wrapper is TowerAndProjector and kind not in FIXED_TOWERS:
+        raise UsageError(
+            f"{family.title} with a vision tower of the kind {kind} has no ONNX export",
+            f"towers with one: {', '.join(FIXED_TOWERS)}",
+        )
+
+
 def max_length(config: Any) -> int:
     """The longest sequence for which the exported attention is the model's.
 
@@ -423,7 +510,11 @@ def max_length(config: Any) -> int:
     longest = int(config.max_position_embeddings)
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
-    if window and (kinds is None or "sliding_attention" in kinds) and getattr(config, "use_sliding_window", True):
+    if (
+        window
+        and (kinds is None or "sliding_attention" in kinds)
+        and getattr(config, "use_sliding_window", True)
+    ):
         return min(longest, int(window))
     return longest
 
@@ -434,7 +525,7 @@ def position_dims(family: Family, length: str) -> Dims:
     return (3, *plain) if VISION[family.model_type].arrange == "patches" else plain
 
 
-def embedding_graph(model: nn.Module, family: Family, dtype: torch.dtype) -> Graph:
+def embedding_graph(model: Any, family: Family, dtype: torch.dtype) -> Graph:
     """``input_ids`` to ``inputs_embeds``."""
     embed_tokens = model.get_submodule(family.text_model).embed_tokens
     dims: Dims = ("batch_size", "sequence_length")
@@ -447,7 +538,7 @@ def embedding_graph(model: nn.Module, family: Family, dtype: torch.dtype) -> Gra
     )
 
 
-def vision_graph(model: nn.Module, family: Family, dtype: torch.dtype) -> Graph:
+def vision_graph(model: Any, family: Family, dtype: torch.dtype) -> Graph:
     """Pixels to projected features."""
     row, config = VISION[family.model_type], model.config
     width, vision = config.get_text_config().hidden_size, config.vision_config
@@ -484,25 +575,45 @@ def vision_graph(model: nn.Module, family: Family, dtype: torch.dtype) -> Graph:
 
 
 def decoder_graph(
-    model: nn.Module, family: Family, role: str, lo: int, hi: int, gathers: bool, dtype: torch.dtype
+    model: Any,
+    family: Family,
+    role: str,
+    layers: tuple[int, int],
+    removal: Mapping[str, Any] | None,
+    score: str | None,
+    dtype: torch.dtype,
 ) -> Graph:
-    """Layers ``lo``..``hi``-1; behind the model's last layer the norm and the head."""
+    """A range of layers; behind the model's last layer the norm and the head.
+
+    Args:
+        model: the stock model or its skeleton.
+        family: its row of the family table.
+        role: of the graph.
+        layers: first layer, and first that is not inside any more.
+        removal: what leaves before these layers.
+        score: kind of the scores that come out of the last layer.
+        dtype: of the weights.
+    """
     text_model = model.get_submodule(family.text_model)
     width = model.config.get_text_config().hidden_size
+    (lo, hi), gathers = layers, removal is not None
     last = hi == len(text_model.layers)
     tapped = range(lo, hi if last else hi - 1)  # without a head the last border is the output itself
-    layers = Layers(text_model, lo, hi, last, tapped)
-    module = Decoder(layers, model.get_submodule(family.head) if last else None, gathers)
+    inner = Layers(text_model, lo, hi, last, tapped, score)
+    module = Decoder(inner, model.get_submodule(family.head) if last else None, gathers)
     length, prefix = ("kept_length", "kept_") if gathers else ("sequence_length", "")
     past = f"{prefix}past_length"
+    full = f"{past} + {length}"
     stream = "hidden_states" if gathers else "inputs_embeds"
     inputs = [Port(stream, dtype, ("batch_size", "sequence_length", width))]
     if gathers:
         inputs.append(Port("keep_index", torch.int64, ("batch_size", length)))
     if last:
         inputs.append(Port("logits_index", torch.int64, ("batch_size", "num_logits")))
+    if score:
+        inputs.append(Port("score_index", torch.int64, ("batch_size", 1)))
     inputs += [
-        Port("attention_mask", torch.int64, ("batch_size", f"{past} + {length}")),
+        Port("attention_mask", torch.int64, ("batch_size", full)),
         Port("position_ids", torch.int64, position_dims(family, length)),
         *cache_ports(model, "past_key_values", lo, hi, past, dtype),
     ]
@@ -510,15 +621,18 @@ def decoder_graph(
     main = (
         Port("logits", dtype, ("batch_size", "num_logits", vocabulary))
         if last
-        else Port("hidden_states", dtype, ("batch_size", length, width))
+        else Port("next_hidden_states" if gathers else "hidden_states", dtype, ("batch_size", length, width))
     )
-    outputs = (main, *cache_ports(model, "present", lo, hi, f"{past} + {length}", dtype))
-    return Graph(role, module, tuple(inputs), outputs, (lo, hi), tap_ports(tapped, length, width, dtype))
+    scores = [Port("scores", torch.float32, ("batch_size", full))] if score else []
+    outputs = (main, *scores, *cache_ports(model, "present", lo, hi, full, dtype))
+    return Graph(
+        role, module, tuple(inputs), outputs, layers, removal, tap_ports(tapped, length, width, dtype)
+    )
 
 
-def merged_graph(model: nn.Module, family: Family, cut: int, dtype: torch.dtype) -> Graph:
-    """All layers, with the visual tokens leaving before layer ``cut``."""
-    text_model = model.get_submodule(family.text_model)
+def merged_graph(model: Any, family: Family, removal: Mapping[str, Any], dtype: torch.dtype) -> Graph:
+    """All layers, with visual tokens leaving between two of them."""
+    text_model, cut = model.get_submodule(family.text_model), removal["at"]
     width, depth = model.config.get_text_config().hidden_size, len(text_model.layers)
     head = model.get_submodule(family.head)
     below, above = range(cut), range(cut, depth)
@@ -545,12 +659,10 @@ def merged_graph(model: nn.Module, family: Family, cut: int, dtype: torch.dtype)
         *tap_ports(below, "sequence_length", width, dtype),
         *tap_ports(above, "kept_length", width, dtype),
     )
-    return Graph("decoder_merged", module, inputs, outputs, (0, depth), taps)
+    return Graph("decoder_merged", module, inputs, outputs, (0, depth), removal, taps)
 
 
-def cache_ports(
-    model: nn.Module, name: str, lo: int, hi: int, length: str, dtype: torch.dtype
-) -> list[Port]:
+def cache_ports(model: Any, name: str, lo: int, hi: int, length: str, dtype: torch.dtype) -> list[Port]:
     """``NAME.{layer}.key`` and ``.value``, [B, H_kv, length, C], for layers ``lo``..``hi``-1."""
     heads, width = kv_shape(model.config.get_text_config())
     dims: Dims = ("batch_size", heads, length, width)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from vtwcli import __version__
 from vtwcli.errors import VtwError
 from vtwcli.export.onnx_graphs import Graph
 
-Read = Callable[[str], Tensor]
-"""Name of a parameter in the model -> its values, in any floating-point type."""
+Read = Callable[[Sequence[str]], Tensor]
+"""Names of a parameter in the model (several where it is tied) -> its values, in any floating-point type."""
 
 ONNX_TYPES = {
     torch.float32: ir.DataType.FLOAT,
@@ -70,7 +70,9 @@ def trace(graph: Graph, mode: FakeTensorMode, opset: int) -> ir.Model:
     size = _Sizes(graph)
     outputs = (*graph.outputs, *graph.taps)
     with mode, torch.no_grad(), _quiet():
-        examples = tuple(torch.zeros([size(dim) for dim in port.dims], dtype=port.dtype) for port in graph.inputs)
+        examples = tuple(
+            torch.zeros([size(dim) for dim in port.dims], dtype=port.dtype) for port in graph.inputs
+        )
         dynamic = tuple(
             {axis: torch.export.Dim.AUTO for axis, dim in enumerate(port.dims) if isinstance(dim, str)}
             for port in graph.inputs
@@ -94,13 +96,19 @@ def trace(graph: Graph, mode: FakeTensorMode, opset: int) -> ir.Model:
             raise VtwError(f"{graph.role}: torch cannot export it: {str(error).splitlines()[0]}") from error
     assert exported is not None
     model = exported.model
-    for port, value in zip((*graph.inputs, *outputs), (*model.graph.inputs, *model.graph.outputs), strict=True):
+    for port, value in zip(
+        (*graph.inputs, *outputs), (*model.graph.inputs, *model.graph.outputs), strict=True
+    ):
         assert value.shape is not None
+        if value.name != port.name:
+            raise VtwError(f"{graph.role}: {port.name} became {value.name}")
         fixed = [dim if isinstance(dim, int) else None for dim in value.shape]
         for dim, traced in zip(port.dims, fixed, strict=True):
             if dim != traced and (traced is not None) and (isinstance(dim, int) or port in graph.inputs):
                 raise VtwError(f"{graph.role}: torch fixed {dim} of {port.name} at {traced}")
-        value.shape = ir.Shape([dim if traced is None else traced for dim, traced in zip(port.dims, fixed)])
+        value.shape = ir.Shape(
+            [dim if traced is None else traced for dim, traced in zip(port.dims, fixed, strict=True)]
+        )
     return model
 
 
@@ -170,7 +178,9 @@ def attach(model: ir.Model, sources: Mapping[str, list[str]], read: Read) -> Non
         turns = [use.node for use in value.uses()]
         turned = all(node.op_type == "Transpose" and len(value.shape or ()) == 2 for node in turns)
         if turned:
-            turned_value = ir.Value(name=source[0], type=value.type, shape=ir.Shape(reversed(list(value.shape or ()))))
+            turned_value = ir.Value(
+                name=source[0], type=value.type, shape=ir.Shape(reversed(list(value.shape or ())))
+            )
             for node in turns:
                 node.outputs[0].replace_all_uses_with(turned_value)
                 graph.remove(node, safe=True)
@@ -186,17 +196,21 @@ def _lazy(value: ir.Value, source: list[str], turned: bool, read: Read) -> ir.La
     dtype = next(torch_type for torch_type, onnx_type in ONNX_TYPES.items() if onnx_type == kind)
 
     def load() -> ir.Tensor:
-        tensor = read(source[0])
+        tensor = read(source)
         converted = tensor.to(dtype)
         if dtype != tensor.dtype and not bool(torch.isfinite(converted).all()):
-            raise VtwError(f"{source[0]} has values that {str(dtype).removeprefix('torch.')} cannot hold", "use fp32")
+            raise VtwError(
+                f"{source[0]} has values that {str(dtype).removeprefix('torch.')} cannot hold", "use fp32"
+            )
         array = (converted.t() if turned else converted).contiguous().numpy()
         return ir.Tensor(array, dtype=kind, name=source[0])
 
     return ir.LazyTensor(load, dtype=kind, shape=shape, name=source[0])
 
 
-def write(graph: Graph, mode: FakeTensorMode, names: Mapping[int, list[str]], read: Read, opset: int, folder: Path) -> Path:
+def write(
+    graph: Graph, mode: FakeTensorMode, names: Mapping[int, list[str]], read: Read, opset: int, folder: Path
+) -> Path:
     """Trace, simplify and write one graph as ``ROLE.onnx``, with large weights in ``ROLE.onnx.data``.
 
     Args:

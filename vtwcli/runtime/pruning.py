@@ -36,15 +36,17 @@ counts original positions). From there on the cache's layers are ``PrunedLayer``
 the original position of each, and report the number of tokens *seen*, so that everything around them (``generate``,
 cropping, beams, a second turn) works unchanged. After the text model the rows are put back: logits keep their shape
 [B, S, V], those of absent rows are the head applied to zeros. The last row of a prompt always runs, since it
-predicts the next token; if it is a visual token, nobody reads it. ``output_hidden_states`` shows the
-remaining rows only, padding included, from the first layer at which some left.
+predicts the next token; if it is a visual token, nobody reads it. ``output_hidden_states`` shows the remaining rows
+only, fillers included, from the first layer at which some left.
 
-Flash attention gets two-dimensional masks; that path is written after the library's source and was never run on a
-GPU by the authors. Dropout in attention is active in both passes of a muted layer in training mode.
+What it saves. ``withdraw`` and ``keep`` save the rows and cache entries of the tokens that left. ``mute`` saves next
+to nothing in prefill, where text's reading of vision is a small part; under ``renormalise`` decode steps do not
+touch the muted entries. ``freeze`` saves nothing yet: the rows are computed and put back.
 
-Under gradient checkpointing in training, actions that look inside attention are refused. When ``generate`` runs with
-``use_cache=False`` every step is a prefill of its own, so measured scores come from the newest token's row; with
-chunked prefill, from the last row of the chunk.
+Limits. Flash attention gets two-dimensional masks; that path was tested with plain stand-ins for its kernels, not on
+a GPU. Under gradient checkpointing, actions that look inside attention are refused. When ``generate`` runs with
+``use_cache=False`` every step is a prompt of its own, so measured scores come from the newest token's row; with
+chunked prefill, from the last row of the chunk. Each prompt on a live cache decides for its own visual tokens.
 """
 
 from __future__ import annotations
@@ -443,9 +445,10 @@ class _Tap:
         cache: the model's, or None.
         call, layer, rows, columns, past: of the forward pass and the layer; ``columns`` None: those of a stock layer.
         base: mutes whose values the attention itself is given.
-        second: mutes of text rows that need a pass of their own, or None.
+        second: mutes whose values text rows are given in a pass of their own, or None.
+        skips: whether text rows are given text entries only, in a pass of their own.
+        given: the mask that the model made.
         probes: whether the last row is to be looked at.
-        flash: whether the layer runs flash attention.
         due: whether the attention's hook still has something to do.
     """
 
@@ -457,8 +460,9 @@ class _Tap:
     past: int
     base: list[_Action]
     second: list[_Action] | None
+    skips: bool
+    given: Tensor | None
     probes: bool
-    flash: bool
     due: bool
     keys: Tensor | None = None
     values: Tensor | None = None
@@ -534,6 +538,12 @@ def _take_position(x: Any, index: Tensor) -> Any:
     if not isinstance(x, torch.Tensor) or x.ndim != 3:
         raise PruningError(f"the layers get no position_embeddings [B, S, D]; {_STRANGE}")
     return _take(x, index, 1)
+
+
+def _take_ids(x: Tensor | None, index: Tensor, attention: Any) -> Tensor | None:
+    """Gather position ids [B or 1, S] or [3, B or 1, S]; flash attention would take a gap for the border between
+    packed sequences, so it gets none."""
+    return None if x is None or "flash" in _kind(attention) else _take(x, index, x.ndim - 1, x.ndim - 2)
 
 
 class _Call:
@@ -750,7 +760,8 @@ class _Call:
         columns: _Columns,
         past: int,
         muted: list[_Action],
-        like: Tensor,
+        hidden: Tensor,
+        attention: Any,
     ) -> Tensor | None:
         """The mask for ``rows`` reading ``columns``, out of the one the model made for the whole chunk.
 
@@ -758,11 +769,19 @@ class _Call:
             given: additive or boolean [B or 1, 1 or H, S, W], over the last W tokens seen; None: causal.
             past: tokens seen before the chunk.
             muted: actions that act before the softmax.
-            like: of the device and dtype wanted; boolean for a boolean mask.
+            hidden: hidden states, of the device and dtype wanted.
+            attention: the module that gets it.
         """
-        key = ("mask", id(given), id(rows), id(columns), tuple(map(id, muted)))
+        kind = _kind(attention)
+        key = ("mask", id(given), id(rows), id(columns), tuple(map(id, muted)), kind)
         if key not in self.memo:
-            self.memo[key] = self._mask(given, rows, columns, past, muted, like), given, rows, columns
+            if "flash" in kind:
+                window = getattr(attention, "sliding_window", None)
+                mask = _flash_mask(given, rows, columns, past + self.shape[1], muted, window)
+            else:
+                dtype = given.dtype if given is not None else hidden.dtype if kind == "eager" else torch.bool
+                mask = self._mask(given, rows, columns, past, muted, hidden.new_empty(0, dtype=dtype))
+            self.memo[key] = mask, given, rows, columns
         return self.memo[key][0]
 
     def _mask(
@@ -988,7 +1007,7 @@ class Pruning:
             add(layer.register_forward_pre_hook(partial(self._enter_layer, index), with_kwargs=True))
             if self.plan.frozen(index):
                 add(layer.register_forward_hook(self._leave_layer, with_kwargs=True))
-            if self.plan.may_probe(index) or self.plan.sinks(index):
+            if self.plan.may_probe(index) or self.plan.mutes_in(index):
                 attention = getattr(layer, "self_attn", None)
                 if attention is None:
                     self.remove()
@@ -1061,6 +1080,7 @@ class Pruning:
         call = self._calls.pop(threading.get_ident(), None)
         if call is None:
             raise PruningError("the text model was called on its own; call the whole model under a schedule")
+        _kind(module)  # refuses what is not supported before masks are made for it
         return args, {**kwargs, _CALL: call}
 
     def _leave_text(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -1134,12 +1154,7 @@ class Pruning:
     ) -> None:
         """Change a layer's arguments into those of the rows that run in it."""
         hidden, cache, length = kwargs["hidden_states"], kwargs.get("past_key_values"), call.shape[1]
-        kind = getattr(getattr(attention, "config", None), "_attn_implementation", None) or "eager"
-        if "flex" in kind or "paged" in kind:
-            raise PruningError(
-                f"{kind} is not supported under a schedule; use sdpa, eager or flash attention"
-            )
-        columns, past, memo = None, 0, call.memo
+        columns, past, skips, given = None, 0, False, kwargs.get("attention_mask")
         if cache is None:
             columns = call.columns(None, rows, 0, hidden.device)
         else:
@@ -1151,42 +1166,35 @@ class Pruning:
                 if call.visual is not None:
                     layer.recall()
                 elif self.plan.text_skips(index):
-                    layer.set_aside(memo)
+                    layer.set_aside(call.memo)
                 columns = call.columns(layer.columns, rows, past, hidden.device)
                 layer.expect(columns, length)
         if columns is not None:
+            skips = call.visual is not None and columns.visual and self.plan.text_skips(index)
             muted = self.plan.masks(index) if columns.visual else []
-            given = kwargs.get("attention_mask")
-            if "flash" in kind:
-                window = getattr(attention, "sliding_window", None)
-                mask = _flash_mask(given, rows, columns, past + length, muted, window)
-            else:
-                dtype = hidden.dtype if kind == "eager" else torch.bool
-                dtype = given.dtype if given is not None else dtype
-                mask = call.mask(given, rows, columns, past, muted, hidden.new_empty(0, dtype=dtype))
-            kwargs["attention_mask"] = mask
+            if skips:  # text rows get a pass of their own over text, which spares all others a mask
+                muted = [a for a in muted if a.readers != "text"]
+            kwargs["attention_mask"] = call.mask(given, rows, columns, past, muted, hidden, attention)
         if rows.index is not None:
-            self._gather(call, before, rows, kwargs)
-            if "flash" in kind:
-                kwargs["position_ids"] = None  # it would take a gap for the border between packed sequences
+            self._gather(call, before, rows, attention, kwargs)
         text, visual = _split(self.plan.sinks(index) if columns is not None and columns.visual else [])
-        second = text if call.visual is not None and text != visual else None
+        second = None if call.visual is None or text == visual or skips else text
         base = text if call.visual is None else visual
-        if base or second is not None or probes or (acts and self.plan.frozen(index)):
-            due = probes or second is not None
-            flash = "flash" in kind
-            call.tap = _Tap(cache, call, index, rows, columns, past, base, second, probes, flash, due)
+        due = probes or skips or second is not None
+        if base or due or (acts and self.plan.frozen(index)):
+            call.tap = _Tap(cache, call, index, rows, columns, past, base, second, skips, given, probes, due)
             kwargs["past_key_values"] = call.tap
 
-    def _gather(self, call: _Call, before: _Rows | None, rows: _Rows, kwargs: dict[str, Any]) -> None:
+    def _gather(
+        self, call: _Call, before: _Rows | None, rows: _Rows, attention: Any, kwargs: dict[str, Any]
+    ) -> None:
         """Gather the rows of everything that has one per token."""
         if before is not rows:
             slots = rows.index if before is None else call.slots(before, rows)
             kwargs["hidden_states"] = _take(kwargs["hidden_states"], slots, 1)
         assert rows.index is not None
         kwargs["position_embeddings"] = _take_position(kwargs.get("position_embeddings"), rows.index)
-        if (ids := kwargs.get("position_ids")) is not None:
-            kwargs["position_ids"] = _take(ids, rows.index, ids.ndim - 1, ids.ndim - 2)
+        kwargs["position_ids"] = _take_ids(kwargs.get("position_ids"), rows.index, attention)
         for name, value in kwargs.items():
             known = ("hidden_states", "position_embeddings", "position_ids", "attention_mask")
             if name not in known and isinstance(value, torch.Tensor) and call.shape[1] in value.shape[1:]:
@@ -1217,56 +1225,47 @@ class Pruning:
         tap.due = False
         if tap.keys is None or tap.values is None:
             raise PruningError(f"the attention of this model does not hand its keys to the cache; {_STRANGE}")
-        call, given = tap.call, dict(kwargs)
+        given = dict(kwargs)
         given["hidden_states"] = hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if tap.second is not None:
-            assert tap.columns is not None
-            values = _sunk(tap.values, tap.columns, tap.second)
-            text = (call.kinds(tap.rows, hidden.device) == _TEXT) & tap.rows.query.to(hidden.device)
-            if tap.flash:  # its causal alignment needs all rows
-                part = module.forward(**{**given, "past_key_values": _Fixed(tap.keys, values)})[0]
-                whole = torch.where(text[:, :, None], part, output[0])
-            else:
-                some = _compact(text)
-                assert some.index is not None
-                part = self._rows_again(module, given, tap, some.index, values)[0]
-                # fillers go to a slot behind the last, which is cut off
-                place = some.index.masked_fill(~some.query, hidden.shape[1])[:, :, None].expand_as(part)
-                room = torch.cat([output[0], output[0].new_zeros(output[0].shape[0], 1, part.shape[2])], 1)
-                whole = room.scatter(1, place, part)[:, :-1]
-            output = (whole, *output[1:])
+        if tap.skips or tap.second is not None:
+            rows, part = self._text_again(module, given, tap)
+            assert rows.index is not None
+            # fillers go to a slot behind the last, which is cut off
+            place = rows.index.masked_fill(~rows.query, hidden.shape[1])[:, :, None].expand_as(part)
+            room = torch.cat([output[0], output[0].new_zeros(output[0].shape[0], 1, part.shape[2])], 1)
+            output = (room.scatter(1, place, part)[:, :-1], *output[1:])
         if tap.probes:
             with torch.no_grad():
-                call.probe = self._probe(module, given, tap)
+                tap.call.probe = self._probe(module, given, tap)
         return output
 
-    def _rows_again(
-        self, module: Any, given: dict[str, Any], tap: _Tap, index: Tensor, values: Tensor
-    ) -> Any:
-        """Run the attention for the rows ``index`` [B, Q] alone, over all keys of the layer and ``values``."""
-        hidden, mask = given["hidden_states"], given.get("attention_mask")
-        given = {**given, "hidden_states": _take(hidden, index, 1)}
-        given["position_embeddings"] = _take_position(given["position_embeddings"], index)
-        if (ids := given.get("position_ids")) is not None:
-            given["position_ids"] = _take(ids, index, ids.ndim - 1, ids.ndim - 2)
-        assert tap.keys is not None
-        wide = tap.keys.shape[2]
-        if mask is None:  # causal, without padding
-            place = torch.arange(wide, device=hidden.device)
-            mask = place <= (index + wide - hidden.shape[1])[:, None, :, None]
-        elif mask.ndim == 2:
-            mask = mask[:, None, None, :].bool()
-        else:
-            mask = mask.expand(index.shape[0], *mask.shape[1:])
-            rows_of = torch.arange(index.shape[0], device=mask.device)[:, None]
-            mask = mask[rows_of, :, index.to(mask.device)].transpose(1, 2)
-        if module.config._attn_implementation == "eager" and mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(
-                ~mask, torch.finfo(hidden.dtype).min
-            )
-        given["attention_mask"] = mask
-        given["past_key_values"] = _Fixed(tap.keys, values)
-        return module.forward(**given)
+    def _text_again(self, module: Any, given: dict[str, Any], tap: _Tap) -> tuple[_Rows, Tensor]:
+        """Run the attention for the text rows alone; returns where they are and their output [B, T', D]."""
+        call, columns, device = tap.call, tap.columns, given["hidden_states"].device
+        assert columns is not None and tap.keys is not None and tap.values is not None
+        key = ("text", id(tap.rows), tap.skips)
+        if key not in call.memo:
+            text, tokens = (call.kinds(tap.rows, device) == _TEXT) & tap.rows.query.to(device), tap.rows
+            if (
+                "flash" in _kind(module) and not tap.skips
+            ):  # its causal alignment needs a row for each new entry
+                here = _Rows(torch.arange(text.shape[1], device=device).expand(text.shape), text, text)
+            else:
+                here = _compact(text)
+                assert here.index is not None
+                tokens = replace(here, index=call.index(tap.rows, device).gather(1, here.index))
+            call.memo[key] = here, tokens, tap.rows
+        here, tokens, _ = call.memo[key]
+        keys, values = tap.keys, _sunk(tap.values, columns, tap.second or [])
+        if tap.skips:
+            memo = ("text columns", id(columns))
+            if memo not in call.memo:
+                only = _compact((columns.position >= 0) & (columns.kind == _TEXT))
+                call.memo[memo] = only, columns.gather(only), columns
+            only, columns, _ = call.memo[memo]
+            keys, values = _take(keys, only.index, 2), _take(values, only.index, 2)
+        mask = call.mask(tap.given, tokens, columns, tap.past, [], given["hidden_states"], module)
+        return here, _attend(module, given, here.index, mask, keys, values)[0]
 
     def _probe(self, module: Any, given: dict[str, Any], tap: _Tap) -> dict[str, Tensor]:
         """Scores of the chunk's tokens [B, S], from the last row of each sample.
@@ -1286,7 +1285,16 @@ class Pruning:
             raise PruningError("scores and conditions do not go with weights offloaded to CPU or disk")
         assert tap.keys is not None and tap.values is not None
         last = call.last_row(tap.rows).to(given["hidden_states"].device)[:, None]
-        weights = self._rows_again(one, given, tap, last, tap.values)[1]
+        mask = given.get("attention_mask")
+        if mask is not None and mask.ndim == 2:
+            mask = mask[:, None, None, :].bool()
+        elif mask is not None:
+            rows = torch.arange(len(last), device=mask.device)[:, None]
+            mask = mask.expand(len(last), *mask.shape[1:])[rows, :, last.to(mask.device)].transpose(1, 2)
+        if mask is not None and mask.dtype == torch.bool:
+            like = given["hidden_states"]
+            mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, torch.finfo(like.dtype).min)
+        weights = _attend(one, given, last, mask, tap.keys, tap.values)[1]
         if weights is None:
             raise PruningError(f"the eager attention of this model returns no weights; {_STRANGE}")
         numbers = _last_row_numbers(weights[:, :, 0], tap.values)
@@ -1304,14 +1312,25 @@ class Pruning:
         return {name: room[name].scatter(1, place, x.to(device))[:, :length] for name, x in numbers.items()}
 
 
+def _attend(
+    module: Any, given: dict[str, Any], index: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor
+) -> Any:
+    """Run an attention module for the rows ``index`` [B, Q] of what it was ``given``, over these keys and values."""
+    given = {**given, "hidden_states": _take(given["hidden_states"], index, 1), "attention_mask": mask}
+    given["position_embeddings"] = _take_position(given["position_embeddings"], index)
+    given["position_ids"] = _take_ids(given.get("position_ids"), index, module)
+    given["past_key_values"] = _Fixed(keys, values)
+    return module.forward(**given)
+
+
 def _flash_mask(
     given: Tensor | None, rows: _Rows, columns: _Columns, total: int, muted: list[_Action], window: int | None
 ) -> Tensor | None:
     """The two-dimensional mask [B, T] that flash attention wants for ``columns``, of ``total`` tokens seen."""
     if muted or rows.lonely or (given is not None and given.ndim != 2) or total > (window or math.inf):
         raise PruningError(
-            "flash attention cannot mute with sink 'renormalise', end a prompt with an image, take a mask of four "
-            "dimensions or a sliding window under a schedule; use sdpa"
+            "flash attention cannot mask visual readers or half of the visual columns, end a prompt with an image, "
+            "take a mask of four dimensions or a sliding window under a schedule; use sdpa"
         )
     position = columns.position
     if given is None:
@@ -1329,6 +1348,14 @@ def _arguments(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) 
     """The arguments of a call by name."""
     names = [n for n in inspect.signature(module.forward).parameters if n != "self"] if args else []
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _kind(attention: Any) -> str:
+    """The attention implementation of a module."""
+    kind = getattr(getattr(attention, "config", None), "_attn_implementation", None) or "eager"
+    if "flex" in kind or "paged" in kind:
+        raise PruningError(f"{kind} is not supported under a schedule; use sdpa, eager or flash attention")
+    return kind
 
 
 def _holds(value: Any) -> bool:

@@ -1,0 +1,452 @@
+"""Exports of a tiny LLaVA, each compared with the slow references; every export is built once."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from tests import reference, slow_schedule, tiny
+from tests.conftest import build_processor
+from vtwcli.errors import GateError, UsageError
+from vtwcli.export import onnx as export
+from vtwcli.export import onnx_layers, onnx_parity
+from vtwcli.export.onnx import export_onnx
+from vtwcli.models.checkpoint import resolve
+from vtwcli.models.inputs import encode_batch
+from vtwcli.models.loading import load
+from vtwcli.ort import OnnxModel
+from vtwcli.runtime import pruned
+from vtwcli.schedule import Schedule
+
+LAYERS, STEPS = 3, 5
+ROWS = ["t3 i t5", "i t1 i t3", "t4"]
+
+
+def withdraw(k):
+    return {"at": k, "action": "withdraw"}
+
+
+def keep(k, **select):
+    return {"at": k, "action": "keep", "select": select}
+
+
+# name -> actions, options, roles of the decoder graphs
+EXPORTS = {
+    "split": ([withdraw(1)], {}, ["decoder_lower", "decoder_upper"]),
+    "full half": ([withdraw(LAYERS)], {"dtype": "fp16"}, ["decoder"]),
+    "none fused": ([withdraw(0)], {"opset": 23}, ["decoder_upper"]),
+    "merged int8": ([withdraw(2)], {"merged": True, "quantize": "int8"}, ["decoder_merged"]),
+    "keep attention": (
+        [keep(1, score="attention", count=4), withdraw(2)],
+        {},
+        ["decoder_lower", "decoder_middle_1", "decoder_upper"],
+    ),
+    "keep contribution": (
+        [keep(2, score="contribution", ratio=0.4)],
+        {"opset": 23},
+        ["decoder_lower", "decoder_upper"],
+    ),
+    "keep uniform int4": (
+        [keep(1, score="uniform", count=4)],
+        {"merged": True, "quantize": "int4"},
+        ["decoder_merged"],
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tiny-llava-onnx")
+    tiny.llava(seed=1, layers=LAYERS).save_pretrained(path)
+    build_processor().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def loaded(model_dir):
+    return load(str(model_dir), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def exported(model_dir, tmp_path_factory):
+    """``exported(name)`` -> directory and report of an export, made on first use."""
+    root = tmp_path_factory.mktemp("onnx")
+
+    @cache
+    def make(name):
+        actions, options, _ = EXPORTS[name]
+        path = root / name
+        schedule = {"format_version": 1, "actions": actions}
+        return path, export_onnx(resolve(str(model_dir)), schedule, path, steps=4, **options)
+
+    return make
+
+
+def compared(directory, model, actions, rows=ROWS, side="left", seed=5):
+    """``compare`` of the graphs with the slow interpreter, on a batch padded on ``side``."""
+    left = tiny.llava_batch(rows, seed=seed)
+    tokens, logits, _ = slow_schedule.greedy(model, left, actions, STEPS)
+    batch = tiny.llava_batch(rows, seed=seed, side=side)
+    return onnx_parity.compare(
+        logits.numpy(), onnx_parity.onnx_steps(OnnxModel(directory), batch, tokens.numpy())
+    )
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_every_export_computes_what_the_slow_reference_computes(name, exported, loaded):
+    actions, options, roles = EXPORTS[name]
+    directory, report = exported(name)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert [graph["role"] for graph in manifest["graphs"]] == ["embed_tokens", "vision_encoder", *roles]
+    assert report["parity"]["agreement"] == 1.0 and report["parity"]["positions"] == 12
+    result = compared(directory, loaded.model, actions)
+    if kind := options.get("quantize"):
+        # random weights in rows of 32 suffer more from four bits than trained ones
+        least, most = 1e-6, {"int8": 0.1, "int4": 2.0}[kind]
+        measured = report["parity"]["quantized"]
+        assert measured["kind"] == kind and least < measured["mean_kl"] < most
+        assert least < result["mean_kl"] < most
+    elif options.get("dtype") == "fp16":
+        assert result["agreement"] == 1.0 and 1e-9 < result["mean_kl"] < 1e-3
+    else:
+        assert result["agreement"] == 1.0 and result["max_logit_difference"] < 1e-4
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("rows", [["t3 i t5"], ["i t2", "t9 i t1 i t4"], ["t6", "t2"], ["t1", "i t1"]])
+def test_batches_of_every_kind(rows, side, exported, loaded):
+    directory, _ = exported("split")
+    result = compared(directory, loaded.model, [withdraw(1)], rows, side)
+    assert result["agreement"] == 1.0 and result["max_logit_difference"] < 1e-4
+    full = compared(exported("full half")[0], loaded.model, [], rows, side)
+    assert full["agreement"] == 1.0 and full["mean_kl"] < 1e-3
+
+
+def test_pruning_changes_the_numbers(exported, loaded):
+    """The comparison can fail: the full model's logits are far from those of the split graphs."""
+    assert compared(exported("split")[0], loaded.model, [])["max_logit_difference"] > 0.1
+
+
+def test_generation_is_that_of_torch(exported, loaded):
+    model, graphs = loaded.model, OnnxModel(exported("split")[0])
+    batch = tiny.llava_batch(ROWS, seed=5)
+    with torch.no_grad(), pruned(model, 1):
+        free = model.generate(**batch, max_new_tokens=8, do_sample=False, eos_token_id=None)[:, -8:]
+        end = int(free[0, 2])
+        expected = model.generate(**batch, max_new_tokens=8, do_sample=False, eos_token_id=end)
+    width = batch["input_ids"].shape[1]
+    seen = []
+    actual = graphs.generate(batch, 8, eos_ids=[end], on_token=seen.append)
+    assert actual.tolist() == expected[:, width:].tolist()
+    assert [column.tolist() for column in np.stack(seen, 1)] == actual.tolist()
+    assert graphs.generate(batch, 0).shape == (3, 0)
+    assert graphs.manifest["tokens"]["eos_ids"] == [2]  # the tokenizer's, since the model names none
+
+
+def test_sampling_is_seeded(exported):
+    graphs, batch = OnnxModel(exported("split")[0]), tiny.llava_batch(ROWS, seed=5)
+    draws = [graphs.generate(batch, 6, do_sample=True, seed=seed, eos_ids=[]).tolist() for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    greedy = graphs.generate(batch, 6, eos_ids=[]).tolist()
+    assert (
+        graphs.generate(batch, 6, do_sample=True, top_k=1, seed=3, eos_ids=[]).tolist() == greedy != draws[0]
+    )
+
+
+def test_features_can_be_reused(exported):
+    graphs, batch = OnnxModel(exported("split")[0]), tiny.llava_batch(["t3 i t5"], seed=5)
+    arrays = {name: value.numpy() for name, value in batch.items()}
+    features = graphs.features(arrays)
+    assert features.shape == (9, 32)
+    again = {"input_ids": arrays["input_ids"], "image_features": features}
+    assert np.array_equal(graphs.prefill(arrays)[0], graphs.prefill(again)[0])
+
+
+def test_inputs_that_do_not_fit_are_refused(exported):
+    graphs = OnnxModel(exported("split")[0])
+    batch = {name: value.numpy() for name, value in tiny.llava_batch(["t3 i t5"], seed=5).items()}
+    with pytest.raises(UsageError, match="9 visual tokens, the images give 0"):
+        graphs.prefill({"input_ids": batch["input_ids"]})
+    with pytest.raises(UsageError, match="ends with a visual token"):
+        graphs.prefill({**batch, "input_ids": batch["input_ids"][:, :-5], "attention_mask": None})
+    with pytest.raises(UsageError, match="no videos"):
+        graphs.prefill({**batch, "pixel_values_videos": batch["pixel_values"]})
+    with pytest.raises(UsageError, match="has no tokens"):
+        graphs.prefill({"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"] * 0})
+    with pytest.raises(UsageError, match="513 tokens are more than the model's 512"):
+        graphs.prefill({"input_ids": np.full((1, 513), 5)})
+    with pytest.raises(UsageError, match="no device 'cuda'"):
+        OnnxModel(graphs.directory, device="cuda")
+
+
+def test_files_names_and_hashes(exported, model_dir):
+    directory, report = exported("split")
+    manifest = json.loads((directory / "manifest.json").read_text())
+    for name, entry in manifest["files"].items():
+        data = (directory / name).read_bytes()
+        assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert set(manifest["files"]) | {"manifest.json"} == {p.name for p in directory.iterdir()}
+    assert report["bytes"] == sum(entry["bytes"] for entry in manifest["files"].values())
+    companions = ("tokenizer.json", "processor_config.json", "chat_template.jinja", "generation_config.json")
+    assert {*companions, "run_onnx.py", "vtw_ort.py", "parity.json"} <= set(manifest["files"])
+    assert json.loads((directory / "parity.json").read_text()) == report["parity"]
+    assert manifest["withdrawal_layer"] == 1 and manifest["schedule"]["actions"] == [withdraw(1)]
+    assert manifest["tokens"]["placeholder_ids"] == [tiny.IMAGE_ID]
+    assert manifest["prompt"]["image"] == "USER: <image>\n{question} ASSISTANT:"
+    assert any("keep_index" in step for step in manifest["how_to"])
+    for graph in manifest["graphs"]:
+        model = onnx.load(directory / graph["file"], load_external_data=False)
+        onnx.checker.check_model(directory / graph["file"], full_check=True)
+        for ports, values in ((graph["inputs"], model.graph.input), (graph["outputs"], model.graph.output)):
+            shapes = [
+                [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in values
+            ]
+            assert [port["name"] for port in ports] == [value.name for value in values]
+            assert all(
+                actual == declared or isinstance(declared, str)
+                for port, shape in zip(ports, shapes, strict=True)
+                for actual, declared in zip(shape, port["shape"], strict=True)
+            )
+        text = (directory / graph["file"]).read_bytes()
+        assert b"site-packages" not in text and str(Path.home()).encode() not in text
+    upper = manifest["graphs"][-1]
+    assert [port["name"] for port in upper["inputs"]] == [
+        *("hidden_states", "keep_index", "logits_index", "attention_mask", "position_ids"),
+        *(f"past_key_values.{d}.{part}" for d in (1, 2) for part in ("key", "value")),
+    ]
+    assert [port["name"] for port in upper["outputs"]] == [
+        "logits",
+        *(f"present.{d}.{part}" for d in (1, 2) for part in ("key", "value")),
+    ]
+    assert upper["inputs"][-1]["shape"] == ["batch_size", 2, "kept_past_length", 8]
+
+
+def test_weights_lie_outside_and_no_transpose_of_them_is_left(exported):
+    directory, _ = exported("split")
+    model = onnx.load(directory / "decoder_upper.onnx", load_external_data=False)
+    weights = {w.name: w for w in model.graph.initializer if w.name.endswith("weight")}
+    assert "lm_head.weight" in weights and "model.language_model.layers.2.mlp.up_proj.weight" in weights
+    assert not any("layers.0." in name for name in weights)
+    large = [w for w in weights.values() if np.prod(w.dims) * 4 >= 1024]
+    assert large and all(w.data_location == onnx.TensorProto.EXTERNAL for w in large)
+    assert not any(n.op_type == "Transpose" and n.input[0] in weights for n in model.graph.node)
+
+
+def test_fused_operators_from_opset_23(exported):
+    kinds = {
+        node.op_type
+        for node in onnx.load(
+            exported("none fused")[0] / "decoder_upper.onnx", load_external_data=False
+        ).graph.node
+    }
+    assert {"Attention", "RMSNormalization"} <= kinds and "Softmax" not in kinds
+
+
+def test_the_script_runs_without_torch_transformers_and_this_package(exported, loaded, tmp_path):
+    directory, _ = exported("split")
+    image, question = export.synthetic_samples()[1].images[0], "how red?"
+    image.save(tmp_path / "picture.png")
+    bare = "import runpy, sys; " + "".join(
+        f"sys.modules[{name!r}] = None; " for name in ("torch", "transformers", "vtwcli", "datasets")
+    )
+    bare += "sys.path.insert(0, sys.argv[1]); sys.argv[:2] = ['run_onnx.py']; "
+    bare += "runpy.run_path(sys.path[0] + '/run_onnx.py', run_name='__main__')"
+
+    def run(*arguments):
+        command = [sys.executable, "-c", bare, str(directory), *arguments, question, "--max-new-tokens", "7"]
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=os.environ, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    sample = dataclasses.replace(export.synthetic_samples()[1], prompt=question)
+    for arguments, asked in (
+        (["--image", "picture.png"], sample),
+        ([], dataclasses.replace(sample, images=())),
+    ):
+        batch = encode_batch(loaded, [asked])
+        with torch.no_grad(), pruned(loaded.model, 1):
+            tokens = loaded.model.generate(**batch, max_new_tokens=7, do_sample=False, eos_token_id=2)
+        tokens = tokens[0, batch["input_ids"].shape[1] :]
+        expected = loaded.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        assert run(*arguments) == expected + "\n"
+    assert run("--temperature", "5", "--seed", "1") == run("--temperature", "5", "--seed", "1")
+
+
+# ------------------------------------------------------------------------------------------------ the parity check
+
+
+@pytest.fixture
+def no_memory(monkeypatch):
+    monkeypatch.setattr(export, "memory_available", lambda device: 0)
+
+
+def checked(source, k, exported, name="split", quantize=None):
+    directory, _ = exported(name)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    return export.check(source, Schedule.withdraw_at(k), directory, manifest, None, 4, quantize)
+
+
+@pytest.mark.parametrize(("name", "k"), [("split", 1), ("none fused", 0), ("full half", LAYERS)])
+def test_layer_by_layer_where_the_model_does_not_fit(name, k, exported, model_dir, no_memory, monkeypatch):
+    monkeypatch.setattr("vtwcli.models.loading.memory_available", lambda device: 0)
+    report = checked(export.Source.of(resolve(str(model_dir))), k, exported, name)
+    assert report["method"] == "layer by layer" and report["agreement"] == 1.0 and report["positions"] == 12
+    assert report["mean_kl"] < (1e-3 if name == "full half" else 1e-9)
+    assert not (exported(name)[0] / "piece.onnx").exists()
+
+
+def test_layer_by_layer_finds_a_wrong_cut(exported, model_dir, no_memory):
+    with pytest.raises(GateError, match="parity failed"):
+        checked(export.Source.of(resolve(str(model_dir))), 2, exported)
+
+
+def test_layer_by_layer_refuses_what_it_cannot_prove(exported, model_dir, no_memory):
+    source = export.Source.of(resolve(str(model_dir)))
+    with pytest.raises(UsageError, match="the model in memory, and it does not fit"):
+        checked(source, 1, exported, quantize="int8")
+    directory, _ = exported("split")
+    schedule = Schedule.from_dict([keep(1, score="attention", count=4)])
+    with pytest.raises(UsageError, match="schedule with keep is checked by generation"):
+        export.check(source, schedule, directory, {"dtype": "fp32"}, None, 4, None)
+
+
+def test_the_merged_graph_layer_by_layer(exported, model_dir, loaded):
+    """The merged graphs are quantized on disk, so the pieces are compared loosely and with each other."""
+    skeleton = load(str(model_dir), device="cpu", dtype="float32", weights=False)
+    graphs = OnnxModel(exported("merged int8")[0])
+    result = onnx_layers.parity(skeleton, 2, graphs, export.synthetic_samples(), 3)
+    assert 1e-9 < result["mean_kl"] < 0.3
+
+
+def test_a_changed_weight_fails_the_check(exported, model_dir):
+    changed = load(str(model_dir), device="cpu", dtype="float32")
+    with torch.no_grad():
+        changed.layers[2].mlp.up_proj.weight[3, 5] += 0.5
+    with pytest.raises(GateError, match=r"parity failed: .*logits differ by up to"):
+        checked(export.Source.of(changed), 1, exported)
+
+
+def test_a_failed_check_leaves_nothing(tmp_path, monkeypatch):
+    source = tmp_path / "model"
+    tiny.llava(layers=1).save_pretrained(source)
+    build_processor().save_pretrained(source)
+    read = export.file_reader
+
+    def broken(checkpoint):
+        return lambda names: read(checkpoint)(names) * (1.01 if "lm_head.weight" in names else 1.0)
+
+    monkeypatch.setattr(export, "file_reader", broken)
+    with pytest.raises(GateError) as caught:
+        export_onnx(resolve(str(source)), 1, tmp_path / "out")
+    assert caught.value.exit_code == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_gate_bounds():
+    good = {"agreement": 1.0, "positions": 9, "max_logit_difference": 1e-4, "max_logit": 5.0, "mean_kl": 1e-9}
+    onnx_parity.gate(good, "fp32")
+    for wrong in (
+        {"agreement": 0.99},
+        {"max_logit_difference": 2e-3},
+        {"max_logit_difference": float("nan")},
+    ):
+        with pytest.raises(GateError):
+            onnx_parity.gate({**good, **wrong}, "fp32")
+    onnx_parity.gate({**good, "agreement": 0.9, "mean_kl": 5e-3}, "fp16")
+    for kl in (0.02, float("nan")):
+        with pytest.raises(GateError):
+            onnx_parity.gate({**good, "mean_kl": kl}, "fp16")
+
+
+def test_compare_by_hand():
+    reference_logits = np.log(np.array([[[0.5, 0.5], [0.9, 0.1]]]))
+    logits = np.log(np.array([[[0.25, 0.75], [0.9, 0.1]]]))
+    result = onnx_parity.compare(reference_logits, logits)
+    expected = 0.25 * np.log(0.5) + 0.75 * np.log(1.5)
+    assert result["agreement"] == 0.5 and result["positions"] == 2
+    assert result["max_kl"] == pytest.approx(expected) and result["mean_kl"] == pytest.approx(expected / 2)
+    merged = onnx_parity.merge([result, {**result, "positions": 6, "agreement": 1.0}])
+    assert merged["positions"] == 8 and merged["agreement"] == pytest.approx(0.875)
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "message", "hint"),
+    [
+        (
+            [{"at": "auto", "action": "withdraw", "when": {"cosine_above": 0.99}}],
+            {},
+            "a dynamic schedule cannot be exported to ONNX",
+            "static schedule",
+        ),
+        ([keep(1, score="attention", above=0.1)], {}, "a dynamic schedule", "static schedule"),
+        ([{"at": 0, "until": 1, "action": "mute"}], {}, "the action mute cannot be exported", "--format hf"),
+        ([keep(1, score="random", count=3)], {}, "random scores cannot be exported", "uniform"),
+        (
+            [keep(1, score="uniform", count=3), withdraw(1)],
+            {},
+            "two actions at one layer",
+            "different layers",
+        ),
+        ([keep(1, score="attention", count=3)], {"merged": True}, "one merged graph", "without --merged"),
+        ([withdraw(LAYERS + 1)], {}, "the model has 3 layers", None),
+        ([withdraw(1)], {"dtype": "bf16"}, "'bf16' is no export type", "fp32 or fp16"),
+        ([withdraw(1)], {"opset": 17}, "opset 17", "18 to 24"),
+        ([withdraw(1)], {"quantize": "int2"}, "'int2' is no quantization", "int8 or int4"),
+        ([withdraw(1)], {"quantize": "int4", "dtype": "fp16"}, "quantization starts from fp32", None),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_with_a_way_out(
+    schedule, options, message, hint, model_dir, tmp_path
+):
+    plan = {"format_version": 1, "actions": schedule}
+    with pytest.raises(UsageError, match=message) as caught:
+        export_onnx(resolve(str(model_dir)), plan, tmp_path / "out", **options)
+    assert hint is None or hint in str(caught.value.hint)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_directory_is_refused_before_any_work(model_dir, tmp_path):
+    with pytest.raises(UsageError, match="exists already"):
+        export_onnx(resolve(str(model_dir)), 1, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pixtral", "gemma3"])
+def test_families_without_an_export(name, tmp_path):
+    from vtwcli.export.onnx_graphs import all_graphs
+    from vtwcli.models.families import family_of
+
+    model = (tiny.TINY | tiny.VARIANTS)[name].build(layers=1)
+    with pytest.raises(UsageError, match="has no ONNX export"):
+        all_graphs(model, family_of(model.config), [], False, torch.float32)
+
+
+def test_a_sliding_window_bounds_the_length():
+    from vtwcli.export.onnx_graphs import max_length
+
+    window = tiny.VARIANTS["llava-mistral-window"].build(layers=1).config.get_text_config()
+    assert max_length(window) == 8 and max_length(tiny.llava(layers=1).config.get_text_config()) == 512
+
+
+def test_reference_is_independent_of_the_runtime(loaded):
+    """Both slow references agree with each other on withdrawal, so either may judge the graphs."""
+    batch = tiny.llava_batch(ROWS, seed=5)
+    tokens, logits = reference.greedy(loaded.model, batch, 1, 3)
+    others, again, _ = slow_schedule.greedy(loaded.model, batch, [withdraw(1)], 3)
+    assert torch.equal(tokens, others)
+    torch.testing.assert_close(logits, again, rtol=0, atol=1e-4)

@@ -1,0 +1,507 @@
+"""Export to ONNX graphs that are split where the visual tokens leave.
+
+A directory with ``vision_encoder``, ``embed_tokens`` and the decoder in one or two graphs, a manifest that says how
+to drive them, the processor's files, a parity report, and a script that runs it all without this package.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vtwcli import __version__, console
+from vtwcli.data.sample import Sample
+from vtwcli.errors import NotFoundError, UsageError
+from vtwcli.export.manifest import file_entries
+from vtwcli.export.publish import check_target, publish
+from vtwcli.models.checkpoint import Checkpoint, quiet_libraries
+from vtwcli.models.families import Family, placeholder_ids
+from vtwcli.models.loading import LoadedModel, load, load_processor, memory_available, memory_needed
+from vtwcli.ort import MANIFEST, OnnxModel
+from vtwcli.schedule import Schedule
+
+if TYPE_CHECKING:
+    from vtwcli.export.onnx_graphs import Graph, Port
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+OPSETS = range(18, 25)
+FUSED_OPSET = 23  # the first with Attention and RMSNormalization as single operators
+QUANTIZERS = ("int8", "int4")
+PARITY = "parity.json"
+_QUESTION = "\0question\0"
+
+
+def export_onnx(
+    model: LoadedModel | Checkpoint,
+    schedule: Schedule | Mapping[str, Any] | int,
+    output: Path,
+    *,
+    dtype: str = "fp32",
+    opset: int = 20,
+    merged: bool = False,
+    quantize: str | None = None,
+    samples: Sequence[Sample] | None = None,
+    steps: int = 16,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write a model with its schedule as ONNX graphs, and prove that they compute what torch computes.
+
+    The weights go from the checkpoint's files to the graphs' files one tensor at a time. The parity check runs the
+    model in float32: a ``LoadedModel`` in float32 is used as it is; otherwise it is loaded where it fits, and where
+    it does not, the graphs are compared with it layer by layer.
+
+    Args:
+        model: what to export.
+        schedule: static: ``withdraw`` at one layer, or nothing.
+        output: directory to make; nothing is there before everything is checked.
+        dtype: ``fp32`` or ``fp16``, of weights and activations.
+        opset: 18 to 24; from 23 on attention and norms are single operators.
+        merged: one decoder graph with the removal of visual tokens inside, instead of two.
+        quantize: ``int8`` or ``int4`` weights of the decoder.
+        samples: for the parity check; None takes synthetic ones.
+        steps: new tokens per sample in the parity check.
+        force: replace an existing directory.
+
+    Returns:
+        The report: ``output``, ``withdrawal_layer``, ``bytes``, ``graphs``, ``parity``, ``seconds``.
+
+    Raises:
+        UsageError: options or a schedule that cannot be exported.
+        GateError: the graphs differ from torch; nothing is left.
+        NotFoundError: weights or processor cannot be read.
+    """
+    _check_options(dtype, opset, quantize)
+    check_target(output, force)
+    source = Source.of(model)
+    plan = as_schedule(schedule)
+    plan.check_depth(source.depth, source.family.first_withdrawal)
+    cuts = removals(plan, source.depth)
+    began = time.perf_counter()
+    with publish(output, force) as folder:
+        manifest = write_graphs(source, cuts, folder, dtype=dtype, opset=opset, merged=merged)
+        manifest["schedule"] = plan.to_dict()
+        _companions(source, manifest, folder)
+        written = time.perf_counter()
+        report = check(source, plan, folder, manifest, samples, steps, quantize)
+        _save(folder / PARITY, report)
+        manifest["files"] = file_entries(folder)
+        _save(folder / MANIFEST, manifest)
+    return {
+        "output": str(output),
+        "withdrawal_layer": manifest["withdrawal_layer"],
+        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+        "graphs": [graph["file"] for graph in manifest["graphs"]],
+        "parity": report,
+        "seconds": {"export": written - began, "parity": time.perf_counter() - written},
+    }
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an export needs to know of a model, loaded or not.
+
+    Attributes:
+        name: what the user asked for.
+        revision: the Hub commit, or None.
+        config: the transformers config.
+        family: its row of the family table.
+        read: names of a parameter -> its values.
+        loaded: the model in float32, if it is there.
+        checkpoint: its files, if it has any.
+    """
+
+    name: str
+    revision: str | None
+    config: Any
+    family: Family
+    read: Callable[[Sequence[str]], Tensor]
+    loaded: LoadedModel | None
+    checkpoint: Checkpoint | None
+
+    @classmethod
+    def of(cls, model: LoadedModel | Checkpoint) -> Source:
+        """The source for either form.
+
+        Raises:
+            UsageError: a model without files that is not in float32.
+        """
+        if isinstance(model, LoadedModel):
+            checkpoint = model.checkpoint
+            real = not any(parameter.is_meta for parameter in model.model.parameters())
+            if real and model.dtype == torch.float32:
+                state = model.model.state_dict()
+                return cls(
+                    model.name,
+                    model.revision,
+                    model.config,
+                    model.family,
+                    lambda names: state[names[0]],
+                    model,
+                    checkpoint,
+                )
+            if checkpoint is None:
+                raise UsageError("the export compares with torch in float32", "load the model in float32")
+        else:
+            checkpoint = model
+        read = file_reader(checkpoint)
+        return cls(
+            checkpoint.name, checkpoint.revision, checkpoint.config, checkpoint.family, read, None, checkpoint
+        )
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers L."""
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    def skeleton(self, dtype: torch.dtype) -> Any:
+        """The model without weights, with a config of its own."""
+        trust = self.checkpoint is not None and self.checkpoint.trust_remote_code
+        config = copy.deepcopy(self.config)
+        path = self.checkpoint.path if self.checkpoint is not None else Path()
+        return Checkpoint(self.name, path, None, config, self.family, trust).skeleton(dtype, "sdpa")
+
+    def processor(self) -> Any:
+        """The processor.
+
+        Raises:
+            NotFoundError: the checkpoint has none.
+        """
+        if self.loaded is not None:
+            return self.loaded.processor
+        assert self.checkpoint is not None
+        return load_processor(self.checkpoint)
+
+    def generation_config(self) -> Any:
+        """The generation config that comes with the model."""
+        from transformers import GenerationConfig
+
+        if self.loaded is not None:
+            return self.loaded.model.generation_config
+        assert self.checkpoint is not None
+        try:
+            return GenerationConfig.from_pretrained(self.checkpoint.path, local_files_only=True)
+        except OSError:
+            return GenerationConfig.from_model_config(self.config)
+
+
+def file_reader(checkpoint: Checkpoint) -> Callable[[Sequence[str]], Tensor]:
+    """A function that reads one parameter from the checkpoint's files."""
+    stored = checkpoint.key_map
+
+    def read(names: Sequence[str]) -> Tensor:
+        place = next((stored[name] for name in names if name in stored), None)
+        if place is None:
+            raise UsageError(
+                f"{checkpoint.name}: {names[0]!r} is not stored as the model holds it",
+                "export the loaded model",
+            )
+        raw = torch.empty(place.nbytes, dtype=torch.uint8)
+        with place.file.open("rb") as stream:
+            stream.seek(place.start)
+            if stream.readinto(raw.numpy().data) != place.nbytes:
+                raise NotFoundError(f"weight file {place.file} ends within {place.key!r}")
+        return raw.view(place.dtype).view(place.shape)
+
+    return read
+
+
+def as_schedule(schedule: Schedule | Mapping[str, Any] | int) -> Schedule:
+    """A schedule from its canonical form, or from a withdrawal layer."""
+    if isinstance(schedule, Schedule):
+        return schedule
+    return Schedule.withdraw_at(schedule) if isinstance(schedule, int) else Schedule.from_dict(dict(schedule))
+
+
+def removals(schedule: Schedule, depth: int) -> list[dict[str, Any]]:
+    """The actions at which the graphs are cut, in canonical form; those that start at layer L never do.
+
+    Raises:
+        UsageError: the schedule is dynamic or has actions that graphs cannot have.
+    """
+    if not schedule.is_static:
+        raise UsageError(
+            "a dynamic schedule cannot be exported to ONNX: where and what is removed depends on the sample, and "
+            "graphs are cut at fixed layers",
+            "run it and put the layer that its trace shows into a static schedule, for example "
+            "{at: 16, action: withdraw}; or export with --format hf",
+        )
+    kept = [action for action in schedule.to_dict()["actions"] if action["at"] < depth]
+    for action in kept:
+        if action["action"] not in ("withdraw", "keep"):
+            raise UsageError(
+                f"the action {action['action']} cannot be exported to ONNX",
+                "use a schedule of withdraw and keep, or --format hf",
+            )
+        if action.get("select", {}).get("score") == "random":
+            raise UsageError(
+                "keep with random scores cannot be exported to ONNX, they are drawn by torch", "use uniform"
+            )
+    layers = [action["at"] for action in kept]
+    if len(set(layers)) < len(layers):
+        raise UsageError("two actions at one layer cannot be exported to ONNX", "give them different layers")
+    return kept
+
+
+def write_graphs(
+    source: Source, cuts: Sequence[Mapping[str, Any]], folder: Path, *, dtype: str, opset: int, merged: bool
+) -> dict[str, Any]:
+    """Write the graphs and return what a manifest says of them; see ``export_onnx``."""
+    from vtwcli.export import onnx_graphs, onnx_trace
+
+    model = source.skeleton(DTYPES[dtype])
+    model.get_submodule(source.family.text_model).config._attn_implementation = onnx_graphs.ATTENTION
+    graphs = onnx_graphs.all_graphs(model, source.family, cuts, merged, DTYPES[dtype])
+    mode = onnx_trace.fake_parameters(model)
+    names = onnx_trace.parameter_names(model)
+    attention = onnx_graphs.fused_attention if opset >= FUSED_OPSET else onnx_graphs.attention
+    with (
+        console.progress("export", total=len(graphs)) as task,
+        onnx_graphs.exportable_attention(attention),
+        quiet_libraries(),
+    ):
+        for graph in graphs:
+            task.update(graph.role)
+            onnx_trace.write(graph, mode, names, source.read, opset, folder)
+            task.advance()
+    return {
+        "format": "vtw-onnx",
+        "format_version": 1,
+        "producer": f"vtwcli {__version__}",
+        "model": {"name": source.name, "revision": source.revision, "model_type": source.family.model_type},
+        "withdrawal_layer": next((cut["at"] for cut in cuts if cut["action"] == "withdraw"), None),
+        "dtype": dtype,
+        "opset": opset,
+        "merged": merged,
+        "quantize": None,
+        "graphs": [_graph_entry(graph) for graph in graphs],
+        "text": {
+            "layers": source.depth,
+            "max_length": onnx_graphs.max_length(source.config.get_text_config()),
+        },
+        "vision": _vision_entry(source),
+        "positions": "grid" if onnx_graphs.VISION[source.family.model_type].arrange == "patches" else "count",
+        "tokens": {
+            "placeholder_ids": list(placeholder_ids(source.family, source.config)),
+            "eos_ids": [],
+            "pad_id": 0,
+        },
+    }
+
+
+def _graph_entry(graph: Graph) -> dict[str, Any]:
+    def port(port: Port) -> dict[str, Any]:
+        return {
+            "name": port.name,
+            "dtype": str(port.dtype).removeprefix("torch."),
+            "shape": list(port.dims),
+        }
+
+    return {
+        "role": graph.role,
+        "file": f"{graph.role}.onnx",
+        "layers": list(graph.layers) if graph.layers is not None else None,
+        "removal": graph.removal,
+        "inputs": [port(p) for p in graph.inputs],
+        "outputs": [port(p) for p in graph.outputs],
+    }
+
+
+def _vision_entry(source: Source) -> dict[str, Any]:
+    """What the runtime must know to put the features of images in order."""
+    from vtwcli.export.onnx_graphs import VISION
+
+    config, vision = source.config, source.config.vision_config
+    entry: dict[str, Any] = {"arrange": VISION[source.family.model_type].arrange}
+    for name in ("image_size", "patch_size", "spatial_merge_size"):
+        if isinstance(value := getattr(vision, name, None), int):
+            entry[name] = value
+    if (window := getattr(vision, "window_size", None)) is not None:
+        entry["window"] = window // vision.spatial_merge_size // vision.patch_size
+    if entry["arrange"] == "anyres":
+        entry["grid_pinpoints"] = [list(pair) for pair in config.image_grid_pinpoints]
+        ratio = getattr(config, "vision_aspect_ratio", None)
+        entry["max_tiles"] = int(ratio.removeprefix("anyres_max_")) if ratio else None
+    return entry
+
+
+def _companions(source: Source, manifest: dict[str, Any], folder: Path) -> None:
+    """Everything beside the graphs: processor, generation config, the runtime and its example script."""
+    from vtwcli import ort
+
+    processor, generation = source.processor(), source.generation_config()
+    with quiet_libraries():
+        processor.save_pretrained(folder)
+        generation.save_pretrained(folder)
+    tokenizer = processor.tokenizer
+    ends = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
+    ends = [] if ends is None else list(ends) if isinstance(ends, Sequence) else [ends]
+    pads = (generation.pad_token_id, tokenizer.pad_token_id, *ends, 0)
+    manifest["tokens"] |= {
+        "eos_ids": [int(i) for i in ends],
+        "pad_id": int(next(i for i in pads if i is not None)),
+        "bos": tokenizer.bos_token,
+        "image": getattr(processor, "image_token", None),
+    }
+    manifest["prompt"] = _prompts(processor)
+    manifest["how_to"] = _how_to(manifest)
+    shutil.copyfile(Path(ort.__file__), folder / "vtw_ort.py")
+    shutil.copyfile(Path(__file__).with_name("run_onnx.py"), folder / "run_onnx.py")
+    _save(folder / MANIFEST, manifest)
+
+
+def _prompts(processor: Any) -> dict[str, str] | None:
+    """The chat template's text before and behind a question, with one image and without; None without a template."""
+    if not (getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)):
+        return None
+    texts = {}
+    for name, parts in (("image", [{"type": "image"}]), ("text", [])):
+        turn = {"role": "user", "content": [*parts, {"type": "text", "text": _QUESTION}]}
+        text = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+        texts[name] = text.replace(_QUESTION, "{question}")
+    return texts
+
+
+def _how_to(manifest: Mapping[str, Any]) -> list[str]:
+    """The steps of a generation in words, for those who drive the graphs from another language."""
+    roles = {graph["role"] for graph in manifest["graphs"]}
+    steps = [
+        "vision_encoder: pixel values to features; one feature row for each placeholder token of the prompt, in order",
+        "embed_tokens: input_ids [B, S] to inputs_embeds; put the feature rows in the place of the placeholders",
+        "attention_mask covers the past and the new tokens, 1 for tokens and 0 for padding; position_ids count the "
+        "tokens of the row from 0, padding apart"
+        + (", on three axes (time, row, column)" if manifest["positions"] == "grid" else ""),
+        "past_key_values start with length 0; each present is the past of the next step",
+        "logits_index [B, M]: the rows whose logits are wanted; for generation the last token of each row",
+    ]
+    if "decoder_upper" in roles and "decoder_lower" in roles:
+        steps += [
+            "decoder_lower runs on all tokens",
+            "decoder_upper takes its hidden_states and keep_index [B, T], the places of the text tokens in rising "
+            "order, rows with fewer filled in front with any place; attention_mask and position_ids are those of the "
+            "T kept places, and attention_mask is 0 where filled",
+        ]
+    if roles & {"decoder_upper"} and "decoder_lower" not in roles:
+        steps.append(
+            "decoder_upper takes inputs_embeds as hidden_states and keep_index [B, T], the text tokens"
+        )
+    if "decoder_merged" in roles:
+        steps.append(
+            "decoder_merged: keep_index [B, T] are the places of the text tokens in rising order, rows with fewer "
+            "filled in front; kept_attention_mask covers the kept past and the T places; position_ids are those of all "
+            "S tokens"
+        )
+    if "decoder" not in roles:
+        steps.append("in a step with one new token keep_index is [[0]]")
+    return steps
+
+
+def check(
+    source: Source,
+    schedule: Schedule,
+    folder: Path,
+    manifest: dict[str, Any],
+    samples: Sequence[Sample] | None,
+    steps: int,
+    quantize: str | None,
+) -> dict[str, Any]:
+    """Compare the written graphs with torch; see ``onnx_parity`` and, for large models, ``onnx_layers``.
+
+    Quantization comes after the comparison that must hold, and is measured by a second one.
+
+    Raises:
+        GateError: they differ.
+        UsageError: the model does not fit in memory, and the check cannot do without it.
+    """
+    from vtwcli.export import onnx_layers, onnx_parity
+    from vtwcli.export import onnx_quantize as quantizers
+    from vtwcli.models.inputs import encode_batch
+
+    chosen = list(samples) if samples is not None else synthetic_samples()
+    cuts, exported, loaded = removals(schedule, source.depth), OnnxModel(folder), source.loaded
+    facts = {"reference": "torch float32", "samples": len(chosen), "steps": steps}
+    if loaded is None:
+        assert source.checkpoint is not None
+        path, trust = str(source.checkpoint.path), source.checkpoint.trust_remote_code
+        whole = memory_needed(source.checkpoint, torch.float32) * 2 <= memory_available(torch.device("cpu"))
+        if not whole:
+            _check_layers_will_do(cuts, quantize)
+            console.note("the model does not fit in memory: comparing layer by layer")
+        loaded = load(path, device="cpu", dtype="float32", trust_remote_code=trust, weights=whole)
+        if not whole:
+            layer = cuts[0]["at"] if cuts else None
+            result = onnx_layers.parity(loaded, layer, exported, chosen, steps)
+            onnx_parity.gate(result, manifest["dtype"])
+            return {"method": "layer by layer", **facts, **result}
+    plan = schedule.to_dict() if cuts else None
+    references = []
+    for at in range(0, len(chosen), 4):
+        inputs = encode_batch(loaded, chosen[at : at + 4])
+        references.append(
+            onnx_parity.Reference(inputs, *onnx_parity.torch_steps(loaded.model, plan, inputs, steps))
+        )
+    result = onnx_parity.measure(exported, references)
+    onnx_parity.gate(result, manifest["dtype"])
+    report = {"method": "generation", **facts, **result}
+    if quantize is not None:
+        exported.release()
+        for graph in exported.decoders:
+            quantizers.quantize(folder / graph["file"], quantize)
+        manifest["quantize"] = quantize
+        report["quantized"] = {"kind": quantize, **onnx_parity.measure(OnnxModel(folder), references)}
+    return report
+
+
+def _check_layers_will_do(cuts: Sequence[Mapping[str, Any]], quantize: str | None) -> None:
+    if any(cut["action"] != "withdraw" for cut in cuts):
+        raise UsageError(
+            "a schedule with keep is checked by generation, for which the model does not fit in memory",
+            "use a schedule of withdraw",
+        )
+    if quantize is not None:
+        raise UsageError(
+            "the quantizers need the model in memory, and it does not fit", "leave out --quantize"
+        )
+
+
+def synthetic_samples() -> list[Sample]:
+    """Two questions of different length about noise of different shape, and one without an image."""
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+
+    def noise(high: int, wide: int) -> Image.Image:
+        blocks = random.integers(0, 256, (high // 16, wide // 16, 3), dtype=np.uint8)
+        return Image.fromarray(blocks).resize((wide, high), Image.Resampling.BICUBIC)
+
+    return [
+        Sample("square", "synthetic", (noise(336, 336),), "What is in the picture?"),
+        Sample(
+            "wide", "synthetic", (noise(240, 480),), "Describe the colours that you see, one after the other."
+        ),
+        Sample("text", "synthetic", (), "How many days has a week?"),
+    ]
+
+
+def _check_options(dtype: str, opset: int, quantize: str | None) -> None:
+    if dtype not in DTYPES:
+        raise UsageError(f"{dtype!r} is no export type", f"use {' or '.join(DTYPES)}")
+    if opset not in OPSETS:
+        raise UsageError(f"opset {opset} is not supported", f"use {OPSETS[0]} to {OPSETS[-1]}")
+    if quantize is not None and quantize not in QUANTIZERS:
+        raise UsageError(f"{quantize!r} is no quantization", f"use {' or '.join(QUANTIZERS)}")
+    if quantize is not None and dtype != "fp32":
+        raise UsageError("quantization starts from fp32", "leave out --dtype")
+
+
+def _save(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
