@@ -446,7 +446,8 @@ def test_ranges(places, text):
 def test_demo_defaults():
     mix = load("demo", limit=4)
     assert Counter(s.task for s in mix.samples) == dict.fromkeys(scenes.DEFAULT_TASKS, 4)
-    expected = list(scenes.examples("eval", 20, 0))
+    count = 4 * len(scenes.DEFAULT_TASKS)
+    expected = list(scenes.examples("eval", count, 0))
     for sample, example in zip(mix.samples, expected, strict=True):
         assert (sample.task, sample.prompt, sample.references) == (
             example.task,
@@ -455,7 +456,7 @@ def test_demo_defaults():
         )
         assert sample.images[0].tobytes() == example.image.tobytes()
         assert sample.metric == "exact_match"
-    assert len({s.id for s in mix.samples}) == 20
+    assert len({s.id for s in mix.samples}) == count
     assert mix.sources[0]["split"] == "calibration" and mix.sources[0]["tasks"] == dict.fromkeys(
         scenes.DEFAULT_TASKS, 4
     )

@@ -20,6 +20,7 @@ from vtwcli.data.sources import DataMix, load_data
 from vtwcli.data.tasks import default_mix
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape, prefill_cost, tokens_with_withdrawal
+from vtwcli.models.checkpoint import resolve
 from vtwcli.models.inputs import Encoded, answer_ids, encode, generate_answers
 from vtwcli.models.layers import LayerSource, Resident
 from vtwcli.models.loading import LoadedModel, fits, load
@@ -76,6 +77,7 @@ def calibrate(
         UsageError: options that contradict each other or the model.
     """
     started = time.perf_counter()
+    check_model(model)
     mix = read_samples(model, data, options)
     loaded, source = open_model(model)
     _check_options(options, source)
@@ -122,10 +124,6 @@ def open_model(model: ModelSection) -> tuple[LoadedModel, LayerSource]:
             trust_remote_code=model.trust_remote_code,
             weights=not streamed,
         )
-    if loaded.family.no_withdraw:
-        raise NotFoundError(
-            f"{loaded.family.title}: visual tokens cannot be withdrawn: {loaded.family.no_withdraw}"
-        )
     return loaded, Streamed(loaded) if streamed else Resident(loaded.model, loaded.family)
 
 
@@ -169,6 +167,17 @@ def measure(
             place, prompt = samples[number][0], encoded[number]
             yield place, _measured(outcome, prompt)
     timing["sweep"] = time.perf_counter() - begun
+
+
+def check_model(model: ModelSection) -> None:
+    """Refuse a model that cannot work before data and weights are read.
+
+    Raises:
+        NotFoundError: missing, unsupported, or of a family whose visual tokens cannot leave.
+    """
+    family = resolve(model.name, trust_remote_code=model.trust_remote_code, weights=False).family
+    if family.no_withdraw:
+        raise NotFoundError(f"{family.title}: visual tokens cannot be withdrawn: {family.no_withdraw}")
 
 
 class SampleOptions(Protocol):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vtwcli import console, distributed, judge
-from vtwcli.calibrate import read_samples, versions
+from vtwcli.calibrate import check_model, read_samples, versions
 from vtwcli.costs import Variant, latencies, prefill_cache_bytes
 from vtwcli.data import metrics
 from vtwcli.data.sample import Sample
@@ -87,6 +87,7 @@ def evaluate(
         )
     if len({name for name, _ in schedules}) != len(schedules):
         raise UsageError("two schedules have the same name")
+    check_model(model)
     mix = read_samples(model, [_test_split(spec) for spec in data or _default(model)], options)
     _warn_if_calibrated_on(mix, calibration)
     with console.progress(f"loading {model.name}"):

@@ -110,13 +110,17 @@ def plot_calibration(result: dict[str, Any], path: Path) -> None:
     mean = np.maximum(result["kl"]["mean"], floor)
     low, high = np.maximum(np.quantile(samples, (0.1, 0.9), axis=0), floor)
     axis.fill_between(layers, low, high, color=BLUE, alpha=0.15, lw=0, label="10-90 % of samples")
-    for task, row in result["tasks"].items():
-        if len(result["tasks"]) > 1:
+    if len(result["tasks"]) > 1:
+        ends = {task: max(row["kl"][-1], floor) for task, row in result["tasks"].items()}
+        for row in result["tasks"].values():
             axis.plot(layers, np.maximum(row["kl"], floor), color=BLUE, lw=0.7, alpha=0.45)
-            axis.annotate(
-                task, (layers[-1], max(row["kl"][-1], floor)), fontsize=7, color=BLUE, xytext=(4, 0),
-                textcoords="offset points", va="center",
-            )  # fmt: skip
+        # labels stand above one another where curves end together, a twentieth of the axis apart
+        step = (max(mean.max(), high.max()) / floor) ** 0.05
+        lowest = 0.0
+        for task in sorted(ends, key=lambda name: ends[name]):
+            lowest = max(ends[task], lowest * step)
+            axis.text(layers[-1] + 0.2, lowest, task, fontsize=7, color=BLUE, va="center")
+        axis.set_xlim(-0.5, layers[-1] + 0.14 * len(layers))
     axis.plot(layers, mean, color=BLUE, marker="o", ms=4, label="mean KL")
     axis.axhline(result["eta"], color=ORANGE, ls="--", lw=1.2, label=f"eta = {result['eta']:g}")
     if result["interval"]:
