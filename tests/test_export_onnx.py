@@ -250,7 +250,7 @@ def test_fused_operators_from_opset_23(exported):
             exported("none fused")[0] / "decoder_upper.onnx", load_external_data=False
         ).graph.node
     }
-    assert {"Attention", "RMSNormalization"} <= kinds and "Softmax" not in kinds
+    assert {"Attention", "RMSNormalization", "RotaryEmbedding"} <= kinds and "Softmax" not in kinds
 
 
 def test_the_script_runs_without_torch_transformers_and_this_package(exported, loaded, tmp_path):

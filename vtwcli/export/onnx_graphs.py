@@ -407,8 +407,6 @@ class Vision:
 
 VISION: dict[str, Vision] = {
     "llava": Vision(TowerAndProjector, "rows"),
-    "llava_next": Vision(TowerAndProjector, "anyres"),
-    "llava_onevision": Vision(TowerAndProjector, "anyres"),
     "idefics3": Vision(MaskedTower, "tiles"),
     "smolvlm": Vision(MaskedTower, "tiles"),
     "qwen2_vl": Vision(PatchTower, "patches"),

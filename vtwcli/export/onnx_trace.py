@@ -142,6 +142,7 @@ def simplify(model: ir.Model, weights: Mapping[str, Any]) -> None:
     """
     from onnx_ir.passes import common
     from onnxscript import optimizer
+    from onnxscript.rewriter import onnx_fusions
 
     graph = model.graph
     held = [graph.initializers.pop(name) for name in weights]
@@ -150,6 +151,7 @@ def simplify(model: ir.Model, weights: Mapping[str, Any]) -> None:
     graph.inputs.extend(held)
     with _quiet():
         optimizer.optimize(model)
+        onnx_fusions.fuse(model)  # norms and rotary embeddings as single operators where the opset has them
     common.ClearMetadataAndDocStringPass()(model)
     for value in held:
         graph.inputs.remove(value)
