@@ -128,7 +128,7 @@ model that really looks at its images. It is good for nothing else.
 ## Accuracy
 
 Exact match of greedy answers, {found["limit"]} questions of each task about unseen scenes. The default mix is
-{", ".join(DEFAULT_TASKS)}; `count`, `where` and `relation` need vision to the last layers and are the hard cases.
+{", ".join(DEFAULT_TASKS)}; `where`, `relation` and `tally` take two hops and are the hard cases.
 K is the task's own withdrawal layer: the smallest from which on the mean KL stays at or below {found["eta"]} nats.
 
 {tasks}

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from vtwcli.demo.scenes import ALL_TASKS, SIDE, ask, draw_scene, scene_seed
+from vtwcli.demo.scenes import SIDE, TRAINED_TASKS, ask, draw_scene, scene_seed
 
 VOCAB = 512
 PATCH = 14
@@ -44,7 +44,7 @@ def text_of_scenes(count: int) -> Iterator[str]:
     for index in range(count):
         rng = np.random.default_rng(scene_seed("train", 0, index))
         scene = draw_scene(rng)
-        for task in ALL_TASKS:
+        for task in TRAINED_TASKS:
             if asked := ask(scene, task, rng):
                 yield f"USER: \n{asked[0]} ASSISTANT: {asked[1]}"
 

@@ -1,13 +1,14 @@
 """Scenes of coloured shapes and questions about them, all from a seed.
 
-A scene holds one to five things on a 3 x 3 grid, no two of the same colour and shape. Seven tasks ask about it:
+A scene holds one to five things on a 3 x 3 grid, no two of the same colour and shape. Eight tasks ask about it:
 
 - ``colour``: "What colour is the star?" -> "red"
 - ``shape``: "What shape is the red object?" -> "star"
 - ``existence``: "Is there a red star?" -> "yes"
-- ``count``: "How many red objects are there?" -> "two"
+- ``count``: "How many objects are there?" -> "three"
 - ``where``: "Where is the red star?" -> "top left"; two hops: find it, then tell its place
 - ``relation``: "What is left of the red star?" -> "blue circle"; two hops: find it, then read its neighbour
+- ``tally``: "How many red objects are there?", "How many stars are there?" -> "two"; two hops: find them, then count
 - ``caption``: "Describe the image." -> "a red star, a blue circle and a green square", in reading order
 
 A scene's seed holds the split in its highest bit, so training and evaluation seeds never meet.
@@ -47,9 +48,12 @@ PLACES = (
 )
 STEPS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
-ALL_TASKS = ("colour", "shape", "existence", "count", "caption", "where", "relation")
-DEFAULT_TASKS = ("colour", "shape", "existence", "caption")  # the others need vision up to the last layers
+ALL_TASKS = ("colour", "shape", "existence", "count", "caption", "where", "relation", "tally")
+DEFAULT_TASKS = ALL_TASKS[:5]  # the others take two hops and need vision up to the last layers
+TRAINED_TASKS = ("colour", "shape", "existence", "number", "caption", "where", "relation")
+"""What training asks, in the order of its draws; ``number`` is a ``count`` or a ``tally``."""
 
+_COUNTS = 0.3  # share of ``count`` among the numbers asked for in training
 _SUPERSAMPLE = 3  # drawn larger, then shrunk: smooth edges
 
 
@@ -156,7 +160,7 @@ def outline(thing: Thing) -> list[tuple[float, float]]:
 
 
 def ask(scene: Scene, task: str, rng: np.random.Generator) -> tuple[str, str] | None:
-    """A question of a task and its answer, or None where the scene admits none."""
+    """A question of a task of ``ALL_TASKS`` or ``TRAINED_TASKS`` and its answer, or None if the scene admits none."""
     things = scene.things
     if task == "colour":
         once = [t for t in things if sum(o.shape == t.shape for o in things) == 1]
@@ -173,7 +177,11 @@ def ask(scene: Scene, task: str, rng: np.random.Generator) -> tuple[str, str] | 
     if task == "existence":
         return _ask_existence(things, rng)
     if task == "count":
-        return _ask_count(things, rng)
+        return _ask_number(things, rng, 0.0)
+    if task == "tally":
+        return _ask_number(things, rng, rng.uniform(_COUNTS, 1))
+    if task == "number":
+        return _ask_number(things, rng, rng.random())
     if task == "where":
         thing = _pick(rng, things)
         return f"Where is the {thing.name}?", PLACES[thing.row][thing.column]
@@ -242,11 +250,11 @@ def _ask_existence(things: Sequence[Thing], rng: np.random.Generator) -> tuple[s
     return f"Is there {article} {name}?", "yes" if name in present else "no"
 
 
-def _ask_count(things: Sequence[Thing], rng: np.random.Generator) -> tuple[str, str]:
-    """Of all things, of a colour or of a shape; one in eight of the latter asks for what may be absent."""
-    kind = rng.random()
+def _ask_number(things: Sequence[Thing], rng: np.random.Generator, kind: float) -> tuple[str, str]:
+    """How many of all things, of a colour or of a shape, by ``kind`` in [0, 1); one in eight of the latter two asks
+    for what may be absent."""
     common = rng.random() < 0.875
-    if kind < 0.3:
+    if kind < _COUNTS:
         what, number = "objects", len(things)
     elif kind < 0.65:
         colour = _pick(rng, things).colour if common else _pick(rng, tuple(COLOURS))

@@ -29,13 +29,13 @@ from transformers import LlavaForConditionalGeneration
 
 from vtwcli.demo.card import RECORD, write_card
 from vtwcli.demo.model import PATCH, PATCHES, PatchReader, build_model, build_processor
-from vtwcli.demo.scenes import ALL_TASKS, COLOURS, SHAPES, Scene, ask, draw_scene, render, scene_seed
+from vtwcli.demo.scenes import COLOURS, SHAPES, TRAINED_TASKS, Scene, ask, draw_scene, render, scene_seed
 
-QUESTIONS = {"colour": 1, "shape": 1, "existence": 2, "count": 2, "caption": 1, "where": 1, "relation": 2}
+QUESTIONS = {"colour": 1, "shape": 1, "existence": 2, "number": 2, "caption": 1, "where": 1, "relation": 2}
 # The later stages dwell on what was learned last: stage, questions, factor on the learning rates.
 LATER = (
     ("C", {**QUESTIONS, "colour": 4, "existence": 4, "relation": 1}, 0.5),
-    ("D", {**QUESTIONS, "colour": 2, "existence": 3, "count": 5, "relation": 1}, 0.4),
+    ("D", {**QUESTIONS, "colour": 2, "existence": 3, "number": 5, "relation": 1}, 0.4),
 )
 CAPTION_WEIGHT = 0.5  # of a caption's token in the loss; captions have many
 MUON_RATE, ADAM_RATE, DECAY = 0.02, 2e-3, 0.05
@@ -103,7 +103,7 @@ class Packer:
         """(id, position, branch, label, weight) of each token of one image."""
         row = [(token, at, 0, -100, 0.0) for at, token in enumerate(self.prefix)]
         branch = 0
-        for task in ALL_TASKS:
+        for task in TRAINED_TASKS:
             asked = {ask(scene, task, rng) for _ in range(self.questions[task])}
             for question, answer in sorted(pair for pair in asked if pair):
                 branch += 1
