@@ -36,7 +36,10 @@ EVERY_LAYER = [Intervention("withdraw", k) for k in range(LAYERS + 1)]
 MIXED = [
     *EVERY_LAYER,
     *(Intervention("mute", d, d + 1) for d in range(LAYERS)),
-    Intervention("mute", 0, 3),
+    Intervention("mute", 0, 3),  # they start together and part one by one
+    Intervention("mute", 0, 2),
+    Intervention("mute", 0, LAYERS),
+    Intervention("mute", 0),
     Intervention("mute", 2),
     *(Intervention("freeze", d, d + 1) for d in range(LAYERS)),
     Intervention("freeze", 0, 3),
@@ -267,11 +270,11 @@ def test_chunks_change_nothing(rows_at_once, monkeypatch):
     assert torch.equal(check(llava(), batch, MIXED, 2), want)
 
 
-def test_a_sweep_runs_no_row_twice():
+@pytest.mark.parametrize(("row", "length", "suffix"), [("t3 i t5", 17, 5), ("t2 i t3 i t4", 27, 7)])
+def test_a_sweep_runs_no_row_twice(row, length, suffix):
     """Each layer gets the full stream once and the suffix of each begun stream once; the last layer one row each."""
     model = llava()
-    batch = tiny.llava_batch(["t3 i t5"], dtype=torch.float64)
-    length, suffix = 17, 5
+    batch = tiny.llava_batch([row], dtype=torch.float64)
     widths: list[list[int]] = [[] for _ in range(LAYERS)]
     mlps: list[list[int]] = [[] for _ in range(LAYERS)]
     handles = []
@@ -279,7 +282,7 @@ def test_a_sweep_runs_no_row_twice():
         handles.append(layer.self_attn.k_proj.register_forward_pre_hook(counter(widths[d])))
         handles.append(layer.mlp.register_forward_pre_hook(counter(mlps[d])))
     try:
-        sweep(source(model), [SweepItem(batch, torch.tensor([[16]]))], EVERY_LAYER)
+        sweep(source(model), [SweepItem(batch, torch.tensor([[length - 1]]))], EVERY_LAYER)
     finally:
         for handle in handles:
             handle.remove()
@@ -307,7 +310,8 @@ def test_probes_see_what_the_stock_model_computes():
     for d, view in enumerate(views):
         torch.testing.assert_close(view.hidden_in, stock.hidden_states[d])
         if d + 1 < LAYERS:  # behind the last layer the library gives the normed stream
-            torch.testing.assert_close(view.hidden_out, stock.hidden_states[d + 1])
+            after = torch.stack([stock.hidden_states[d + 1][b, rows[b]] for b in range(2)])
+            torch.testing.assert_close(view.out, after)
         weights = view.attention().weights().double()
         for b in range(2):
             torch.testing.assert_close(

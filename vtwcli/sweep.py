@@ -6,7 +6,6 @@ distributions, and the naive search for families that the one pass cannot serve.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtwcli.console import peak_resident
 from vtwcli.errors import UsageError
 from vtwcli.models.layers import Capture, LayerSource, Resident
 from vtwcli.walk import AttentionRows, Intervention, LayerView, Probe, Walk, as_bool, explicit, readable
@@ -89,10 +89,7 @@ class ItemResult:
 
 def peak_memory() -> dict[str, int]:
     """Peak memory of this process in bytes: ``rss`` resident, and ``cuda`` allocated by torch where CUDA was used."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    memory = {"rss": peak if sys.platform == "darwin" else peak * 1024}
+    memory = {"rss": peak_resident()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         memory["cuda"] = torch.cuda.max_memory_allocated()
     return memory

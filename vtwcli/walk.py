@@ -4,7 +4,8 @@ Attention decides which rows an intervention can reach: those that read what it 
 so on. All other rows are the full model's at every layer. So beside the full stream walk only the reached rows of
 each begun intervention (under causal attention the suffix), and they read the untouched rows' keys and values from
 the full stream, shared and not copied. An intervention that starts at layer k begins there as a copy of the full
-stream's rows, since until k the two runs are the same.
+stream's rows, since until k the two runs are the same; of those that start together and differ in where they stop,
+all but the last to stop begin where they part from it.
 
 Several streams run as one sequence of M*Q rows under a block-diagonal mask. Rotary embeddings are in the keys
 already, so the order of the columns is free, and the streams' own keys stand in front of the full stream's. The
@@ -264,7 +265,8 @@ class LayerView:
         layer: the stock decoder layer, ready to run.
         visual, attended: which positions are visual tokens and which are not padding, bool [B, S].
         rows: the item's compared positions, [B, R].
-        hidden_in, hidden_out: the layer's input and output, [B, S, D].
+        hidden_in: the layer's input, [B, S, D].
+        out: the layer's output at the compared positions, [B, R, D].
         keys, values: what its attention read, after rotary embedding, [B, H, S, E].
     """
 
@@ -275,7 +277,7 @@ class LayerView:
     attended: Tensor
     rows: Tensor
     hidden_in: Tensor
-    hidden_out: Tensor
+    out: Tensor
     keys: Tensor
     values: Tensor
     _walk: Walk
@@ -308,8 +310,10 @@ class Group:
     """All interventions of one kind on one batch: they reach the same rows and differ in their layers.
 
     Attributes:
-        numbers: their places in the list of interventions, in order of their start, so the begun ones are first.
+        numbers: their places in the list of interventions, in order of ``begins``, so the begun ones are first.
         members: the interventions in the same order.
+        begins: the layer at which the stream of each begins.
+        copies: the member whose stream it begins as a copy of, or None for the full stream.
         begun: how many have begun.
         rows: positions of the reached rows, [B, Q]; a batch row with fewer is filled up with other positions.
         valid: which entries of ``rows`` are reached, [B, Q].
@@ -317,9 +321,25 @@ class Group:
     """
 
     def __init__(self, members: Sequence[tuple[int, Intervention]], capture: Capture, rows: Tensor) -> None:
-        members = sorted(members, key=lambda pair: pair[1].start)
+        depth = len(capture.kwargs)
+        last: dict[int, Intervention] = {}  # by start layer, the one that stops last
+
+        def end(one: Intervention) -> int:
+            return depth if one.stop is None else min(one.stop, depth)
+
+        def begin(one: Intervention) -> int:
+            return one.start if end(one) == end(last[one.start]) else end(one)
+
+        for _, one in sorted(members, key=lambda pair: end(pair[1])):
+            last[one.start] = one
+        members = sorted(members, key=lambda pair: begin(pair[1]))
         self.numbers = [number for number, _ in members]
         self.members = [one for _, one in members]
+        self.begins = [begin(one) for one in self.members]
+        self.copies = [
+            None if at == one.start else self.members.index(last[one.start])
+            for at, one in zip(self.begins, self.members, strict=True)
+        ]
         self.kind = self.members[0].kind
         self.begun = 0
         counts = rows.sum(1)
@@ -425,8 +445,10 @@ class Walk:
         """Give begun streams what the model adds before layer ``d``, then start those whose layer has come."""
         if added is not None and group.begun:
             group.hidden[:, : group.begun] += take(added, group.rows)[:, None]
-        while group.begun < len(group.members) and group.members[group.begun].start == d:
-            group.hidden[:, group.begun] = take(self.hidden, group.rows)
+        while group.begun < len(group.members) and group.begins[group.begun] == d:
+            other = group.copies[group.begun]
+            entry = take(self.hidden, group.rows) if other is None else group.hidden[:, other]
+            group.hidden[:, group.begun] = entry
             group.begun += 1
 
     def _mask(self, d: int) -> Tensor | None:
@@ -442,36 +464,30 @@ class Walk:
             return keys, values
 
         self.hidden = _run(layer, entry, self.capture.kwargs[d], keep)
+        keys, values = kept
+        if self.probes:
+            self._probe(d, layer, entry, take(self.hidden, self.rows), keys, values)
+        return keys, values
+
+    def _probe(
+        self, d: int, layer: nn.Module, entry: Tensor, out: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        """Show layer ``d`` to the probes; arguments as the fields of ``LayerView``."""
+        seen, number = self.capture, self.number
+        view = LayerView(
+            number, d, layer, seen.visual, seen.attended, self.rows, entry, out, keys, values, self
+        )
         for probe in self.probes:
-            capture = self.capture
-            probe(
-                LayerView(
-                    self.number,
-                    d,
-                    layer,
-                    capture.visual,
-                    capture.attended,
-                    self.rows,
-                    entry,
-                    self.hidden,
-                    kept[0],
-                    kept[1],
-                    self,
-                )
-            )
-        return kept[0], kept[1]
+            probe(view)
 
     def _last(self, d: int, layer: nn.Module) -> None:
         """The last layer: keys and values of all rows, all the rest for the compared rows only."""
         entry = self.hidden
-        if self.probes:
-            keys, values = self._full(d, layer)
-            self.hidden = take(self.hidden, self.rows)
-        else:
-            keys, values = _keys_values(layer, entry, self.capture.kwargs[d])
-            allowed = readable(self._mask(d), self.rows, entry.shape[1])
-            kwargs = self._row_kwargs(d, self.rows, 1, allowed)
-            self.hidden = _run(layer, take(entry, self.rows), kwargs, lambda *_: (keys, values))
+        keys, values = _keys_values(layer, entry, self.capture.kwargs[d])
+        allowed = readable(self._mask(d), self.rows, entry.shape[1])
+        kwargs = self._row_kwargs(d, self.rows, 1, allowed)
+        self.hidden = _run(layer, take(entry, self.rows), kwargs, lambda *_: (keys, values))
+        self._probe(d, layer, entry, self.hidden, keys, values)
         for group in self.groups:
             self._advance(group, d, layer, keys, values, group.find(self.rows)[0])
 
