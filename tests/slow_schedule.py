@@ -124,6 +124,8 @@ class _Interpreter:
             columns = [c for c in columns if self.present[b, c]]
             for row in range(self.ids.shape[1]):
                 kind = "visual" if self.visual[b, row] else "text"
+                if mute.get("during", "all") == "prefill" and row >= self.prompt:
+                    continue
                 if mute.get("readers", "text") in (kind, "all"):
                     out[b, row, columns] = True
         return out

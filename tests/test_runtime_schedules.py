@@ -43,6 +43,12 @@ SCHEDULES: dict[str, list[dict]] = {
     "mute all readers, half": [{"at": 2, "until": 5, **MUTE, "readers": "all", "columns": "first_half"}],
     "mute to the first": [{"at": 0, "until": 3, **MUTE, "sink": "first"}],
     "mute to zero": [{"at": 2, "until": 6, **MUTE, "sink": "zero"}],
+    "mute the prefill": [{"at": 1, "until": 4, **MUTE, "during": "prefill"}],
+    "mute the prefill to zero": [
+        {"at": 0, "until": 1, **MUTE, "sink": "first", "during": "prefill"},
+        {"at": 0, "until": 1, **MUTE, "sink": "zero", "readers": "visual", "during": "prefill"},
+        {"at": 1, "until": 3, **MUTE, "sink": "zero", "during": "prefill"},
+    ],
     "mute all to zero": [{"at": 1, "until": 3, **MUTE, "readers": "all", "sink": "zero"}],
     "mute half to the first": [
         {"at": 1, "until": 3, **MUTE, "readers": "all", "columns": "first_half", "sink": "first"}
@@ -82,6 +88,10 @@ SCHEDULES: dict[str, list[dict]] = {
     "auto, fixed end": [
         {**FILTER, "after": 0, "when": {"cosine_below": 0.8}},
         {"at": 4, "action": "withdraw"},
+    ],
+    "auto, one by one": [  # one sample waits for the first while the other must not yet look at the second
+        {**FILTER, "after": 0, "when": {"cosine_below": 0.8}},
+        {**LEAVE, "after": 3, "when": {"cosine_above": -1.0}},
     ],
     "auto, total": [
         {**FILTER, "when": {"cosine_below": 0.9}},
@@ -169,6 +179,7 @@ def test_the_schedules_decide_differently_for_different_samples():
     assert starts == {
         "auto withdraw": [[5, 4, None]],
         "auto, fixed end": [[None, 2, None], [4, 4, 4]],
+        "auto, one by one": [[None, 2, None], [None, 5, None]],
         "auto, total": [[2, 1, None], [4, 3, None]],
         "auto, consecutive": [[None, 5, None]],
         "auto, not consecutive": [[5, 5, None]],

@@ -133,12 +133,14 @@ class Mute(_Range):
             first visual token) or ``zero`` (set to zero after the softmax, as VisiPruner's code does).
         readers: whose reading is muted; VisiPruner's layer 0 also mutes visual rows.
         columns: all visual columns, or the first half of them (VisiPruner's 13b form).
+        during: ``all``, or only the ``prefill``: then tokens behind the prompt read as usual, as in VisiPruner's code.
     """
 
     action: Literal["mute"]
     sink: Literal["renormalise", "first", "zero"] = "renormalise"
     readers: Literal["text", "visual", "all"] = "text"
     columns: Literal["all", "first_half"] = "all"
+    during: Literal["all", "prefill"] = "all"
 
 
 class Freeze(_Range):
@@ -217,6 +219,11 @@ class Schedule(_Strict):
         node = documents.read(path, "schedule")
         if isinstance(node, list):
             node = {"actions": node}
+        if isinstance(node, dict) and node.get("format") == "vtw-calibration" and not node.get("schedule"):
+            raise UsageError(
+                f"{path}: nothing qualified in this calibration, so it has no schedule",
+                "calibrate with another policy or threshold, or name a layer",
+            )
         if isinstance(node, dict) and isinstance(node.get("schedule"), dict):  # a calibration result
             node = node["schedule"]
         if isinstance(node, dict) and "schedule" in node and "actions" not in node:
@@ -311,9 +318,6 @@ class Schedule(_Strict):
 
     def to_yaml(self) -> str:
         """The form for people; ``from_file`` reads it back to an equal schedule."""
-        from io import StringIO
-
-        from ruamel.yaml import YAML
         from ruamel.yaml.comments import CommentedMap
 
         data = self.to_dict()
@@ -323,12 +327,7 @@ class Schedule(_Strict):
             flow.fa.set_flow_style()
             actions.append(flow)
         data["actions"] = actions
-        out = StringIO()
-        yaml = YAML()
-        yaml.indent(mapping=2, sequence=4, offset=2)
-        yaml.width = 110
-        yaml.dump(data, out)
-        return out.getvalue()
+        return documents.to_yaml(data)
 
 
 def kept_count(select: Select, present: int) -> int:

@@ -10,8 +10,9 @@ A *schedule* is a plain dict, ``{"format_version": 1, "actions": [...]}``; its a
   ``count`` and ``above``. The two measured scores come from layer K - 1.
 - ``{"at": A, "until": B, "action": "mute"}``: in layers A..B-1 ``readers`` (``text``, ``visual`` or ``all`` rows) do
   not read visual columns (``columns``: ``all`` or the ``first_half`` of them); their attention mass is renormalised
-  over the rest, moved onto the ``first`` visual token, or set to ``zero`` after the softmax (``sink``). Generated
-  tokens are text rows too. A row that ``renormalise`` leaves nothing to read reads itself.
+  over the rest, moved onto the ``first`` visual token, or set to ``zero`` after the softmax (``sink``). Tokens behind
+  the prompt are text rows too; with ``during`` ``prefill`` instead of ``all`` they read as usual. A row that
+  ``renormalise`` leaves nothing to read reads itself.
 - ``{"at": A, "until": B, "action": "freeze"}``: in layers A..B-1 visual rows are not updated; they still serve as
   keys and values.
 
@@ -103,6 +104,7 @@ class _Action:
     sink: str = "renormalise"
     readers: str = "text"
     columns: str = "all"
+    during: str = "all"
 
     @property
     def measured(self) -> bool:
@@ -117,7 +119,7 @@ class _Action:
 _KEYS = {
     "withdraw": {"after", "when"},
     "keep": {"after", "when", "select"},
-    "mute": {"until", "sink", "readers", "columns"},
+    "mute": {"until", "sink", "readers", "columns", "during"},
     "freeze": {"until"},
 }
 _WHEN = {"cosine_below", "cosine_above", "layers", "consecutive"}
@@ -125,6 +127,7 @@ _WORDS = {
     "sink": ("renormalise", "first", "zero"),
     "readers": ("text", "visual", "all"),
     "columns": ("all", "first_half"),
+    "during": ("all", "prefill"),
 }
 
 
@@ -211,21 +214,25 @@ class _Plan:
             (a.at == layer + 1 and a.measured) or (a.at is None and layer > a.after) for a in self.leaving
         )
 
-    def sinks(self, layer: int) -> list[_Action]:
+    def sinks(self, layer: int, prefill: bool) -> list[_Action]:
         """Mutes in ``layer`` that act on values, after the softmax."""
-        return [a for a in self.mutes if a.covers(layer) and a.sink != "renormalise"]
+        return [a for a in self._mutes(layer, prefill) if a.sink != "renormalise"]
 
-    def masks(self, layer: int) -> list[_Action]:
+    def masks(self, layer: int, prefill: bool) -> list[_Action]:
         """Mutes in ``layer`` that act before the softmax."""
-        return [a for a in self.mutes if a.covers(layer) and a.sink == "renormalise"]
+        return [a for a in self._mutes(layer, prefill) if a.sink == "renormalise"]
+
+    def _mutes(self, layer: int, prefill: bool) -> list[_Action]:
+        """Mutes in ``layer``, in a forward pass with visual tokens of its own (``prefill``) or behind it."""
+        return [a for a in self.mutes if a.covers(layer) and (prefill or a.during == "all")]
 
     def mutes_in(self, layer: int) -> bool:
         """Whether anything is muted in ``layer``."""
         return any(a.covers(layer) for a in self.mutes)
 
-    def text_skips(self, layer: int) -> bool:
+    def text_skips(self, layer: int, prefill: bool) -> bool:
         """Whether text rows do not even need the visual columns of ``layer``."""
-        return any(a.readers != "visual" and a.columns == "all" for a in self.masks(layer))
+        return any(a.readers != "visual" and a.columns == "all" for a in self.masks(layer, prefill))
 
     def frozen(self, layer: int) -> bool:
         """Whether visual rows are not updated in ``layer``."""
@@ -1155,6 +1162,7 @@ class Pruning:
         """Change a layer's arguments into those of the rows that run in it."""
         hidden, cache, length = kwargs["hidden_states"], kwargs.get("past_key_values"), call.shape[1]
         columns, past, skips, given = None, 0, False, kwargs.get("attention_mask")
+        prefill = call.visual is not None
         if cache is None:
             columns = call.columns(None, rows, 0, hidden.device)
         else:
@@ -1165,19 +1173,20 @@ class Pruning:
             if isinstance(layer, PrunedLayer):
                 if call.visual is not None:
                     layer.recall()
-                elif self.plan.text_skips(index):
+                elif self.plan.text_skips(index, prefill):
                     layer.set_aside(call.memo)
                 columns = call.columns(layer.columns, rows, past, hidden.device)
                 layer.expect(columns, length)
         if columns is not None:
-            skips = call.visual is not None and columns.visual and self.plan.text_skips(index)
-            muted = self.plan.masks(index) if columns.visual else []
+            skips = call.visual is not None and columns.visual and self.plan.text_skips(index, prefill)
+            muted = self.plan.masks(index, prefill) if columns.visual else []
             if skips:  # text rows get a pass of their own over text, which spares all others a mask
                 muted = [a for a in muted if a.readers != "text"]
             kwargs["attention_mask"] = call.mask(given, rows, columns, past, muted, hidden, attention)
         if rows.index is not None:
             self._gather(call, before, rows, attention, kwargs)
-        text, visual = _split(self.plan.sinks(index) if columns is not None and columns.visual else [])
+        sinks = self.plan.sinks(index, prefill) if columns is not None and columns.visual else []
+        text, visual = _split(sinks)
         second = None if call.visual is None or text == visual or skips else text
         base = text if call.visual is None else visual
         due = probes or skips or second is not None
