@@ -1,0 +1,494 @@
+"""The three-stage profile: which layers carry vision along, which fuse it with text, which no longer need it.
+
+One sweep over the layers gives every KL curve, and last-row probes beside it give the rest. Cost per sample, with
+c(n) the cost of n rows in one layer, S the prompt, Q the text behind the first image and V the visual tokens: a plain
+forward, L·c(S); the curves of withdrawal and of the three knock-outs, each Σ(L-k)·c(Q); the layers' updates, the
+dearest, Σ(L-k)·c(V+Q).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtwcli import console, distributed, policies, stages
+from vtwcli.calibrate import (
+    Measured,
+    assemble,
+    check_model,
+    check_options,
+    measured_of,
+    model_of,
+    open_model,
+    prepare,
+    provenance_of,
+    read_samples,
+    run_of,
+    versions,
+)
+from vtwcli.data.sample import Sample
+from vtwcli.data.sources import DataMix
+from vtwcli.errors import NotFoundError, UsageError
+from vtwcli.models.inputs import Encoded
+from vtwcli.models.layers import LayerSource
+from vtwcli.models.loading import LoadedModel
+from vtwcli.patches import token_boxes
+from vtwcli.probes import LastRow, LastRowProbe
+from vtwcli.recipe import AnalyzeSection, CalibrateSection, DataSpec, ModelSection
+from vtwcli.sweep import Intervention, ItemResult, sweep
+
+FORMAT_VERSION = 1
+_SHARED = ("limit", "seed", "skip_bad", "positions", "answers", "max_new_tokens")
+_STREAM_BYTES = 2 << 30  # of the interventions' hidden states that walk together when layers are streamed
+
+# each measure of the document, one number per layer, and what it is
+MEASURES = {
+    "withdrawal": "KL when visual tokens are withdrawn from this layer on (VTW, arXiv 2405.05803), which is also the "
+    "KL when text does not read vision from here on",
+    "knockout_layer": "KL when text does not read vision in this layer alone",
+    "knockout_window": "KL when text does not read vision in this layer and the next of the window",
+    "knockout_until": "KL when text does not read vision in all layers up to and with this one",
+    "layer_update": "KL when this layer's update of visual tokens is removed (ShortV, arXiv 2504.00502)",
+    "attention_prefix": "attention of the last token on text before the first image, mean over heads",
+    "attention_visual": "attention of the last token on visual tokens",
+    "attention_suffix": "attention of the last token on text behind the first visual token",
+    "attention_first": "attention of the last token on the first visual token alone",
+    "entropy": "entropy of the last token's attention over visual tokens, nats, mean over heads",
+    "value_norm": "L1 norm of visual tokens' value vectors, sinks apart",
+    "value_norm_sinks": "L1 norm of the sinks' value vectors",
+    "sinks": "number of visual tokens with sink_ratio times the average visual token's attention",
+    "minimum_cosine": "smallest cos(o - c_i, o) of a visual token (VisiPruner, arXiv 2510.17205)",
+    "critical": "number of visual tokens whose contribution ||c_i||_2 exceeds tokens_threshold",
+    "lens_agreement": "share of samples whose logit lens already names the full model's next token",
+}
+
+
+class Analysis(NamedTuple):
+    """What ``analyze`` gives.
+
+    Attributes:
+        result: the profile.
+        samples: those it counts, in its order, for their images.
+        calibration: the result document of ``calibrate`` from the same sweep, where it was asked for.
+    """
+
+    result: dict[str, Any]
+    samples: list[Sample]
+    calibration: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One sample's part, plain numbers only, so that processes can pass it on.
+
+    Attributes:
+        calibration: withdrawal at every layer.
+        curves: the KL curves, each the mean over compared positions.
+        layers: the last row's measures, by layer; None where there is nothing to measure.
+        critical: critical tokens of each layer, counted among the sample's visual tokens.
+        kept_minimum: [L][L], see ``stages.filter_and_exit``.
+        lens: most likely tokens of each layer's last row, with their probabilities, [L][N].
+        map: attention and contribution at the shown layers with the tokens' boxes, for shown samples.
+    """
+
+    calibration: Measured
+    curves: dict[str, list[float]]
+    layers: dict[str, list[Any]]
+    critical: list[list[int]]
+    kept_minimum: list[list[float]]
+    lens: list[list[tuple[str, float]]]
+    map: dict[str, Any] | None = None
+
+
+def shares_sweep(options: AnalyzeSection, calibration: CalibrateSection) -> bool:
+    """Whether both sections ask about the same samples and positions, so that one sweep serves both.
+
+    A calibration that is to be resumable or searches for VisiPruner's parameters runs by itself.
+    """
+    if calibration.resume or calibration.method != "vtw":
+        return False
+    return all(getattr(options, name) == getattr(calibration, name) for name in _SHARED)
+
+
+def analyze(
+    model: ModelSection,
+    data: Sequence[DataSpec] = (),
+    options: AnalyzeSection = AnalyzeSection(),
+    *,
+    calibration: CalibrateSection | None = None,
+) -> Analysis:
+    """Profile a model's layers by what they do with vision.
+
+    Args:
+        model: which model, and where it runs.
+        data: sources of samples, as for ``calibrate``.
+        options: what is measured and shown.
+        calibration: also give the result of ``calibrate`` with these options; ``shares_sweep`` must hold.
+
+    Returns:
+        The result document is plain JSON values: ``measures`` (by name of ``MEASURES``: ``mean`` and ``std`` [L],
+        ``samples`` [S][L]; ``knockout_window`` has L - window + 1 entries), ``stages`` (``shallow``, ``middle``,
+        ``deep`` as [first, behind the last], ``sentences``, ``tasks``), ``visipruner`` (see
+        ``stages.filter_and_exit``), ``schedules`` (``static``, ``dynamic``), ``samples`` (with ``critical`` tokens,
+        ``filter``, ``exit``, ``kept`` and ``lens``), ``maps``, ``model``, ``data``, ``versions``, ``seed`` and ``run``.
+        Only ``run`` differs between equal runs. Samples without visual tokens do not count and are left out.
+
+    Raises:
+        NotFoundError: model or data missing or unreadable, or no sample has a visual token.
+        UsageError: options that contradict each other or the model.
+    """
+    started = time.perf_counter()
+    if calibration is not None and not shares_sweep(options, calibration):
+        raise UsageError(
+            "analyze and calibrate cannot share one sweep with these options",
+            f"equal {', '.join(_SHARED)}, and neither resume nor another method than vtw",
+        )
+    check_model(model)
+    mix = read_samples(model, data, options)
+    loaded, source = open_model(model)
+    check_options(options, source)
+    shown = _shown(mix, options.maps)
+    layers = _map_layers(options, source.depth)
+    timing = {"load": time.perf_counter() - started}
+
+    def work() -> dict[int, Profile]:
+        mine = distributed.share(mix.samples)
+        return dict(_measure(loaded, source, mine, options, shown, layers, timing))
+
+    profiles = distributed.gathered(work)
+    result, samples = _result(loaded, source, mix, options, profiles, layers)
+    both = None
+    if calibration is not None:
+        both = assemble(loaded, source, mix, calibration, [one.calibration for one in profiles])
+    timing["total"] = time.perf_counter() - started
+    for document in (result, both):
+        if document is not None:
+            document["run"] = run_of(loaded, source, timing)
+    return Analysis(result, samples, both)
+
+
+def interventions(depth: int, window: int, freeze: bool) -> dict[str, list[Intervention]]:
+    """By curve, what is tried at each layer."""
+    layers = range(depth)
+    found = {
+        "withdrawal": [Intervention("withdraw", d) for d in layers],
+        "knockout_layer": [Intervention("mute", d, d + 1) for d in layers],
+        "knockout_window": [Intervention("mute", d, d + window) for d in range(depth - window + 1)],
+        "knockout_until": [Intervention("mute", 0, d + 1) for d in layers],
+    }
+    if freeze:
+        found["layer_update"] = [Intervention("freeze", d, d + 1) for d in layers]
+    return found
+
+
+def _measure(
+    loaded: LoadedModel,
+    source: LayerSource,
+    samples: Sequence[tuple[int, Sample]],
+    options: AnalyzeSection,
+    shown: set[int],
+    map_layers: Sequence[int],
+    timing: dict[str, float],
+) -> Iterator[tuple[int, Profile]]:
+    """The profile of each (place, sample)."""
+    encoded, items = prepare(loaded, source, [sample for _, sample in samples], options, timing)
+    freeze = not source.together if options.freeze is None else options.freeze
+    if options.freeze is None and not freeze:
+        console.note("layers are streamed: what their updates give is left out; --freeze measures it")
+    curves = interventions(source.depth, min(options.window, source.depth), freeze)
+    wanted = list(dict.fromkeys(one for curve in curves.values() for one in curve))
+    places = {name: [wanted.index(one) for one in curve] for name, curve in curves.items()}
+    begun = time.perf_counter()
+    total = len(items) * source.depth
+    with console.progress(f"{source.depth} layers x {len(items)} samples", total) as bar:
+        for part in _parts(loaded, source, encoded, curves):
+            probe = LastRowProbe(options.sink_ratio)
+            outcomes = sweep(source, [items[i] for i in part], wanted, probes=[probe], progress=bar)
+            with source.head() as head:
+                for number, i in enumerate(part):
+                    place, sample = samples[i]
+                    rows, outcome = probe.found[number, 0], outcomes[number]
+                    lens = head(torch.stack([row.out for row in rows])) if options.lens else None
+                    one = _profile(loaded, outcome, encoded[i], rows, lens, places, options)
+                    if place in shown:
+                        one = replace(one, map=_map(loaded, sample, encoded[i], rows, map_layers))
+                    yield place, one
+    timing["sweep"] = time.perf_counter() - begun
+
+
+def _parts(
+    loaded: LoadedModel,
+    source: LayerSource,
+    encoded: Sequence[Encoded],
+    curves: dict[str, list[Intervention]],
+) -> Iterator[range]:
+    """Samples that walk together: one, or when layers are streamed as many as keep the streams within bounds."""
+    text = loaded.model.config.get_text_config()
+    size = text.hidden_size * loaded.dtype.itemsize
+    kinds = [one.kind for curve in curves.values() for one in curve]
+    frozen = kinds.count("freeze")
+    start, room = 0, _STREAM_BYTES
+    for i, one in enumerate(encoded):
+        seen = int(one.visual.sum())
+        suffix = one.length - int(one.visual.int().argmax()) - seen if seen else 0
+        needed = size * ((len(kinds) - frozen) * suffix + frozen * (suffix + seen))
+        if i > start and (not source.together or needed > room):
+            yield range(start, i)
+            start, room = i, _STREAM_BYTES
+        room -= needed
+    if len(encoded) > start:
+        yield range(start, len(encoded))
+
+
+def _profile(
+    loaded: LoadedModel,
+    outcome: ItemResult,
+    prompt: Encoded,
+    rows: Sequence[LastRow],
+    lens: Tensor | None,
+    curves: dict[str, list[int]],
+    options: AnalyzeSection,
+) -> Profile:
+    """One sample's numbers.
+
+    Args:
+        lens: logits of each layer's last row, [L, V].
+        curves: by name, the places of its interventions in the outcome.
+    """
+    depth = len(rows)
+    first = replace(outcome, kl=outcome.kl[:depth], agree=outcome.agree[:depth])
+    means = outcome.kl.mean(1)
+    if not outcome.visual:
+        return Profile(measured_of(first, prompt), {}, {}, [], [], [])
+    critical = [(row.contribution > options.tokens_threshold).nonzero()[:, 0] for row in rows]
+    cosine = torch.stack([row.cosine for row in rows])
+    layers: dict[str, list[Any]] = {
+        f"attention_{name}": [_short(row.masses[name]) for row in rows] for name in rows[0].masses
+    }
+    layers["entropy"] = [_short(row.entropy) for row in rows]
+    layers["value_norm"] = [_mean(row.value_norms[~row.sinks]) for row in rows]
+    layers["value_norm_sinks"] = [_mean(row.value_norms[row.sinks]) for row in rows]
+    layers["sinks"] = [int(row.sinks.sum()) for row in rows]
+    layers["minimum_cosine"] = [float(f"{float(x):.9g}") for x in cosine.amin(1)]
+    layers["critical"] = [len(tokens) for tokens in critical]
+    words: list[list[tuple[str, float]]] = []
+    if lens is not None:
+        layers["lens_agreement"] = (lens.argmax(-1).cpu() == outcome.top1[0]).float().tolist()
+        top = lens.cpu().double().softmax(-1).topk(min(options.lens, lens.shape[1]))
+        decode = loaded.processor.tokenizer.decode
+        words = [
+            [(decode([token]), _short(p)) for token, p in zip(tokens, shares, strict=True)]
+            for tokens, shares in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
+    return Profile(
+        measured_of(first, prompt),
+        {
+            name: [_short(x) for x in means[places].tolist()]
+            for name, places in curves.items()
+            if name != "withdrawal"
+        },
+        layers,
+        [tokens.tolist() for tokens in critical],
+        [cosine[:, tokens].amin(1).tolist() if len(tokens) else [] for tokens in critical],
+        words,
+    )
+
+
+def _map(
+    loaded: LoadedModel, sample: Sample, prompt: Encoded, rows: Sequence[LastRow], layers: Sequence[int]
+) -> dict[str, Any] | None:
+    """Attention and contribution of every visual token at the shown layers; None where its place is not known."""
+    visual = len(rows[0].attention)
+    boxes = token_boxes(loaded, sample.images, prompt.inputs, visual)
+    if boxes is None:
+        console.note(
+            f"{loaded.family.title}: where tokens lie in the image is not known; no heat map of {sample.id}"
+        )
+        return None
+    return {
+        "layers": list(layers),
+        "attention": [[_short(x) for x in rows[d].attention.tolist()] for d in layers],
+        "contribution": [[_short(x) for x in rows[d].contribution.tolist()] for d in layers],
+        "boxes": [None if box is None else [image, *(round(x, 6) for x in box)] for image, box in boxes],
+    }
+
+
+def _short(x: float) -> float:
+    """Six digits: what a 32-bit forward knows, and no more."""
+    return float(f"{x:.6g}")
+
+
+def _mean(x: Tensor) -> float | None:
+    return _short(float(x.mean())) if len(x) else None
+
+
+def _shown(mix: DataMix, count: int) -> set[int]:
+    """Places of the samples that are shown with their images: the first of each task, then the second, and so on."""
+    turns: dict[str, int] = {}
+    order = []
+    for place, sample in enumerate(mix.samples):
+        if sample.images:
+            turns[sample.task] = turns.get(sample.task, 0) + 1
+            order.append((turns[sample.task], place))
+    return {place for _, place in sorted(order)[:count]}
+
+
+def _map_layers(options: AnalyzeSection, depth: int) -> list[int]:
+    if options.map_layers is None:
+        return sorted({round(i * (depth - 1) / 5) for i in range(6)})
+    for layer in options.map_layers:
+        if not 0 <= layer < depth:
+            raise UsageError(f"--map-layers: there is no layer {layer}, the model has layers 0..{depth - 1}")
+    return sorted(set(options.map_layers))
+
+
+def _result(
+    loaded: LoadedModel,
+    source: LayerSource,
+    mix: DataMix,
+    options: AnalyzeSection,
+    profiles: Sequence[Profile],
+    map_layers: Sequence[int],
+) -> tuple[dict[str, Any], list[Sample]]:
+    """The document without ``run``, and the samples that count."""
+    places = [i for i, one in enumerate(profiles) if one.calibration.visual]
+    if not places:
+        raise NotFoundError(
+            "no sample has a visual token, so there is nothing to analyze", "add samples with images"
+        )
+    if len(places) < len(profiles) and distributed.is_main():
+        console.warn(f"{len(profiles) - len(places)} samples have no visual token; they do not count")
+    samples, seeing = [mix.samples[i] for i in places], [profiles[i] for i in places]
+    columns = {"withdrawal": [np.mean(one.calibration.kl, axis=1).tolist() for one in seeing]}
+    for name in MEASURES:
+        rows = [one.curves.get(name) or one.layers.get(name) for one in seeing]
+        if rows[0] is not None:
+            columns[name] = rows
+    measures = {name: _spread(rows) for name, rows in columns.items()}
+    depth = source.depth
+    least = max(
+        policies.default_min_layer(depth) if options.min_layer is None else options.min_layer,
+        loaded.family.first_withdrawal,
+    )
+    tasks = [sample.task for sample in samples]
+    found, by_task = stages.boundaries(
+        np.array(columns["knockout_until"]), np.array(columns["withdrawal"]), tasks, options.eta, least
+    )
+    rules = (options.layer_threshold, options.exit_threshold, options.exit_layers)
+    ends = [
+        stages.filter_and_exit(
+            one.layers["minimum_cosine"], one.layers["critical"], one.kept_minimum, len(found.shallow), *rules
+        )
+        for one in seeing
+    ]
+    kept = [
+        None if f is None else one.layers["critical"][f - 1] for one, (f, _) in zip(seeing, ends, strict=True)
+    ]
+    provenance = provenance_of(loaded, mix, eta=options.eta, positions=options.positions)
+    dynamic = stages.dynamic_schedule(
+        found, options.tokens_threshold, *rules, loaded.family.first_withdrawal, provenance
+    )
+    mean = {name: measures[name]["mean"] for name in measures}
+    result = {
+        "format": "vtw-analysis",
+        "format_version": FORMAT_VERSION,
+        "model": model_of(loaded),
+        "num_layers": depth,
+        "eta": options.eta,
+        "positions": options.positions,
+        "min_layer": least,
+        "options": options.model_dump(mode="json"),
+        "stages": {
+            **_ranges(found),
+            "sentences": stages.sentences(
+                found,
+                mean["knockout_until"],
+                mean["knockout_layer"],
+                mean["withdrawal"],
+                mean["critical"],
+                options.eta,
+            ),
+            "tasks": {
+                task: {
+                    "samples": tasks.count(task),
+                    **_ranges(one),
+                    **{
+                        name: np.mean(
+                            [row for row, t in zip(columns[name], tasks, strict=True) if t == task], axis=0
+                        ).tolist()
+                        for name in ("knockout_until", "withdrawal")
+                    },
+                }
+                for task, one in by_task.items()
+            },
+        },
+        "visipruner": {
+            "shallow": len(found.shallow),
+            "filter": _middle([f for f, _ in ends]),
+            "exit": _middle([e for _, e in ends]),
+            "kept": _middle(kept),
+        },
+        "schedules": {
+            "static": stages.static_schedule(found, provenance).to_dict(),
+            "dynamic": dynamic.to_dict() if dynamic else None,
+        },
+        "measures": {
+            name: {"what": MEASURES[name], **measures[name]} for name in MEASURES if name in measures
+        },
+        "samples": [
+            {
+                "id": sample.id,
+                "fingerprint": mix.fingerprints[place],
+                "task": sample.task,
+                "question": sample.prompt,
+                "prefix": one.calibration.prefix,
+                "visual": one.calibration.visual,
+                "suffix": one.calibration.suffix,
+                "filter": end[0],
+                "exit": end[1],
+                "kept": count,
+                "critical": one.critical,
+                "lens": [[list(token) for token in layer] for layer in one.lens],
+            }
+            for place, sample, one, end, count in zip(places, samples, seeing, ends, kept, strict=True)
+        ],
+        "maps": [{"sample": i, **one.map} for i, one in enumerate(seeing) if one.map],
+        "map_layers": list(map_layers),
+        "data": list(mix.sources),
+        "skipped": mix.skipped,
+        "seed": options.seed,
+        "versions": versions(),
+    }
+    return result, samples
+
+
+def _ranges(found: stages.Stages) -> dict[str, list[int]]:
+    parts = {"shallow": found.shallow, "middle": found.middle, "deep": found.last}
+    return {name: [part.start, part.stop] for name, part in parts.items()}
+
+
+def _spread(rows: Sequence[Sequence[float | None]]) -> dict[str, Any]:
+    """Mean and standard deviation over samples by layer, without those that have nothing to measure there."""
+    values = np.array(rows, dtype=float)
+    there = ~np.isnan(values)
+    count = there.sum(axis=0)
+    mean = np.where(there, values, 0).sum(axis=0) / np.maximum(count, 1)
+    std = np.sqrt(np.where(there, (values - mean) ** 2, 0).sum(axis=0) / np.maximum(count, 1))
+
+    def known(numbers: np.ndarray) -> list[float | None]:
+        return [x if n else None for x, n in zip(numbers.tolist(), count, strict=True)]
+
+    return {"mean": known(mean), "std": known(std), "samples": [list(row) for row in rows]}
+
+
+def _middle(values: Sequence[int | None]) -> dict[str, Any]:
+    """Quartiles over the samples that have a value, and how many have none."""
+    there = [value for value in values if value is not None]
+    quartiles = [float(x) for x in np.quantile(there, (0.25, 0.5, 0.75))] if there else None
+    return {"quartiles": quartiles, "without": len(values) - len(there)}
