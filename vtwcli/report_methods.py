@@ -1,0 +1,255 @@
+"""Views of method comparisons and of VisiPruner's calibration; reads result documents, computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtwcli.report import BLUE, GREEN, GREY, ORANGE, save_figure
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+# colour and marker of each method; the controls are grey
+_STYLES = {
+    "vtw": (BLUE, "o", "VTW: withdrawal at K"),
+    "visipruner": (ORANGE, "s", "VisiPruner"),
+    "attention": (GREEN, "^", "keep by attention"),
+    "contribution": ("#CC79A7", "v", "keep by contribution"),
+    "two-step": ("#E69F00", "D", "keep by attention, then withdrawal"),
+    "random": (GREY, "x", "random (control)"),
+    "uniform": (GREY, "+", "uniform (control)"),
+}
+
+
+def write_budget(result: dict[str, Any], outputs: Mapping[str, Path | None]) -> None:
+    """Write a comparison, its picture and the schedule of the best within the budget; the result comes last.
+
+    Args:
+        result: the document of ``budget``.
+        outputs: where ``plot``, ``schedule`` and ``result`` go; None leaves one out.
+    """
+    from vtwcli import files
+    from vtwcli.schedule import Schedule
+
+    if outputs["plot"]:
+        plot_budget(result, outputs["plot"])
+    if outputs["schedule"] and result["best"]:
+        best = next(row for row in result["candidates"] if row["name"] == result["best"])
+        schedule = Schedule.from_dict(best["schedule"])
+        provenance = {
+            **schedule.provenance,
+            "model": result["model"]["name"],
+            "revision": result["model"]["revision"],
+            "budget": result["max_flops"],
+            "data": [source["fingerprint"] for source in result["data"]],
+            "vtwcli": result["versions"]["vtwcli"],
+        }
+        schedule = schedule.model_copy(update={"provenance": provenance})
+        files.write_text(outputs["schedule"], schedule.to_yaml())
+    elif outputs["schedule"]:
+        outputs["schedule"].unlink(missing_ok=True)  # one that is replaced would pass for this result's
+    if outputs["result"]:
+        files.write_text(outputs["result"], files.document(result))
+
+
+def budget_view(result: dict[str, Any]) -> Group:
+    """The terminal view: every schedule, the cheapest first, with the Pareto front marked."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("schedule", *_COLUMNS, ""):
+        table.add_column(name, justify="left" if name in ("schedule", "") else "right", no_wrap=True)
+    for row in sorted(result["candidates"], key=lambda row: (_flops(result, row), row["kl"])):
+        marks = ["*" if row["pareto"] else " "] + (["best"] if row["name"] == result["best"] else [])
+        style = "bold green" if row["name"] == result["best"] else ("" if row["pareto"] else "dim")
+        table.add_row(*_cells(result, row), " ".join(marks), style=style)
+    return Group(table, Text(""), Text(budget_sentence(result)))
+
+
+def budget_sentence(result: dict[str, Any]) -> str:
+    """What the table says in words: the front, and the best schedule within the budget."""
+    cost, samples = result["cost"], sum(task["samples"] for task in result["tasks"].values())
+    text = (
+        f"{len(result['candidates'])} schedules on {samples} samples; * marks the Pareto front: no other schedule is "
+        f"both cheaper and closer to the full model. FLOPs ({cost['convention']}) of the prefill and "
+        f"KV cache as shares of the full model's at {cost['visual_tokens']:.0f} visual + "
+        f"{cost['text_tokens']:.0f} text tokens."
+    )
+    if result["max_flops"] is None:
+        return text
+    if result["best"] is None:
+        return f"{text} None costs at most {100 * result['max_flops']:.3g}%."
+    best = next(row for row in result["candidates"] if row["name"] == result["best"])
+    return (
+        f"{text} Best within {100 * result['max_flops']:.3g}%: {best['name']}, KL {best['kl']:.2e}, "
+        f"FLOPs {_flops(result, best):.1%}."
+    )
+
+
+def plot_budget(result: dict[str, Any], path: Path) -> None:
+    """KL (log) and top-1 agreement against prefill FLOPs, one point a schedule, the Pareto front joined and named."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.6, 7.4), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    rows = result["candidates"]
+    floor = max(min((row["kl"] for row in rows if row["kl"] > 0), default=1e-6), 1e-9)
+    for method, (colour, marker, label) in _STYLES.items():
+        mine = [row for row in rows if row["method"] == method]
+        if mine:
+            cost = [100 * _flops(result, row) for row in mine]
+            kl = [max(row["kl"], floor) for row in mine]
+            upper.plot(cost, kl, marker, color=colour, ms=6, ls="", label=label)
+            lower.plot(cost, [100 * row["agreement"] for row in mine], marker, color=colour, ms=6, ls="")
+    front = [next(row for row in rows if row["name"] == name) for name in result["pareto"]]
+    points = [(100 * _flops(result, row), max(row["kl"], floor)) for row in front]
+    upper.plot(*zip(*points, strict=True), color="black", lw=1, alpha=0.6, zorder=0, label="Pareto front")
+    upper.set_yscale("log")
+    _name_points(upper, points, [row["name"] for row in front])
+    if result["max_flops"] is not None:
+        for axis in (upper, lower):
+            axis.axvline(100 * result["max_flops"], color=GREEN, ls="--", lw=1)
+        upper.plot([], [], color=GREEN, ls="--", lw=1, label=f"budget {100 * result['max_flops']:.3g}%")
+    for axis in (upper, lower):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#DDDDDD", lw=0.5)
+        axis.margins(x=0.06, y=0.08)
+    upper.set_ylabel("KL(pruned ‖ full), nats")
+    lower.set_ylabel("top-1 agreement, %")
+    lower.set_xlabel(f"prefill FLOPs, % of the full model ({result['cost']['convention']})")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    upper.set_title(f"{result['model']['name']}: quality against cost", fontsize=11, loc="left")
+    save_figure(figure, path)
+
+
+def _name_points(axis: Any, points: list[tuple[float, float]], names: list[str]) -> None:
+    """Names on the empty side of a falling line, left below it; one that would overlap the last is left out."""
+    from math import log10
+
+    low, high = (log10(value) for value in axis.get_ylim())
+    left, right = axis.get_xlim()
+    last: tuple[float, float] | None = None
+    for (x, y), name in zip(points, names, strict=True):
+        here = ((x - left) / (right - left), (log10(y) - low) / (high - low))
+        if last is not None and abs(here[0] - last[0]) < 0.16 and abs(here[1] - last[1]) < 0.035:
+            continue
+        where = {"xytext": (-4, -3), "textcoords": "offset points", "ha": "right", "va": "top"}
+        axis.annotate(name, (x, y), fontsize=7, **where)
+        last = here
+
+
+_COLUMNS = ("FLOPs", "KV", "KL (nats)", "worst task", "top-1")
+
+
+def _cells(result: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    """A candidate's name and, under ``_COLUMNS``, its numbers."""
+    return [
+        row["name"],
+        f"{_flops(result, row):.1%}",
+        f"{row['kv_ratio']:.1%}",
+        f"{row['kl']:.2e}",
+        f"{row['worst_kl']:.2e}",
+        f"{row['agreement']:.1%}",
+    ]
+
+
+def _flops(result: dict[str, Any], row: dict[str, Any]) -> float:
+    return float(row["flops_ratio"][result["cost"]["convention"]])
+
+
+def visipruner_view(result: dict[str, Any]) -> Group:
+    """The terminal view of VisiPruner's calibration: the boundary's curve, the front's candidates, the choice."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    curve = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("muted layers", "mean KL (nats)", "worst task", ""):
+        curve.add_column(name, justify="right" if name else "left", no_wrap=True)
+    boundary = result["boundary"]
+    for layer, value in enumerate(boundary["kl"]):
+        worst = max(one[layer] for one in boundary["tasks"].values())
+        mark = "<- boundary: too much" if layer == boundary["layer"] else ""
+        style = "dim" if layer > boundary["layer"] else ""
+        curve.add_row(f"0..{layer}", f"{value:.2e}", f"{worst:.2e}", mark, style=style)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("candidate", *_COLUMNS, ""):
+        table.add_column(name, justify="left" if name in ("candidate", "") else "right", no_wrap=True)
+    shown = [row for row in result["candidates"] if row["pareto"] or row["name"] == result["chosen"]]
+    for row in sorted(shown, key=lambda row: (_flops(result, row), row["kl"])):
+        chosen = row["name"] == result["chosen"]
+        table.add_row(
+            *_cells(result, row),
+            "<- chosen" if chosen else "accepted" if row["accepted"] else "",
+            style="bold green" if chosen else "",
+        )
+    count = len(result["candidates"])
+    front = Text(f"The Pareto front of {count} candidates (S boundary, cos and t thresholds):")
+    return Group(curve, Text(""), front, table, Text(""), Text(visipruner_sentence(result)))
+
+
+def visipruner_sentence(result: dict[str, Any]) -> str:
+    """One line: the chosen parameters and what they save, or that no candidate qualifies."""
+    rule = f"policy {result['policy']}, eta {result['eta']:g}, {result['positions']} positions"
+    wanted = result["chosen"] or result["compromise"]
+    row = next(row for row in result["candidates"] if row["name"] == wanted)
+    closeness = f"mean KL {row['kl']:.2e}, worst task {row['worst_kl']:.2e}"
+    if result["chosen"] is None:
+        return f"No candidate qualifies ({rule}). Closest: {wanted}, {closeness}."
+    cost = result["cost"]
+    return (
+        f"VisiPruner with shallow boundary {result['shallow_mid_layer']}, layer threshold "
+        f"{result['layer_threshold']:g}, tokens threshold {result['tokens_threshold']:g} ({rule}): {closeness}; "
+        f"prefill FLOPs {_flops(result, row):.1%} of full ({cost['convention']}, {cost['visual_tokens']:.0f} visual + "
+        f"{cost['text_tokens']:.0f} text tokens), KV cache {row['kv_ratio']:.1%}."
+    )
+
+
+def plot_visipruner(result: dict[str, Any], path: Path) -> None:
+    """Left the KL of muting layers 0..d with the boundary; right every candidate's KL against its FLOPs."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    boundary, eta = result["boundary"], result["eta"]
+    floor = min(eta / 100, 1e-5)  # of what a logarithmic axis can show
+    layers = np.arange(len(boundary["kl"]))
+    if len(boundary["tasks"]) > 1:
+        for number, curve in enumerate(boundary["tasks"].values()):
+            label = "each task" if number == 0 else None
+            left.plot(layers, np.maximum(curve, floor), color=BLUE, lw=0.7, alpha=0.5, label=label)
+    left.plot(layers, np.maximum(boundary["kl"], floor), color=BLUE, marker="o", ms=4, label="mean KL")
+    left.axvline(boundary["layer"] - 0.5, color=GREEN, lw=1.6, label=f"boundary {boundary['layer']}")
+    left.set_xlabel("text does not read vision in layers 0..d")
+    left.xaxis.get_major_locator().set_params(integer=True)
+    left.set_title("shallow boundary", fontsize=10, loc="left")
+    rows = result["candidates"]
+    for shallow, marker in zip(
+        sorted({row["parameters"]["shallow_mid_layer"] for row in rows}), "osD", strict=False
+    ):
+        mine = [row for row in rows if row["parameters"]["shallow_mid_layer"] == shallow]
+        points = [100 * _flops(result, row) for row in mine], [max(row["kl"], floor) for row in mine]
+        right.plot(*points, marker, color=ORANGE, ms=5, ls="", alpha=0.7, label=f"boundary {shallow}")
+    front = [next(row for row in rows if row["name"] == name) for name in result["pareto"]]
+    points = [100 * _flops(result, row) for row in front], [max(row["kl"], floor) for row in front]
+    right.plot(*points, color="black", lw=1, alpha=0.6, zorder=0, label="Pareto front")
+    if result["chosen"]:
+        row = next(row for row in rows if row["name"] == result["chosen"])
+        at = (100 * _flops(result, row), max(row["kl"], floor))
+        right.plot(*at, "o", mfc="none", mec=GREEN, mew=2, ms=12, ls="", label=f"chosen: {row['name']}")
+    right.set_xlabel(f"prefill FLOPs, % of the full model ({result['cost']['convention']})")
+    right.set_title("candidates", fontsize=10, loc="left")
+    for axis in (left, right):
+        axis.axhline(eta, color=ORANGE, ls="--", lw=1.2, label=f"eta = {eta:g}" if axis is left else None)
+        axis.set_yscale("log")
+        axis.set_ylabel("KL(pruned ‖ full), nats")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#DDDDDD", lw=0.5)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=8)
+    figure.suptitle(f"{result['model']['name']}: VisiPruner's calibration", fontsize=11, x=0.02, ha="left")
+    save_figure(figure, path)
