@@ -47,13 +47,14 @@ def base(tiny_dir, tmp_path_factory) -> Path:
         "---\nlicense: other\nlicense_name: house\nlicense_link: LICENSE\nlanguage:\n- en\nx: 1\n---\n# Base\n"
     )
     (path / "LICENSE").write_text("You may.")
+    (path / "NOTICE").write_text("Made by us.")
+    (path / "USE_POLICY.md").write_text("Be kind.")
     (path / "trainer_state.json").write_text("{}")
     (path / "pytorch_model.bin").write_bytes(b"pickle")
     return path
 
 
-@pytest.fixture(scope="module")
-def calibration() -> dict:
+def calibration_result() -> dict:
     """A small calibration result in the shape that ``calibrate`` gives."""
     layers = 6
     curve = [1.0, 0.5, 0.1, 0.001, 0.0005, 0.0001]
@@ -92,6 +93,11 @@ def calibration() -> dict:
     }
 
 
+@pytest.fixture(scope="module")
+def calibration() -> dict:
+    return calibration_result()
+
+
 def evaluation() -> dict:
     """A small evaluation of two schedules in the shape that ``evaluate`` gives."""
 
@@ -103,17 +109,21 @@ def evaluation() -> dict:
         cost = {
             "convention": "flops",
             "flops_ratio": ratios,
+            "flops": dict.fromkeys(ratios, 70),
+            "flops_full": dict.fromkeys(ratios, 100),
             "kv_ratio": 0.75,
+            "kv_bytes": {"measured": 750, "computed": 750, "full_measured": 1000, "full_computed": 1000},
             "visual_tokens": 9,
             "text_tokens": 12,
         }
         closeness = {"kl_first": 0.001, "kl_answer": 0.002, "top1_agreement": 0.9, "exact_sequences": 0.8}
+        closeness |= {"first_divergence": 1.5, "worst_task": "colour", "worst_difference": -0.125}
         return {"schedule": Schedule.withdraw_at(k).to_dict(), "cost": cost, **closeness}
 
     colour = {"metric": "exact_match", "judged": 8, "full": {"mean": 1.0}}
     return {
         "format": "vtw-evaluation",
-        "model": {"name": "org/base"},
+        "model": {"name": "/home/me/secret/base", "baseline": "/home/me/secret/base"},
         "tasks": {
             "colour": {**colour, "schedules": {"K=2": compared(0.5), "K=3": compared(0.875)}},
             "open": {"judged": 0},
@@ -161,7 +171,8 @@ def test_directory_holds_the_model_and_its_record(base, exported):
     assert len(shards) > 1
     assert names == shards | {
         "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
-        "tokenizer_config.json", "processor_config.json", "chat_template.jinja", "LICENSE", "README.md",
+        "tokenizer_config.json", "processor_config.json", "chat_template.jinja", "LICENSE", "NOTICE", "USE_POLICY.md",
+        "README.md",
         "modeling_vtw.py", "vtw_pruning.py", "calibration.json", "calibration.png", "recipe.yaml",
         "manifest.json",
     }  # fmt: skip
@@ -351,6 +362,7 @@ def test_card_says_what_was_done(exported):
     assert "| count | 1 | 2.00e-03 | 75.0% |" in text
     assert all(f"| {cell} |" in text for cell in ("K=3", "1.000", "0.875", "-0.125"))
     assert "K=2" not in text
+    assert "/home/me" not in text  # the evaluation knows the model by a path of its machine
     assert 'path = "pruned"' in text
     assert "`house`" in text
     # 64 text and 576 visual tokens: half of the six layers hold 64 instead of 640

@@ -1,4 +1,4 @@
-"""Exports of a tiny LLaVA, each compared with the slow references; every export is built once."""
+"""Exports of a tiny LLaVA, each compared with the slow references."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 
 from tests import reference, slow_schedule, tiny
 from tests.conftest import build_processor
-from vtwcli.errors import GateError, UsageError
+from tests.onnx_exports import EXPORTS, keep, withdraw
+from vtwcli.errors import GateError, UsageError, VtwError
 from vtwcli.export import onnx as export
-from vtwcli.export import onnx_layers, onnx_parity
+from vtwcli.export import onnx_layers, onnx_parity, onnx_trace
+from vtwcli.export.hf import export_hf
 from vtwcli.export.onnx import export_onnx
+from vtwcli.export.onnx_companions import write_companions
 from vtwcli.models.checkpoint import resolve
 from vtwcli.models.inputs import encode_batch
 from vtwcli.models.loading import load
@@ -29,68 +33,8 @@ from vtwcli.ort import OnnxModel
 from vtwcli.runtime import pruned
 from vtwcli.schedule import Schedule
 
-LAYERS, STEPS = 3, 5
+STEPS = 5
 ROWS = ["t3 i t5", "i t1 i t3", "t4"]
-
-
-def withdraw(k):
-    return {"at": k, "action": "withdraw"}
-
-
-def keep(k, **select):
-    return {"at": k, "action": "keep", "select": select}
-
-
-# name -> actions, options, roles of the decoder graphs
-EXPORTS = {
-    "split": ([withdraw(1)], {}, ["decoder_lower", "decoder_upper"]),
-    "full half": ([withdraw(LAYERS)], {"dtype": "fp16"}, ["decoder"]),
-    "none fused": ([withdraw(0)], {"opset": 23}, ["decoder_upper"]),
-    "merged int8": ([withdraw(2)], {"merged": True, "quantize": "int8"}, ["decoder_merged"]),
-    "keep attention": (
-        [keep(1, score="attention", count=4), withdraw(2)],
-        {},
-        ["decoder_lower", "decoder_middle_1", "decoder_upper"],
-    ),
-    "keep contribution": (
-        [keep(2, score="contribution", ratio=0.4)],
-        {"opset": 23},
-        ["decoder_lower", "decoder_upper"],
-    ),
-    "keep uniform int4": (
-        [keep(1, score="uniform", count=4)],
-        {"merged": True, "quantize": "int4"},
-        ["decoder_merged"],
-    ),
-}
-
-
-@pytest.fixture(scope="session")
-def model_dir(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("tiny-llava-onnx")
-    tiny.llava(seed=1, layers=LAYERS).save_pretrained(path)
-    build_processor().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def loaded(model_dir):
-    return load(str(model_dir), device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="session")
-def exported(model_dir, tmp_path_factory):
-    """``exported(name)`` -> directory and report of an export, made on first use."""
-    root = tmp_path_factory.mktemp("onnx")
-
-    @cache
-    def make(name):
-        actions, options, _ = EXPORTS[name]
-        path = root / name
-        schedule = {"format_version": 1, "actions": actions}
-        return path, export_onnx(resolve(str(model_dir)), schedule, path, steps=4, **options)
-
-    return make
 
 
 def compared(directory, model, actions, rows=ROWS, side="left", seed=5):
@@ -104,42 +48,55 @@ def compared(directory, model, actions, rows=ROWS, side="left", seed=5):
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_every_export_computes_what_the_slow_reference_computes(name, exported, loaded):
-    actions, options, roles = EXPORTS[name]
-    directory, report = exported(name)
+def test_every_export_computes_what_the_slow_reference_computes(name, exports):
+    _, actions, options, roles = EXPORTS[name]
+    directory, report = exports(name)
     manifest = json.loads((directory / "manifest.json").read_text())
     assert [graph["role"] for graph in manifest["graphs"]] == ["embed_tokens", "vision_encoder", *roles]
     assert report["parity"]["agreement"] == 1.0 and report["parity"]["positions"] == 12
-    result = compared(directory, loaded.model, actions)
-    if kind := options.get("quantize"):
-        # random weights in rows of 32 suffer more from four bits than trained ones
-        least, most = 1e-6, {"int8": 0.1, "int4": 2.0}[kind]
+    result = compared(directory, exports.loaded(name).model, actions)
+    if "quantize" in options:  # random weights in rows of 32 suffer more from four bits than trained ones
         measured = report["parity"]["quantized"]
-        assert measured["kind"] == kind and least < measured["mean_kl"] < most
-        assert least < result["mean_kl"] < most
+        assert (
+            measured["kind"] == "int4" and 1e-6 < measured["mean_kl"] < 2 and 0 < measured["agreement"] <= 1
+        )
+        assert 1e-6 < result["mean_kl"] < 2
     elif options.get("dtype") == "fp16":
         assert result["agreement"] == 1.0 and 1e-9 < result["mean_kl"] < 1e-3
     else:
         assert result["agreement"] == 1.0 and result["max_logit_difference"] < 1e-4
 
 
+def test_weights_of_eight_bits(exports, tmp_path):
+    directory = shutil.copytree(exports("none")[0], tmp_path / "none")
+    before = (directory / "decoder_upper.onnx.data").stat().st_size
+    source, manifest = export.Source.of(exports.loaded("none")), OnnxModel(directory).manifest
+    report = export.check(source, Schedule.withdraw_at(0), directory, manifest, None, 4, "int8")
+    assert report["agreement"] == 1.0 and manifest["quantize"] == report["quantized"]["kind"] == "int8"
+    assert 1e-6 < report["quantized"]["mean_kl"] < 0.1
+    result = compared(directory, exports.loaded("none").model, [withdraw(0)])
+    assert 1e-6 < result["mean_kl"] < 0.1
+    kinds = {node.op_type for node in onnx.load(directory / "decoder_upper.onnx").graph.node}
+    assert "MatMulInteger" in kinds and (directory / "decoder_upper.onnx.data").stat().st_size < before
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("rows", [["t3 i t5"], ["i t2", "t9 i t1 i t4"], ["t6", "t2"], ["t1", "i t1"]])
-def test_batches_of_every_kind(rows, side, exported, loaded):
-    directory, _ = exported("split")
-    result = compared(directory, loaded.model, [withdraw(1)], rows, side)
+def test_batches_of_every_kind(rows, side, exports):
+    directory, _ = exports("split")
+    result = compared(directory, exports.loaded("split").model, [withdraw(1)], rows, side)
     assert result["agreement"] == 1.0 and result["max_logit_difference"] < 1e-4
-    full = compared(exported("full half")[0], loaded.model, [], rows, side)
+    full = compared(exports("full half")[0], exports.loaded("full half").model, [], rows, side)
     assert full["agreement"] == 1.0 and full["mean_kl"] < 1e-3
 
 
-def test_pruning_changes_the_numbers(exported, loaded):
+def test_pruning_changes_the_numbers(exports):
     """The comparison can fail: the full model's logits are far from those of the split graphs."""
-    assert compared(exported("split")[0], loaded.model, [])["max_logit_difference"] > 0.1
+    assert compared(exports("split")[0], exports.loaded("split").model, [])["max_logit_difference"] > 0.1
 
 
-def test_generation_is_that_of_torch(exported, loaded):
-    model, graphs = loaded.model, OnnxModel(exported("split")[0])
+def test_generation_is_that_of_torch(exports):
+    model, graphs = exports.loaded("split").model, OnnxModel(exports("split")[0])
     batch = tiny.llava_batch(ROWS, seed=5)
     with torch.no_grad(), pruned(model, 1):
         free = model.generate(**batch, max_new_tokens=8, do_sample=False, eos_token_id=None)[:, -8:]
@@ -154,8 +111,8 @@ def test_generation_is_that_of_torch(exported, loaded):
     assert graphs.manifest["tokens"]["eos_ids"] == [2]  # the tokenizer's, since the model names none
 
 
-def test_sampling_is_seeded(exported):
-    graphs, batch = OnnxModel(exported("split")[0]), tiny.llava_batch(ROWS, seed=5)
+def test_sampling_is_seeded(exports):
+    graphs, batch = OnnxModel(exports("split")[0]), tiny.llava_batch(ROWS, seed=5)
     draws = [graphs.generate(batch, 6, do_sample=True, seed=seed, eos_ids=[]).tolist() for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     greedy = graphs.generate(batch, 6, eos_ids=[]).tolist()
@@ -164,8 +121,8 @@ def test_sampling_is_seeded(exported):
     )
 
 
-def test_features_can_be_reused(exported):
-    graphs, batch = OnnxModel(exported("split")[0]), tiny.llava_batch(["t3 i t5"], seed=5)
+def test_features_can_be_reused(exports):
+    graphs, batch = OnnxModel(exports("split")[0]), tiny.llava_batch(["t3 i t5"], seed=5)
     arrays = {name: value.numpy() for name, value in batch.items()}
     features = graphs.features(arrays)
     assert features.shape == (9, 32)
@@ -173,8 +130,8 @@ def test_features_can_be_reused(exported):
     assert np.array_equal(graphs.prefill(arrays)[0], graphs.prefill(again)[0])
 
 
-def test_inputs_that_do_not_fit_are_refused(exported):
-    graphs = OnnxModel(exported("split")[0])
+def test_inputs_that_do_not_fit_are_refused(exports):
+    graphs = OnnxModel(exports("split")[0])
     batch = {name: value.numpy() for name, value in tiny.llava_batch(["t3 i t5"], seed=5).items()}
     with pytest.raises(UsageError, match="9 visual tokens, the images give 0"):
         graphs.prefill({"input_ids": batch["input_ids"]})
@@ -190,8 +147,8 @@ def test_inputs_that_do_not_fit_are_refused(exported):
         OnnxModel(graphs.directory, device="cuda")
 
 
-def test_files_names_and_hashes(exported, model_dir):
-    directory, report = exported("split")
+def test_files_names_and_hashes(exports):
+    directory, report = exports("split")
     manifest = json.loads((directory / "manifest.json").read_text())
     for name, entry in manifest["files"].items():
         data = (directory / name).read_bytes()
@@ -199,7 +156,9 @@ def test_files_names_and_hashes(exported, model_dir):
     assert set(manifest["files"]) | {"manifest.json"} == {p.name for p in directory.iterdir()}
     assert report["bytes"] == sum(entry["bytes"] for entry in manifest["files"].values())
     companions = ("tokenizer.json", "processor_config.json", "chat_template.jinja", "generation_config.json")
-    assert {*companions, "run_onnx.py", "vtw_ort.py", "parity.json"} <= set(manifest["files"])
+    others = ("config.json", "LICENSE", "run_onnx.py", "vtw_ort.py", "parity.json")
+    assert {*companions, *others} <= set(manifest["files"])
+    assert manifest["model"] == {"name": "tiny-llava-3", "revision": None, "model_type": "llava"}
     assert json.loads((directory / "parity.json").read_text()) == report["parity"]
     assert manifest["withdrawal_layer"] == 1 and manifest["schedule"]["actions"] == [withdraw(1)]
     assert manifest["tokens"]["placeholder_ids"] == [tiny.IMAGE_ID]
@@ -232,8 +191,28 @@ def test_files_names_and_hashes(exported, model_dir):
     assert upper["inputs"][-1]["shape"] == ["batch_size", 2, "kept_past_length", 8]
 
 
-def test_weights_lie_outside_and_no_transpose_of_them_is_left(exported):
-    directory, _ = exported("split")
+def test_the_words_about_driving_fit_the_graphs(exports):
+    def words(name):
+        return " ".join(json.loads((exports(name)[0] / "manifest.json").read_text())["how_to"])
+
+    assert "score_index" in words("keep") and "score_index" not in words("split")
+    assert "kept_attention_mask" in words("merged int4") and "kept_attention_mask" not in words("keep")
+    assert "keep_index" not in words("full half") and "then decoder:" in words("full half")
+
+
+def test_an_exported_model_is_exported_without_its_code(exports, tmp_path):
+    export_hf(str(exports.model("none")), Schedule.withdraw_at(0), tmp_path / "hf")
+    assert "auto_map" in json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "onnx").mkdir()
+    manifest = {"graphs": [], "positions": "count", "merged": False, "tokens": {}}
+    write_companions(export.Source.of(resolve(str(tmp_path / "hf"))), manifest, tmp_path / "onnx")
+    config = json.loads((tmp_path / "onnx" / "config.json").read_text())
+    assert config["model_type"] == "llava" and not {"vtw", "auto_map"} & set(config)
+    assert {path.name for path in (tmp_path / "onnx").glob("*.py")} == {"run_onnx.py", "vtw_ort.py"}
+
+
+def test_weights_lie_outside_and_no_transpose_of_them_is_left(exports):
+    directory, _ = exports("split")
     model = onnx.load(directory / "decoder_upper.onnx", load_external_data=False)
     weights = {w.name: w for w in model.graph.initializer if w.name.endswith("weight")}
     assert "lm_head.weight" in weights and "model.language_model.layers.2.mlp.up_proj.weight" in weights
@@ -243,18 +222,28 @@ def test_weights_lie_outside_and_no_transpose_of_them_is_left(exported):
     assert not any(n.op_type == "Transpose" and n.input[0] in weights for n in model.graph.node)
 
 
-def test_fused_operators_from_opset_23(exported):
-    kinds = {
-        node.op_type
-        for node in onnx.load(
-            exported("none fused")[0] / "decoder_upper.onnx", load_external_data=False
-        ).graph.node
-    }
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_weight_is_converted_when_it_is_written(turned):
+    weight = torch.tensor([[1.0, 1 / 3, -2.5]])
+    shape = [3, 1] if turned else [1, 3]
+    half = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape(shape))
+    stored = onnx_trace._lazy(half, ["w"], turned, lambda names: weight).numpy()
+    assert stored.dtype == np.float16 and stored.shape == tuple(shape)
+    assert stored.ravel().tolist() == weight.half()[0].tolist()
+    for wrong in (1e6, float("nan")):
+        broken = onnx_trace._lazy(half, ["w"], turned, lambda names, w=wrong: torch.full((1, 3), w))
+        with pytest.raises(VtwError, match="w has values that float16 cannot hold") as caught:
+            broken.numpy()
+        assert caught.value.hint == "use fp32"
+
+
+def test_fused_operators_from_opset_23(exports):
+    kinds = {node.op_type for node in onnx.load(exports("keep")[0] / "decoder_upper.onnx").graph.node}
     assert {"Attention", "RMSNormalization", "RotaryEmbedding"} <= kinds and "Softmax" not in kinds
 
 
-def test_the_script_runs_without_torch_transformers_and_this_package(exported, loaded, tmp_path):
-    directory, _ = exported("split")
+def test_the_script_runs_without_torch_transformers_and_this_package(exports, tmp_path):
+    (directory, _), torch_side = exports("split"), exports.loaded("split")
     image, question = export.synthetic_samples()[1].images[0], "how red?"
     image.save(tmp_path / "picture.png")
     bare = "import runpy, sys; " + "".join(
@@ -276,11 +265,11 @@ def test_the_script_runs_without_torch_transformers_and_this_package(exported, l
         (["--image", "picture.png"], sample),
         ([], dataclasses.replace(sample, images=())),
     ):
-        batch = encode_batch(loaded, [asked])
-        with torch.no_grad(), pruned(loaded.model, 1):
-            tokens = loaded.model.generate(**batch, max_new_tokens=7, do_sample=False, eos_token_id=2)
+        batch = encode_batch(torch_side, [asked])
+        with torch.no_grad(), pruned(torch_side.model, 1):
+            tokens = torch_side.model.generate(**batch, max_new_tokens=7, do_sample=False, eos_token_id=2)
         tokens = tokens[0, batch["input_ids"].shape[1] :]
-        expected = loaded.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        expected = torch_side.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
         assert run(*arguments) == expected + "\n"
     assert run("--temperature", "5", "--seed", "1") == run("--temperature", "5", "--seed", "1")
 
@@ -293,66 +282,67 @@ def no_memory(monkeypatch):
     monkeypatch.setattr(export, "memory_available", lambda device: 0)
 
 
-def checked(source, k, exported, name="split", quantize=None):
-    directory, _ = exported(name)
+def checked(source, k, exports, name="split", quantize=None):
+    directory, _ = exports(name)
     manifest = json.loads((directory / "manifest.json").read_text())
     return export.check(source, Schedule.withdraw_at(k), directory, manifest, None, 4, quantize)
 
 
-@pytest.mark.parametrize(("name", "k"), [("split", 1), ("none fused", 0), ("full half", LAYERS)])
-def test_layer_by_layer_where_the_model_does_not_fit(name, k, exported, model_dir, no_memory, monkeypatch):
+@pytest.mark.parametrize(("name", "k"), [("split", 1), ("none", 0), ("full half", 2)])
+def test_layer_by_layer_where_the_model_does_not_fit(name, k, exports, no_memory, monkeypatch):
     monkeypatch.setattr("vtwcli.models.loading.memory_available", lambda device: 0)
-    report = checked(export.Source.of(resolve(str(model_dir))), k, exported, name)
+    report = checked(export.Source.of(resolve(str(exports.model(name)))), k, exports, name)
     assert report["method"] == "layer by layer" and report["agreement"] == 1.0 and report["positions"] == 12
     assert report["mean_kl"] < (1e-3 if name == "full half" else 1e-9)
-    assert not (exported(name)[0] / "piece.onnx").exists()
+    assert not (exports(name)[0] / "piece.onnx").exists()
 
 
-def test_layer_by_layer_finds_a_wrong_cut(exported, model_dir, no_memory):
+def test_layer_by_layer_finds_a_wrong_cut(exports, no_memory):
     with pytest.raises(GateError, match="parity failed"):
-        checked(export.Source.of(resolve(str(model_dir))), 2, exported)
+        checked(export.Source.of(resolve(str(exports.model("split")))), 2, exports)
 
 
-def test_layer_by_layer_refuses_what_it_cannot_prove(exported, model_dir, no_memory):
-    source = export.Source.of(resolve(str(model_dir)))
+def test_layer_by_layer_refuses_what_it_cannot_prove(exports, no_memory):
+    source = export.Source.of(resolve(str(exports.model("split"))))
     with pytest.raises(UsageError, match="the model in memory, and it does not fit"):
-        checked(source, 1, exported, quantize="int8")
-    directory, _ = exported("split")
+        checked(source, 1, exports, quantize="int8")
+    directory, _ = exports("split")
     schedule = Schedule.from_dict([keep(1, score="attention", count=4)])
     with pytest.raises(UsageError, match="schedule with keep is checked by generation"):
         export.check(source, schedule, directory, {"dtype": "fp32"}, None, 4, None)
 
 
-def test_the_merged_graph_layer_by_layer(exported, model_dir, loaded):
+def test_the_merged_graph_layer_by_layer(exports):
     """The merged graphs are quantized on disk, so the pieces are compared loosely and with each other."""
-    skeleton = load(str(model_dir), device="cpu", dtype="float32", weights=False)
-    graphs = OnnxModel(exported("merged int8")[0])
-    result = onnx_layers.parity(skeleton, 2, graphs, export.synthetic_samples(), 3)
+    skeleton = load(str(exports.model("merged int4")), device="cpu", dtype="float32", weights=False)
+    graphs = OnnxModel(exports("merged int4")[0])
+    result = onnx_layers.parity(skeleton, 1, graphs, export.synthetic_samples(), 3)
     assert 1e-9 < result["mean_kl"] < 0.3
 
 
-def test_a_changed_weight_fails_the_check(exported, model_dir):
-    changed = load(str(model_dir), device="cpu", dtype="float32")
+def test_a_changed_weight_fails_the_check(exports):
+    changed = load(str(exports.model("split")), device="cpu", dtype="float32")
     with torch.no_grad():
         changed.layers[2].mlp.up_proj.weight[3, 5] += 0.5
     with pytest.raises(GateError, match=r"parity failed: .*logits differ by up to"):
-        checked(export.Source.of(changed), 1, exported)
+        checked(export.Source.of(changed), 1, exports)
 
 
-def test_a_failed_check_leaves_nothing(tmp_path, monkeypatch):
-    source = tmp_path / "model"
-    tiny.llava(layers=1).save_pretrained(source)
-    build_processor().save_pretrained(source)
-    read = export.file_reader
+def test_a_failed_check_leaves_nothing(exports, tmp_path, monkeypatch):
+    """The graphs of one model are offered as another's."""
+    tiny.llava(seed=2, layers=1).save_pretrained(tmp_path / "model")
+    build_processor().save_pretrained(tmp_path / "model")
+    graphs, _ = exports("none")
 
-    def broken(checkpoint):
-        return lambda names: read(checkpoint)(names) * (1.01 if "lm_head.weight" in names else 1.0)
+    def of_another(source, cuts, folder, **options):
+        shutil.copytree(graphs, folder, dirs_exist_ok=True)
+        return json.loads((graphs / "manifest.json").read_text())
 
-    monkeypatch.setattr(export, "file_reader", broken)
-    with pytest.raises(GateError) as caught:
-        export_onnx(resolve(str(source)), 1, tmp_path / "out")
+    monkeypatch.setattr(export, "write_graphs", of_another)
+    with pytest.raises(GateError, match="parity failed") as caught:
+        export_onnx(resolve(str(tmp_path / "model")), 0, tmp_path / "out")
     assert caught.value.exit_code == 3
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_gate_bounds():
@@ -404,7 +394,7 @@ def test_compare_by_hand():
             "different layers",
         ),
         ([keep(1, score="attention", count=3)], {"merged": True}, "one merged graph", "without --merged"),
-        ([withdraw(LAYERS + 1)], {}, "the model has 3 layers", None),
+        ([withdraw(4)], {}, "the model has 3 layers", None),
         ([withdraw(1)], {"dtype": "bf16"}, "'bf16' is no export type", "fp32 or fp16"),
         ([withdraw(1)], {"opset": 17}, "opset 17", "18 to 24"),
         ([withdraw(1)], {"quantize": "int2"}, "'int2' is no quantization", "int8 or int4"),
@@ -412,18 +402,18 @@ def test_compare_by_hand():
     ],
 )
 def test_what_cannot_be_exported_is_refused_with_a_way_out(
-    schedule, options, message, hint, model_dir, tmp_path
+    schedule, options, message, hint, exports, tmp_path
 ):
     plan = {"format_version": 1, "actions": schedule}
     with pytest.raises(UsageError, match=message) as caught:
-        export_onnx(resolve(str(model_dir)), plan, tmp_path / "out", **options)
+        export_onnx(resolve(str(exports.model("split"))), plan, tmp_path / "out", **options)
     assert hint is None or hint in str(caught.value.hint)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_directory_is_refused_before_any_work(model_dir, tmp_path):
+def test_an_existing_directory_is_refused_before_any_work(exports, tmp_path):
     with pytest.raises(UsageError, match="exists already"):
-        export_onnx(resolve(str(model_dir)), 1, tmp_path)
+        export_onnx(resolve(str(exports.model("split"))), 1, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["pixtral", "gemma3"])
@@ -443,10 +433,10 @@ def test_a_sliding_window_bounds_the_length():
     assert max_length(window) == 8 and max_length(tiny.llava(layers=1).config.get_text_config()) == 512
 
 
-def test_reference_is_independent_of_the_runtime(loaded):
+def test_reference_is_independent_of_the_runtime(exports):
     """Both slow references agree with each other on withdrawal, so either may judge the graphs."""
-    batch = tiny.llava_batch(ROWS, seed=5)
-    tokens, logits = reference.greedy(loaded.model, batch, 1, 3)
-    others, again, _ = slow_schedule.greedy(loaded.model, batch, [withdraw(1)], 3)
+    batch, model = tiny.llava_batch(ROWS, seed=5), exports.loaded("split").model
+    tokens, logits = reference.greedy(model, batch, 1, 3)
+    others, again, _ = slow_schedule.greedy(model, batch, [withdraw(1)], 3)
     assert torch.equal(tokens, others)
     torch.testing.assert_close(logits, again, rtol=0, atol=1e-4)

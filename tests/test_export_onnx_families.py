@@ -18,13 +18,15 @@ from vtwcli.models.loading import LoadedModel
 from vtwcli.ort import OnnxModel
 
 CUT, STEPS = 1, 4
+SIBLINGS = ("llava_onevision", "smolvlm")  # the same graphs as llava_next and idefics3, for `pytest -m slow`
+FAST = [name for name in VISION if name not in ("llava", *SIBLINGS)]  # llava has files of its own
 
 
 def test_the_family_table_says_which():
     assert set(VISION) == {name for name, row in FAMILIES.items() if row.no_onnx is None}
 
 
-@pytest.mark.parametrize("name", [name for name in VISION if name != "llava"])  # which has a file of its own
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SIBLINGS)])
 def test_a_family_computes_what_the_slow_reference_computes(name, tmp_path):
     model = TINY[name].build(layers=2)
     loaded = LoadedModel(

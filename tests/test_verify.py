@@ -109,6 +109,8 @@ def test_converted_weights_are_compared_with_the_base_rounded_alike(tiny_dir, tm
 def test_an_edited_card_and_further_files_are_told(copy):
     (copy / "README.md").write_text("my words")
     (copy / ".gitattributes").write_text("")
+    (copy / "__pycache__").mkdir()
+    (copy / "__pycache__" / "vtw_pruning.cpython-311.pyc").touch()
     report = verify(copy, device="cpu", max_new_tokens=1)
     assert report["files"]["edited"] == ["README.md"]
     assert report["files"]["unlisted"] == [".gitattributes"]
@@ -196,7 +198,8 @@ def test_what_is_no_export_is_not_found(copy, tiny_dir, tmp_path):
         verify(tmp_path / "absent")
     manifest = json.loads((copy / MANIFEST).read_text())
     for changed, says in (
-        ({"format": "vtw-onnx"}, "an export of the kind 'vtw-onnx'"),
+        ({"format": "vtw-other"}, "an export of the kind 'vtw-other'"),
+        ({"format": "vtw-onnx"}, "is no exported ONNX model"),
         ({"format_version": 2}, "has format version 2"),
         ({"files": {"../secret": {"bytes": 1, "sha256": ""}}}, "outside the directory"),
     ):

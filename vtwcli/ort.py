@@ -21,8 +21,24 @@ except ImportError:  # beside an exported model the package need not be installe
     NotFoundError = UsageError = ValueError  # type: ignore[assignment,misc]
 
 MANIFEST = "manifest.json"
+FORMAT, FORMAT_VERSION = "vtw-onnx", 1
 _TYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "bool": np.bool_}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def is_export(directory: str | Path) -> bool:
+    """Whether a directory holds an export to ONNX; nothing but its manifest is read."""
+    try:
+        return bool(json.loads((Path(directory) / MANIFEST).read_text(encoding="utf-8"))["format"] == FORMAT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def has_device(device: str) -> bool:
+    """Whether this ONNX Runtime runs on ``cpu`` or ``cuda``."""
+    import onnxruntime
+
+    return _PROVIDERS.get(device) in onnxruntime.get_available_providers()
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,15 @@ class State:
     position: np.ndarray
     cache: dict[str, Any] = field(default_factory=dict)
 
+    def cache_lengths(self) -> list[int]:
+        """Entries of each layer's keys, by layer."""
+        keys = {name.split(".")[1]: value for name, value in self.cache.items() if name.endswith(".key")}
+        return [int(keys[layer].shape()[2]) for layer in sorted(keys, key=int)]
+
+    def cache_bytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(int(value.numpy().nbytes) for value in self.cache.values())
+
     def attend(self, name: str, attended: np.ndarray) -> np.ndarray:
         """Append new positions to a mask and return it whole."""
         new = attended.astype(np.int64)
@@ -90,22 +115,21 @@ class OnnxModel:
             self.manifest: dict[str, Any] = json.loads(
                 (self.directory / MANIFEST).read_text(encoding="utf-8")
             )
-            if self.manifest["format"] != "vtw-onnx" or self.manifest["format_version"] != 1:
+            if self.manifest["format"] != FORMAT or self.manifest["format_version"] != FORMAT_VERSION:
                 raise ValueError("another format or version")
+            self._graphs = {graph["role"]: graph for graph in self.manifest["graphs"]}
+            self.decoders = [graph for graph in self.manifest["graphs"] if graph["layers"] is not None]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise NotFoundError(f"{self.directory} is no exported ONNX model: {error}") from error
         self.device = device
         self._threads = threads
         self._sessions: dict[str, Any] = {}
-        self._graphs = {graph["role"]: graph for graph in self.manifest["graphs"]}
-        self.decoders = [graph for graph in self.manifest["graphs"] if graph["layers"] is not None]
         self._check_device()
 
     def _check_device(self) -> None:
         import onnxruntime
 
-        provider = _PROVIDERS.get(self.device)
-        if provider not in onnxruntime.get_available_providers():
+        if not has_device(self.device):
             raise UsageError(
                 f"this ONNX Runtime has no device {self.device!r}"
                 f" (it has {', '.join(onnxruntime.get_available_providers())})"

@@ -73,7 +73,8 @@ def model_card(
     if evaluation is not None:
         from vtwcli.report_eval import markdown
 
-        parts.append(markdown(of_schedule(evaluation, subject.schedule)).strip())
+        about = {**evaluation["model"], "name": subject.base, "baseline": subject.base}
+        parts.append(markdown(of_schedule({**evaluation, "model": about}, subject.schedule)).strip())
     parts += [
         f"## Loading\n\n{_loading(subject)}",
         f"## Licence\n\n{_licence(subject)}",
@@ -114,7 +115,8 @@ def describe(action: Action, layers: int) -> str:
             "first": "the attention goes to the first visual token",
             "zero": "the attention is dropped",
         }[action.sink]
-        return f"In {span} {reads} {what}; {mass}."
+        when = " while the prompt is read" if action.during == "prefill" else ""
+        return f"In {span}{when} {reads} {what}; {mass}."
     if action.at == "auto":
         after = f", looked for behind layer {action.after}" if action.after is not None else ""
         start = f"From the layer after the one where {_condition(action.when)}{after},"

@@ -23,14 +23,13 @@ from vtwcli.export.manifest import CARD, MANIFEST, read_manifest, write_manifest
 from vtwcli.export.publish import check_target, publish
 from vtwcli.export.remote import MODELING, auto_map, remote_code
 from vtwcli.export.weights import place_weights
-from vtwcli.models.checkpoint import Checkpoint, first_line, quiet_libraries, resolve
+from vtwcli.models.checkpoint import COMPANIONS, Checkpoint, first_line, quiet_libraries, resolve
 from vtwcli.models.families import Family
 from vtwcli.schedule import Schedule
 
 CALIBRATION, PICTURE, RECIPE = "calibration.json", "calibration.png", "recipe.yaml"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _NOT_COPIED = {"config.json", "trainer_state.json", MANIFEST, CALIBRATION}
 
 
@@ -205,7 +204,7 @@ def _base(checkpoint: Checkpoint, earlier: dict[str, Any] | None) -> tuple[str, 
 
 def _copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
     """Tokenizer, processor, chat template, generation config, licence."""
-    for pattern in _COPIED:
+    for pattern in COMPANIONS:
         for file in checkpoint.path.glob(pattern):
             if file.is_file() and file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, folder / file.name)

@@ -51,8 +51,8 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an exported directory.
+def read_manifest(folder: Path, kind: str = FORMAT) -> dict[str, Any]:
+    """The manifest of an exported directory of a kind.
 
     Raises:
         NotFoundError: there is none, or it cannot be read.
@@ -62,7 +62,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise NotFoundError(f"there is no directory {folder}")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        kind, version, files = manifest["format"], manifest["format_version"], manifest["files"]
+        found, version, files = manifest["format"], manifest["format_version"], manifest["files"]
         if not all({"bytes", "sha256"} <= entry.keys() for entry in files.values()):
             raise ValueError("a file has no size or digest")
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
@@ -73,13 +73,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise NotFoundError(f"{file} is not a readable manifest: {error}") from error
-    if kind != FORMAT:
-        raise NotFoundError(f"{folder} is an export of the kind {kind!r}, not {FORMAT!r}")
+    if found != kind:
+        raise NotFoundError(f"{folder} is an export of the kind {found!r}, not {kind!r}")
     if version != FORMAT_VERSION:
         raise NotFoundError(
             f"{file} has format version {version}, this tool knows {FORMAT_VERSION}", "update vtwcli"
         )
     return dict(manifest)
+
+
+def exported_from(folder: Path) -> str | None:
+    """The base model's name in the manifest of an export of any kind; None for any other directory."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return str(manifest["model"]["name"]) if str(manifest["format"]).startswith("vtw-") else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def file_totals(manifest: dict[str, Any]) -> dict[str, int]:
+    """``count`` of the files that a manifest lists, and their ``bytes``."""
+    listed = manifest["files"].values()
+    return {"count": len(listed), "bytes": sum(entry["bytes"] for entry in listed)}
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> dict[str, list[str]]:
@@ -88,7 +103,8 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> dict[str, list[str]]:
     The model card is for people, who may edit it: a change there is told, not refused.
 
     Returns:
-        ``edited`` (the card, if it differs) and ``unlisted`` (files that the manifest does not know).
+        ``edited`` (the card, if it differs) and ``unlisted`` (files that the manifest does not know, but for what
+        Python leaves behind where a script of the directory was run).
 
     Raises:
         GateError: a file is missing or differs.
@@ -105,7 +121,8 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> dict[str, list[str]]:
     differs += [name for name in present if digests[folder / name] != listed[name]["sha256"]]
     if bad := [name for name in differs if name != CARD]:
         raise _broken(folder, "changed", bad)
-    found = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    files = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    found = {str(file) for file in files if "__pycache__" not in file.parts}
     edited = [CARD] if CARD in listed and (CARD not in found or CARD in differs) else []
     return {"edited": edited, "unlisted": sorted(found - set(listed) - {MANIFEST})}
 

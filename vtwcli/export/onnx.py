@@ -7,11 +7,10 @@ to drive them, the processor's files, a parity report, and a script that runs it
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +21,12 @@ from vtwcli import __version__, console
 from vtwcli.data.sample import Sample
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.export.manifest import file_entries
+from vtwcli.export.onnx_companions import save_json, write_companions
 from vtwcli.export.publish import check_target, publish
 from vtwcli.models.checkpoint import Checkpoint, quiet_libraries
 from vtwcli.models.families import Family, placeholder_ids
 from vtwcli.models.loading import LoadedModel, load, load_processor, memory_available, memory_needed
-from vtwcli.ort import MANIFEST, OnnxModel
+from vtwcli.ort import FORMAT, FORMAT_VERSION, MANIFEST, OnnxModel
 from vtwcli.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ OPSETS = range(18, 25)
 FUSED_OPSET = 23  # the first with Attention and RMSNormalization as single operators
 QUANTIZERS = ("int8", "int4")
 PARITY = "parity.json"
-_QUESTION = "\0question\0"
 
 
 def export_onnx(
@@ -89,12 +88,12 @@ def export_onnx(
     with publish(output, force) as folder:
         manifest = write_graphs(source, cuts, folder, dtype=dtype, opset=opset, merged=merged)
         manifest["schedule"] = plan.to_dict()
-        _companions(source, manifest, folder)
+        write_companions(source, manifest, folder)
         written = time.perf_counter()
         report = check(source, plan, folder, manifest, samples, steps, quantize)
-        _save(folder / PARITY, report)
+        save_json(folder / PARITY, report)
         manifest["files"] = file_entries(folder)
-        _save(folder / MANIFEST, manifest)
+        save_json(folder / MANIFEST, manifest)
     return {
         "output": str(output),
         "withdrawal_layer": manifest["withdrawal_layer"],
@@ -161,6 +160,11 @@ class Source:
     def depth(self) -> int:
         """Number of decoder layers L."""
         return int(self.config.get_text_config().num_hidden_layers)
+
+    @property
+    def public_name(self) -> str:
+        """What a manifest calls the model: of a Hub id without the revision, of a local path the last part."""
+        return self.name.partition("@")[0] if self.revision is not None else Path(self.name).name
 
     def skeleton(self, dtype: torch.dtype) -> Any:
         """The model without weights, with a config of its own."""
@@ -255,17 +259,17 @@ def write_graphs(
     source: Source, cuts: Sequence[Mapping[str, Any]], folder: Path, *, dtype: str, opset: int, merged: bool
 ) -> dict[str, Any]:
     """Write the graphs and return what a manifest says of them; see ``export_onnx``."""
-    from vtwcli.export import onnx_graphs, onnx_trace
+    from vtwcli.export import onnx_graphs, onnx_modules, onnx_trace
 
     model = source.skeleton(DTYPES[dtype])
-    model.get_submodule(source.family.text_model).config._attn_implementation = onnx_graphs.ATTENTION
-    graphs = onnx_graphs.all_graphs(model, source.family, cuts, merged, DTYPES[dtype])
-    mode = onnx_trace.fake_parameters(model)
+    model.get_submodule(source.family.text_model).config._attn_implementation = onnx_modules.ATTENTION
+    mode = onnx_trace.fake_parameters(model)  # before the wrappers, which hold some parameters themselves
     names = onnx_trace.parameter_names(model)
-    attention = onnx_graphs.fused_attention if opset >= FUSED_OPSET else onnx_graphs.attention
+    graphs = onnx_graphs.all_graphs(model, source.family, cuts, merged, DTYPES[dtype])
+    attention = onnx_modules.fused_attention if opset >= FUSED_OPSET else onnx_modules.attention
     with (
         console.progress("export", total=len(graphs)) as task,
-        onnx_graphs.exportable_attention(attention),
+        onnx_modules.exportable_attention(attention),
         quiet_libraries(),
     ):
         for graph in graphs:
@@ -273,10 +277,14 @@ def write_graphs(
             onnx_trace.write(graph, mode, names, source.read, opset, folder)
             task.advance()
     return {
-        "format": "vtw-onnx",
-        "format_version": 1,
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
         "producer": f"vtwcli {__version__}",
-        "model": {"name": source.name, "revision": source.revision, "model_type": source.family.model_type},
+        "model": {
+            "name": source.public_name,
+            "revision": source.revision,
+            "model_type": source.family.model_type,
+        },
         "withdrawal_layer": next((cut["at"] for cut in cuts if cut["action"] == "withdraw"), None),
         "dtype": dtype,
         "opset": opset,
@@ -333,77 +341,6 @@ def _vision_entry(source: Source) -> dict[str, Any]:
     return entry
 
 
-def _companions(source: Source, manifest: dict[str, Any], folder: Path) -> None:
-    """Everything beside the graphs: processor, generation config, the runtime and its example script."""
-    from vtwcli import ort
-
-    processor, generation = source.processor(), source.generation_config()
-    with quiet_libraries():
-        processor.save_pretrained(folder)
-        generation.save_pretrained(folder)
-    tokenizer = processor.tokenizer
-    ends = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
-    ends = [] if ends is None else list(ends) if isinstance(ends, Sequence) else [ends]
-    pads = (generation.pad_token_id, tokenizer.pad_token_id, *ends, 0)
-    manifest["tokens"] |= {
-        "eos_ids": [int(i) for i in ends],
-        "pad_id": int(next(i for i in pads if i is not None)),
-        "bos": tokenizer.bos_token,
-        "image": getattr(processor, "image_token", None),
-    }
-    manifest["prompt"] = _prompts(processor)
-    manifest["how_to"] = _how_to(manifest)
-    shutil.copyfile(Path(ort.__file__), folder / "vtw_ort.py")
-    shutil.copyfile(Path(__file__).with_name("run_onnx.py"), folder / "run_onnx.py")
-    _save(folder / MANIFEST, manifest)
-
-
-def _prompts(processor: Any) -> dict[str, str] | None:
-    """The chat template's text before and behind a question, with one image and without; None without a template."""
-    if not (getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)):
-        return None
-    texts = {}
-    for name, parts in (("image", [{"type": "image"}]), ("text", [])):
-        turn = {"role": "user", "content": [*parts, {"type": "text", "text": _QUESTION}]}
-        text = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
-        texts[name] = text.replace(_QUESTION, "{question}")
-    return texts
-
-
-def _how_to(manifest: Mapping[str, Any]) -> list[str]:
-    """The steps of a generation in words, for those who drive the graphs from another language."""
-    roles = {graph["role"] for graph in manifest["graphs"]}
-    steps = [
-        "vision_encoder: pixel values to features; one feature row for each placeholder token of the prompt, in order",
-        "embed_tokens: input_ids [B, S] to inputs_embeds; put the feature rows in the place of the placeholders",
-        "attention_mask covers the past and the new tokens, 1 for tokens and 0 for padding; position_ids count the "
-        "tokens of the row from 0, padding apart"
-        + (", on three axes (time, row, column)" if manifest["positions"] == "grid" else ""),
-        "past_key_values start with length 0; each present is the past of the next step",
-        "logits_index [B, M]: the rows whose logits are wanted; for generation the last token of each row",
-    ]
-    if "decoder_upper" in roles and "decoder_lower" in roles:
-        steps += [
-            "decoder_lower runs on all tokens",
-            "decoder_upper takes its hidden_states and keep_index [B, T], the places of the text tokens in rising "
-            "order, rows with fewer filled in front with any place; attention_mask and position_ids are those of the "
-            "T kept places, and attention_mask is 0 where filled",
-        ]
-    if roles & {"decoder_upper"} and "decoder_lower" not in roles:
-        steps.append(
-            "decoder_upper takes inputs_embeds as hidden_states and keep_index [B, T], the text tokens"
-        )
-    if "decoder_merged" in roles:
-        steps.append(
-            "decoder_merged: keep_index [B, T] are the places of the text tokens in rising order, rows with fewer "
-            "filled in front; kept_attention_mask covers the kept past and the T places; position_ids are those of all "
-            "S tokens"
-        )
-    if "decoder" not in roles:
-        steps.append("in a step with one new token keep_index is [[0]]")
-    return steps
-
-
 def check(
     source: Source,
     schedule: Schedule,
@@ -415,7 +352,17 @@ def check(
 ) -> dict[str, Any]:
     """Compare the written graphs with torch; see ``onnx_parity`` and, for large models, ``onnx_layers``.
 
-    Quantization comes after the comparison that must hold, and is measured by a second one.
+    Quantization comes after the comparison that must hold, and is measured by a second one. Graphs that are
+    quantized already are only measured.
+
+    Args:
+        source: the model.
+        schedule: what the graphs execute.
+        folder: where they are.
+        manifest: of them; gets ``quantize``.
+        samples: questions; None takes ``synthetic_samples``.
+        steps: new tokens per sample.
+        quantize: ``int8`` or ``int4``, to be done here; None leaves the graphs as they are.
 
     Raises:
         GateError: they differ.
@@ -439,7 +386,9 @@ def check(
         if not whole:
             layer = cuts[0]["at"] if cuts else None
             result = onnx_layers.parity(loaded, layer, exported, chosen, steps)
-            onnx_parity.gate(result, manifest["dtype"])
+            _tell(manifest["quantize"] or manifest["dtype"], result)
+            if manifest["quantize"] is None:
+                onnx_parity.gate(result, manifest["dtype"])
             return {"method": "layer by layer", **facts, **result}
     plan = schedule.to_dict() if cuts else None
     references = []
@@ -449,15 +398,26 @@ def check(
             onnx_parity.Reference(inputs, *onnx_parity.torch_steps(loaded.model, plan, inputs, steps))
         )
     result = onnx_parity.measure(exported, references)
-    onnx_parity.gate(result, manifest["dtype"])
+    _tell(manifest["quantize"] or manifest["dtype"], result)
+    if manifest["quantize"] is None:
+        onnx_parity.gate(result, manifest["dtype"])
     report = {"method": "generation", **facts, **result}
     if quantize is not None:
         exported.release()
         for graph in exported.decoders:
             quantizers.quantize(folder / graph["file"], quantize)
         manifest["quantize"] = quantize
-        report["quantized"] = {"kind": quantize, **onnx_parity.measure(OnnxModel(folder), references)}
+        result = onnx_parity.measure(OnnxModel(folder), references)
+        _tell(quantize, result)
+        report["quantized"] = {"kind": quantize, **result}
     return report
+
+
+def _tell(kind: str, result: Mapping[str, Any]) -> None:
+    console.note(
+        f"{kind} graphs against torch float32: {result['agreement']:.1%} of {result['positions']} tokens agree, logits "
+        f"differ by up to {result['max_logit_difference']:.1e}, mean KL {max(0.0, result['mean_kl']):.1e} nats"
+    )
 
 
 def _check_layers_will_do(cuts: Sequence[Mapping[str, Any]], quantize: str | None) -> None:
@@ -493,6 +453,11 @@ def synthetic_samples() -> list[Sample]:
 
 
 def _check_options(dtype: str, opset: int, quantize: str | None) -> None:
+    absent = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+    if absent:
+        raise UsageError(
+            f"export to ONNX needs the package {absent[0]}", "install it with: pip install 'vtwcli[onnx]'"
+        )
     if dtype not in DTYPES:
         raise UsageError(f"{dtype!r} is no export type", f"use {' or '.join(DTYPES)}")
     if opset not in OPSETS:
@@ -501,7 +466,3 @@ def _check_options(dtype: str, opset: int, quantize: str | None) -> None:
         raise UsageError(f"{quantize!r} is no quantization", f"use {' or '.join(QUANTIZERS)}")
     if quantize is not None and dtype != "fp32":
         raise UsageError("quantization starts from fp32", "leave out --dtype")
-
-
-def _save(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -54,6 +54,14 @@ def torch_steps(
     return out.sequences[:, -steps:].cpu().numpy(), logits
 
 
+def arrays(inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Model inputs as the graphs' runtime takes them: on the CPU, pixels in float32."""
+    return {
+        name: (value.float() if value.is_floating_point() else value).cpu().numpy()
+        for name, value in inputs.items()
+    }
+
+
 def onnx_steps(exported: OnnxModel, inputs: Mapping[str, Any], tokens: np.ndarray) -> np.ndarray:
     """The graphs' logits [B, n, V] before each of the forced ``tokens`` [B, n].
 
@@ -62,11 +70,7 @@ def onnx_steps(exported: OnnxModel, inputs: Mapping[str, Any], tokens: np.ndarra
         inputs: model inputs as torch tensors.
         tokens: what the reference chose.
     """
-    plain = {
-        name: (value.float() if value.is_floating_point() else value).numpy()
-        for name, value in inputs.items()
-    }
-    logits, state = exported.prefill(plain)
+    logits, state = exported.prefill(arrays(inputs))
     columns = [logits]
     for t in range(tokens.shape[1] - 1):
         columns.append(exported.step(tokens[:, t], state))

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vtwcli.errors import VtwError
+from vtwcli.export.onnx_trace import check_file
 
 BLOCK = 32
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy level: may round activations to 8 bits where that is faster
@@ -26,7 +27,7 @@ def quantize(path: Path, kind: str) -> None:
         kind: ``int8`` or ``int4``.
 
     Raises:
-        VtwError: nothing in the graph could be quantized.
+        VtwError: nothing in the graph could be quantized, or the result does not pass the ONNX checker.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -52,6 +53,7 @@ def quantize(path: Path, kind: str) -> None:
         kinds = {node.op_type for node in onnx.load(target, load_external_data=False).graph.node}
         if not kinds & {"MatMulInteger", "MatMulNBits"}:
             raise VtwError(f"{path.name}: nothing could be quantized to {kind}")
+        check_file(target)
         for file in (path, path.with_name(f"{path.name}.data")):
             file.unlink(missing_ok=True)
         for file in sorted(Path(folder).iterdir()):

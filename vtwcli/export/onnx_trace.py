@@ -198,14 +198,15 @@ def _lazy(value: ir.Value, source: list[str], turned: bool, read: Read) -> ir.La
     dtype = next(torch_type for torch_type, onnx_type in ONNX_TYPES.items() if onnx_type == kind)
 
     def load() -> ir.Tensor:
-        tensor = read(source)
-        converted = tensor.to(dtype)
-        if dtype != tensor.dtype and not bool(torch.isfinite(converted).all()):
+        stored = read(source)
+        converted, exact = stored.to(dtype), stored.dtype == dtype
+        del stored  # copies of the largest weight are most of the export's memory
+        if not exact and not all(bool(x.isfinite()) for x in torch.aminmax(converted)):
             raise VtwError(
                 f"{source[0]} has values that {str(dtype).removeprefix('torch.')} cannot hold", "use fp32"
             )
-        array = (converted.t() if turned else converted).contiguous().numpy()
-        return ir.Tensor(array, dtype=kind, name=source[0])
+        converted = (converted.t() if turned else converted).contiguous()
+        return ir.Tensor(converted.numpy(), dtype=kind, name=source[0])
 
     return ir.LazyTensor(load, dtype=kind, shape=shape, name=source[0])
 
@@ -226,7 +227,6 @@ def write(
     Raises:
         VtwError: it cannot be exported, or the file does not pass the ONNX checker.
     """
-    import onnx
     from onnx_ir.passes import common
 
     model = trace(graph, mode, opset)
@@ -240,11 +240,22 @@ def write(
     model.producer_name, model.producer_version = "vtwcli", __version__
     path = folder / f"{graph.role}.onnx"
     ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=_SMALL)
+    check_file(path)
+    return path
+
+
+def check_file(path: Path) -> None:
+    """Run the ONNX checker over a file and its data.
+
+    Raises:
+        VtwError: it does not pass.
+    """
+    import onnx
+
     try:
         onnx.checker.check_model(path, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         raise VtwError(f"{path.name} does not pass the ONNX checker: {str(error).splitlines()[0]}") from error
-    return path
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,8 +33,8 @@ def check_target(target: Path, force: bool) -> None:
 def publish(target: Path, force: bool) -> Iterator[Path]:
     """Yield a temporary directory beside ``target`` and rename it to ``target`` when the block ends well.
 
-    After an exception the temporary directory is gone and ``target`` is as it was. An existing directory is
-    replaced only with ``force``, and only when the new one is complete.
+    After an exception, Ctrl-C and SIGTERM included, the temporary directory is gone and ``target`` is as it was. An
+    existing directory is replaced only with ``force``, and only when the new one is complete.
 
     Args:
         target: the directory to make.
@@ -45,24 +46,27 @@ def publish(target: Path, force: bool) -> Iterator[Path]:
     """
     target = target.absolute()
     check_target(target, force)
-    try:
+    temporary = target.parent / f".{target.name}-{uuid.uuid4().hex[:12]}"
+    try:  # the name comes first, so that a signal at any moment finds it
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    except OSError as error:
-        raise VtwError(f"{target}: cannot write: {error.strerror or error}") from error
-    try:
+        temporary.mkdir()
         yield temporary
         _move(temporary, target, force)
     except OSError as error:
         raise VtwError(f"{target}: cannot write: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:  # a signal in the middle: the work is done first, then it has its way
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _move(temporary: Path, target: Path, force: bool) -> None:
-    mask = os.umask(0)
-    os.umask(mask)
-    temporary.chmod(0o777 & ~mask)  # mkdtemp makes directories that only their owner reads
     if not target.exists():
         temporary.rename(target)
         return
@@ -71,11 +75,12 @@ def _move(temporary: Path, target: Path, force: bool) -> None:
         return  # the old directory now stands where the new one was made, and goes with it
     # Where two directories cannot change places, the old one steps aside and comes back if the rename fails.
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-old-"))
-    target.rename(aside / target.name)
     try:
+        target.rename(aside / target.name)
         temporary.rename(target)
-    except OSError:
-        (aside / target.name).rename(target)
+    except BaseException:
+        if not target.exists():
+            (aside / target.name).rename(target)
         raise
     finally:
         if target.exists():

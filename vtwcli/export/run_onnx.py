@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
-from vtw_ort import OnnxModel, best_resolution
+from vtw_ort import NotFoundError, OnnxModel, UsageError, best_resolution
 
 HERE = Path(__file__).resolve().parent
 MAX_SIDE = 4096  # of Idefics3
@@ -218,4 +218,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError, NotFoundError, UsageError) as error:
+        sys.exit(f"error: {error}")

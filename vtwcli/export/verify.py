@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtwcli import console
+from vtwcli import console, ort
 from vtwcli.data.sample import Sample
 from vtwcli.errors import GateError, NotFoundError, UsageError
 from vtwcli.export.hf import DTYPES
-from vtwcli.export.manifest import check_files, read_manifest
+from vtwcli.export.manifest import check_files, file_totals, read_manifest
 from vtwcli.export.remote import remote_code
 from vtwcli.models.checkpoint import first_line, quiet_libraries, resolve
 from vtwcli.models.families import FAMILIES
@@ -50,7 +50,7 @@ def verify(
     max_new_tokens: int = 16,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Check an exported directory, from its digests to what it generates.
+    """Check an exported directory, from its digests to what it generates; ONNX graphs in ``verify_onnx``.
 
     In order: every file against the manifest; loading as a user does, with ``trust_remote_code=True``; a greedy
     answer about an image; that visual tokens are gone where the schedule says so; and that tokens and logits are
@@ -75,9 +75,13 @@ def verify(
         NotFoundError: not an export, or it or the base cannot be read.
         UsageError: the code in the directory is not this version's, and is not trusted.
     """
+    sample = _sample(image)
+    if ort.is_export(directory):
+        from vtwcli.export.verify_onnx import verify_onnx
+
+        return verify_onnx(directory, sample, base=base, device=device, dtype=dtype, steps=max_new_tokens)
     manifest = read_manifest(directory)
     files = check_files(directory, manifest)
-    sample = _sample(image)
     _check_code(directory, manifest, trust_remote_code)
     loaded, name = _reference(directory, manifest, base, device, dtype)
     schedule = Schedule.from_dict(manifest["schedule"], "the manifest's schedule")
@@ -100,13 +104,9 @@ def verify(
         "directory": str(directory),
         "model": manifest["model"],
         "schedule": manifest["schedule"],
-        "files": {
-            "count": len(manifest["files"]),
-            "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
-            **files,
-        },
+        "files": {**file_totals(manifest), **files},
         "smoke": {
-            "image": str(image) if image else "a drawn scene",
+            "image": sample.id,
             "prompt": sample.prompt,
             "answer": processor.tokenizer.decode(got.tokens, skip_special_tokens=True).strip(),
             "tokens": got.tokens.tolist(),
@@ -130,9 +130,9 @@ def _sample(image: Path | None) -> Sample:
         from vtwcli.demo.scenes import examples
 
         example = next(examples("eval", 1, tasks=("caption",)))
-        return Sample("smoke", "smoke", (example.image,), example.question)
+        return Sample("a drawn scene", "smoke", (example.image,), example.question)
     try:
-        return Sample("smoke", "smoke", (decode_image(str(image), "image", None),), "Describe the image.")
+        return Sample(str(image), "smoke", (decode_image(str(image), "image", None),), "Describe the image.")
     except BadRow as error:
         raise NotFoundError(f"{image}: {error}") from error
 
@@ -142,7 +142,7 @@ def _reference(
 ) -> tuple[LoadedModel, str]:
     """The model to compare with and what to call it: the base, or the directory's weights without its code."""
     kind = DTYPES.get(dtype) or choose_dtype(resolve(str(directory)), choose_device(device))
-    name = base or _at_hand(manifest["model"])
+    name = base or at_hand(manifest["model"])
     if name is None:
         return load(str(directory), device=device, dtype=kind), "its own weights under the runtime"
     converted = manifest["weights"] == "converted"
@@ -155,7 +155,7 @@ def _reference(
     return loaded, name
 
 
-def _at_hand(model: dict[str, Any]) -> str | None:
+def at_hand(model: dict[str, Any]) -> str | None:
     """The base model, if it is on this machine; nothing is fetched."""
     if model["revision"] is None:
         from vtwcli.demo import model_dir
