@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from tests import reference
-from tests.test_calibrate import data  # noqa: F401  (the fixture)
+from tests.test_calibrate import data, launch  # noqa: F401  (data is a fixture)
 from vtwcli import report_eval
+from vtwcli.costs import peak_of
 from vtwcli.data.sources import load_data
-from vtwcli.errors import UsageError
+from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.evaluate import evaluate
 from vtwcli.flops import TextShape, kv_bytes, prefill_ratio, tokens_with_withdrawal
+from vtwcli.gates import sentence
 from vtwcli.models.inputs import encode
 from vtwcli.models.loading import load
-from vtwcli.recipe import DataSpec, EvalSection, ModelSection
+from vtwcli.recipe import DataSpec, EvalSection, GatesSection, ModelSection
 from vtwcli.schedule import Schedule
 
 K = 3
@@ -33,7 +35,8 @@ def evaluated(tiny_dir, data):  # noqa: F811
         ModelSection(name=str(tiny_dir)),
         SCHEDULES,
         [DataSpec(source=str(data))],
-        options(max_kl=1e-4, max_drop=0.5),
+        options(),
+        limits=GatesSection(max_kl=1e-4, max_drop=0.5),
     )
 
 
@@ -89,16 +92,17 @@ def test_gates(evaluated):
     assert gates["never", "max_kl"]["passed"]
     assert gates["K=3", "max_drop"]["passed"]
     assert gates["never", "max_drop"]["found"] == 0
-    words = report_eval.gate_sentence(gates["K=3", "max_kl"])
+    words = sentence(gates["K=3", "max_kl"])
     assert re.fullmatch(r"gate max_kl FAILED: K=3: mean KL 0\.\d+, allowed 0\.0001", words)
 
 
 def test_views_hold_the_numbers(evaluated, tmp_path):
     result, samples = evaluated
     text = report_eval.markdown(result)
-    assert "| colour: exact_match | 3 | K=3 |" in text
+    assert "| colour | 3 | K=3 |" in text
+    assert "Metrics: exact_match for colour, caption." in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("| ")}
-    assert widths == {len(report_eval.QUALITY_HEADER) + 1, len(report_eval.COST_HEADER) + 1}
+    assert widths == {len(header) + 1 for header, _ in report_eval.tables(result)}
     assert f"{result['schedules']['K=3']['kl_answer']:.2e}" in text
     page = report_eval.html_report(result, samples)
     different = sum(row["pruned"]["K=3"]["first_divergence"] is not None for row in result["samples"])
@@ -144,14 +148,208 @@ def test_timing_is_reported(tiny_dir, data):  # noqa: F811
         assert len(result["run"]["latency"][name]["tpot"]["iqr"]) == 2
 
 
-def test_calibrated_samples_are_noticed(tiny_dir, data, capsys):  # noqa: F811
+def test_memory_of_each_variant_is_measured(tiny_dir, data):  # noqa: F811
+    result, _ = evaluate(
+        ModelSection(name=str(tiny_dir)), SCHEDULES[:1], [DataSpec(source=str(data))],
+        options(limit=1, timing=True, repeats=1, timing_tokens=1),
+    )  # fmt: skip
+    memory = result["run"]["memory"]
+    assert set(memory) == {"full", "K=3"}
+    for row in memory.values():
+        assert row["device"] is None  # no CUDA here
+        assert row["resident"] is None or row["resident"] >= 0
+
+
+def test_peak_memory_is_that_of_the_work():
+    held = []
+
+    def work():
+        held.append(torch.ones(8 << 20))  # 32 MiB, kept
+        torch.ones(16 << 20).sum()  # 64 MiB, gone again
+
+    found = peak_of(work, torch.device("cpu"))
+    assert found["device"] is None
+    if found["resident"] is not None:
+        assert 90 << 20 < found["resident"] < 140 << 20
+
+
+def without_run(result):
+    return {key: value for key, value in result.items() if key != "run"}
+
+
+def test_same_seed_same_document(evaluated, tiny_dir, data):  # noqa: F811
+    again, _ = evaluate(
+        ModelSection(name=str(tiny_dir)), SCHEDULES, [DataSpec(source=str(data))], options(),
+        limits=GatesSection(max_kl=1e-4, max_drop=0.5),
+    )  # fmt: skip
+    assert json.dumps(without_run(again)) == json.dumps(without_run(evaluated[0]))
+    other, _ = evaluate(
+        ModelSection(name=str(tiny_dir)), SCHEDULES, [DataSpec(source=str(data))], options(seed=1, limit=2)
+    )
+    one, _ = evaluate(
+        ModelSection(name=str(tiny_dir)), SCHEDULES, [DataSpec(source=str(data))], options(seed=0, limit=2)
+    )
+    assert [row["id"] for row in other["samples"]] != [row["id"] for row in one["samples"]]
+
+
+def test_calibrated_samples_are_left_out(tiny_dir, data):  # noqa: F811
     mix = load_data([DataSpec(source=str(data))], limit=3, seed=0)
-    calibration = {"samples": [{"fingerprint": mix.fingerprints[0]}]}
-    evaluate(
+    calibration = {"samples": [{"fingerprint": mix.fingerprints[0]}, {"fingerprint": mix.fingerprints[4]}]}
+    result, samples = evaluate(
         ModelSection(name=str(tiny_dir)), SCHEDULES[:1], [DataSpec(source=str(data))], options(),
         calibration=calibration,
     )  # fmt: skip
-    assert "1 of 6 samples were calibrated on" in capsys.readouterr().err
+    left = [sample.id for i, sample in enumerate(mix.samples) if i not in (0, 4)]
+    assert [sample.id for sample in samples] == [row["id"] for row in result["samples"]] == left
+    assert result["left_out"] == 2
+
+
+def test_a_task_that_is_all_calibrated_on_is_told(tiny_dir, data, capsys):  # noqa: F811
+    mix = load_data([DataSpec(source=str(data))], limit=3, seed=0)
+    found = [
+        {"fingerprint": content}
+        for sample, content in zip(mix.samples, mix.fingerprints, strict=True)
+        if sample.task == "colour"
+    ]
+    result, _ = evaluate(
+        ModelSection(name=str(tiny_dir)), SCHEDULES[:1], [DataSpec(source=str(data))], options(),
+        calibration={"samples": found},
+    )  # fmt: skip
+    assert list(result["tasks"]) == ["caption"]
+    assert "no samples besides those to leave out for colour" in capsys.readouterr().err
+    everything = {"samples": [{"fingerprint": content} for content in mix.fingerprints]}
+    with pytest.raises(NotFoundError, match="all 6 samples are among those to leave out"):
+        evaluate(
+            ModelSection(name=str(tiny_dir)), SCHEDULES[:1], [DataSpec(source=str(data))], options(),
+            calibration=everything,
+        )  # fmt: skip
+
+
+def test_a_schedule_that_was_calibrated_on_these_samples_is_noticed(tiny_dir, data, capsys):  # noqa: F811
+    mix = load_data([DataSpec(source=str(data))], limit=3, seed=0)
+    schedule = Schedule.withdraw_at(K, data=[mix.sources[0]["fingerprint"]])
+    model, specs = ModelSection(name=str(tiny_dir)), [DataSpec(source=str(data))]
+    evaluate(model, [("mine", schedule)], specs, options())
+    assert "schedule mine was calibrated on these very samples" in capsys.readouterr().err
+    evaluate(model, [("mine", schedule)], specs, options(limit=2))
+    assert "calibrated" not in capsys.readouterr().err
+
+
+def test_resume_recomputes_only_what_is_missing(evaluated, tiny_dir, data, tmp_path, monkeypatch):  # noqa: F811
+    import vtwcli.evaluate as module
+
+    model, specs, state = ModelSection(name=str(tiny_dir)), [DataSpec(source=str(data))], tmp_path / "state"
+    small = options(batch_size=2)
+    real, calls = module.full_answers, []
+
+    def interrupted(*given):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(*given)
+
+    whole, _ = evaluate(model, SCHEDULES, specs, small)
+    monkeypatch.setattr(module, "full_answers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, SCHEDULES, specs, small, state=state)
+    calls.clear()
+
+    def counting(*given):
+        calls.append(1)
+        return real(*given)
+
+    monkeypatch.setattr(module, "full_answers", counting)
+    resumed, _ = evaluate(model, SCHEDULES, specs, small, state=state)
+    assert len(calls) == 1  # two of the three batches were done
+    assert json.dumps(without_run(resumed)) == json.dumps(without_run(whole))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_give_the_document_of_one(tiny_dir, data, tmp_path):  # noqa: F811
+    ended = launch(
+        tmp_path, "eval", str(tiny_dir), "--data", str(data), "--layers", "3", "--limit", "3", "--batch-size", "2",
+        "--max-new-tokens", "4", "--bootstrap", "50", "--no-timing", "--output", "two.json",
+    )  # fmt: skip
+    assert [process.returncode for process, _, _ in ended] == [0, 0], ended
+    assert ended[1][1] == ""
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert two["run"]["processes"] == 2
+    one, _ = evaluate(
+        ModelSection(name=str(tiny_dir)), [SCHEDULES[0]], [DataSpec(source=str(data))], options(batch_size=2)
+    )
+    assert without_run(two) == json.loads(json.dumps(without_run(one)))
+
+
+def test_metrics_of_several_numbers_and_of_none(tiny_dir, data):  # noqa: F811
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    spec = DataSpec(source=str(data), metric="cider", tasks="caption")
+    result, _ = evaluate(ModelSection(name=str(tiny_dir)), SCHEDULES, [spec], options())
+    assert result["tasks"]["caption"]["schedules"]["K=3"]["mcnemar"] is None
+    assert len(rows) == 6
+    assert {row[-1] for row in report_eval.quality_table(result)[1]} == {"-"}
+    pope = {"mean": 0.5, "f1": 0.25, "yes_ratio": 0.125}
+    compared = {**pope, "f1": 0.75, "difference": 0, "interval": None, "mcnemar": {"p": 1}}
+    row = {"metric": "pope", "judged": 3, "full": pope, "schedules": {"K=3": compared, "never": compared}}
+    said = report_eval.sentences({**result, "tasks": {"objects": row}})
+    assert "objects, f1: full 0.250, K=3 0.750, never 0.750." in said
+    assert "objects, yes ratio: full 0.125, K=3 0.125, never 0.125." in said
+
+
+def test_page_is_well_formed(evaluated):
+    from html.parser import HTMLParser
+
+    begun = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            if tag not in ("meta", "img"):
+                begun.append(tag)
+
+        def handle_endtag(self, tag):
+            assert begun.pop() == tag
+
+    reader = Reader()
+    reader.feed(report_eval.html_report(*evaluated))
+    reader.close()
+    assert begun == []
+
+
+def test_largest_kl_comes_first_on_the_page(evaluated):
+    result, samples = evaluated
+    page = report_eval.html_report(result, samples)
+    shown = re.findall(r"<dt>mean KL</dt><dd>([\d.e+-]+) nats</dd>", page)
+    found = [
+        np.mean(row["pruned"]["K=3"]["kl"])
+        for row in result["samples"]
+        if row["pruned"]["K=3"]["first_divergence"] is not None
+    ]
+    assert shown == [f"{kl:.3g}" for kl in sorted(found, reverse=True)]
+
+
+def test_speed_ups_promised_and_measured(evaluated):
+    result = json.loads(json.dumps(evaluated[0]))
+    second = {"median": 0.010, "iqr": [0.009, 0.011]}
+    half = {"median": 0.004, "iqr": [0.004, 0.004]}
+    result["run"]["latency"] = {
+        "full": {"ttft": second, "tpot": half},
+        "K=3": {"ttft": half, "tpot": half},
+        "never": {"ttft": second, "tpot": half},
+    }
+    result["run"]["memory"] = {
+        "full": {"device": None, "resident": 2_000_000},
+        "K=3": {"device": 1500, "resident": 3},
+    }
+    header, rows = report_eval.cost_table(result)
+    share = result["schedules"]["K=3"]["cost"]["flops_ratio"]["flops"]
+    assert header[-5:] == ["TTFT ms", "TPOT ms", "memory", "ideal", "speed-up"]
+    assert rows[0][3:] == ["10.00 ±1.00", "4.00 ±0.00", "2 MB", "1x", "1x"]
+    assert rows[1][3:] == ["4.00 ±0.00", "4.00 ±0.00", "1.5 kB", f"{1 / share:.2f}x", "2.50x"]
+    assert rows[2][-3:] == ["-", "1.00x", "1.00x"]
+
+
+def test_no_schedule_takes_the_full_models_name(tiny_dir, data):  # noqa: F811
+    with pytest.raises(UsageError, match="cannot be called 'full'"):
+        evaluate(ModelSection(name=str(tiny_dir)), [("full", SCHEDULES[0][1])], [DataSpec(source=str(data))])
 
 
 def test_nothing_to_compare_is_an_error(tiny_dir):

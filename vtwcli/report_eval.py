@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtwcli.report import BLUE, GREY, new_figure, save_figure
+from vtwcli import files, gates, pages
+from vtwcli.report import BLUE, GREY, new_panels, save_figure
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -17,10 +18,22 @@ if TYPE_CHECKING:
     from vtwcli.data.sample import Sample
 
 _MOST_SAMPLES = 60  # differing answers that the HTML report shows for each schedule
+_LEAST_KL = 1e-9  # a schedule that changes nothing has a place on the log scale too
 
 
-def evaluation_rows(result: dict[str, Any]) -> list[list[str]]:
-    """The quality table: one row per task and schedule, as text."""
+Table = tuple[list[str], list[list[str]]]
+"""A header and rows, as text."""
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """What every view shows: quality by task, closeness to the full model, and cost; the last two by schedule."""
+    found = [quality_table(result), closeness_table(result), cost_table(result)]
+    return [table for table in found if table[1]]
+
+
+def quality_table(result: dict[str, Any]) -> Table:
+    """One row per task and schedule; no rows where no sample has a reference answer."""
+    header = ["task", "n", "schedule", "full", "pruned", "change", "95 % interval", "p"]
     rows = []
     for task, row in result["tasks"].items():
         for name, one in row.get("schedules", {}).items():
@@ -28,36 +41,25 @@ def evaluation_rows(result: dict[str, Any]) -> list[list[str]]:
             spread = f"[{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else "-"
             rows.append(
                 [
-                    f"{task}: {row['metric']}",
+                    task,
                     str(row["judged"]),
                     name,
                     f"{row['full']['mean']:.3f}",
                     f"{one['mean']:.3f}",
                     f"{one['difference']:+.3f}",
                     spread,
-                    f"{one['mcnemar']['p']:.2g}",
+                    f"{one['mcnemar']['p']:.2g}" if one["mcnemar"] else "-",
                 ]
             )
-    return rows
+    return header, rows
 
 
-QUALITY_HEADER = ["task: metric", "n", "schedule", "full", "pruned", "change", "95 % interval", "p"]
-COST_HEADER = ["schedule", "KL first", "KL answer", "top-1", "same", "FLOPs", "KV", "TTFT", "TPOT"]
-
-
-def cost_rows(result: dict[str, Any]) -> list[list[str]]:
-    """One row per schedule: closeness to the full model, and cost relative to it."""
-    latency = result.get("run", {}).get("latency")
+def closeness_table(result: dict[str, Any]) -> Table:
+    """One row per schedule: how far it is from the full model, whatever the references say."""
+    header = ["schedule", "KL first", "KL answer", "top-1", "same", "apart at", "worst task"]
     rows = []
     for name, one in result["schedules"].items():
-        cost, times = one["cost"], ["-", "-"]
-        if latency:
-            times = [
-                f"{latency[name][kind]['median'] / latency['full'][kind]['median']:.2f}x"
-                if latency["full"][kind]["median"]
-                else "-"
-                for kind in ("ttft", "tpot")
-            ]
+        apart, worst = one["first_divergence"], one["worst_task"]
         rows.append(
             [
                 name,
@@ -65,96 +67,199 @@ def cost_rows(result: dict[str, Any]) -> list[list[str]]:
                 f"{one['kl_answer']:.2e}",
                 f"{one['top1_agreement']:.1%}",
                 f"{one['exact_sequences']:.1%}",
-                f"{cost['flops_ratio'][cost['convention']]:.1%}",
-                f"{cost['kv_ratio']:.1%}",
-                *times,
+                "-" if apart is None else f"{apart:.1f}",
+                "-"
+                if worst is None or one["worst_difference"] >= 0
+                else f"{worst} {one['worst_difference']:+.3f}",
             ]
         )
-    return rows
+    return header, rows
+
+
+def cost_table(result: dict[str, Any]) -> Table:
+    """The full model's cost, and each schedule's: work promised, and what this machine makes of it."""
+    latency, memory = (result.get("run", {}).get(kind) for kind in ("latency", "memory"))
+    header = ["schedule", "FLOPs", "KV cache"]
+    if latency:
+        header += ["TTFT ms", "TPOT ms", "memory", "ideal", "speed-up"]
+
+    def measured(name: str) -> list[str]:
+        if not latency:
+            return []
+        held = (memory or {}).get(name) or {}
+        size = held.get("device") if held.get("device") is not None else held.get("resident")
+        return [
+            _milliseconds(latency[name]["ttft"]),
+            _milliseconds(latency[name]["tpot"]),
+            "-" if size is None else _amount(size, "B"),
+        ]
+
+    cost = next(iter(result["schedules"].values()))["cost"]
+    full = [
+        "full",
+        _amount(cost["flops_full"][cost["convention"]], ""),
+        _amount(cost["kv_bytes"]["full_measured"], "B"),
+    ]
+    rows = [[*full, *measured("full"), *(["1x", "1x"] if latency else [])]]
+    for name, one in result["schedules"].items():
+        share = one["cost"]["flops_ratio"][one["cost"]["convention"]]
+        row = [name, f"{share:.1%}", f"{one['cost']['kv_ratio']:.1%}", *measured(name)]
+        if latency:
+            gained = latency["full"]["ttft"]["median"] / latency[name]["ttft"]["median"]
+            row += [f"{1 / share:.2f}x", f"{gained:.2f}x"]
+        rows.append(row)
+    return header, rows
+
+
+def _amount(value: float, unit: str) -> str:
+    """A number with a decimal prefix, three digits."""
+    for prefix in ("", "k", "M", "G"):
+        if abs(value) < 999.5:
+            return f"{value:.3g} {prefix}{unit}".rstrip()
+        value /= 1000
+    return f"{value:.3g} T{unit}"
+
+
+def _milliseconds(row: dict[str, Any]) -> str:
+    """Median and half the interquartile range."""
+    low, high = row["iqr"]
+    return f"{row['median'] * 1e3:.2f} ±{(high - low) / 2 * 1e3:.2f}"
 
 
 def evaluation_view(result: dict[str, Any]) -> Group:
-    """The terminal view: quality by task, closeness and cost by schedule, gates."""
+    """The terminal view: the tables, what their columns mean, gates."""
     from rich.console import Group
-    from rich.table import Table
+    from rich.table import Table as Grid
     from rich.text import Text
 
     parts: list[Any] = []
-    for header, rows, words in (
-        (QUALITY_HEADER, evaluation_rows(result), 1),
-        (COST_HEADER, cost_rows(result), 1),
-    ):
-        table = Table(box=None, pad_edge=False, header_style="bold")
+    for header, rows in tables(result):
+        grid = Grid(box=None, pad_edge=False, header_style="bold")
         for i, name in enumerate(header):
-            table.add_column(name, justify="left" if i < words else "right", no_wrap=True)
+            grid.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
         for row in rows:
-            table.add_row(*row)
-        parts += [table, Text("")]
-    parts.append(Text(cost_sentence(result)))
-    parts += [Text(gate_sentence(gate)) for gate in result["gates"]]
-    return Group(*parts)
+            grid.add_row(*row)
+        parts += [grid, Text("")]
+    return Group(*parts, *(Text(words) for words in sentences(result)))
 
 
-def cost_sentence(result: dict[str, Any]) -> str:
-    """What the cost columns mean, with convention and token counts."""
+def sentences(result: dict[str, Any]) -> list[str]:
+    """What the tables leave unsaid: further numbers of a metric, what the columns mean, gates."""
     cost = next(iter(result["schedules"].values()))["cost"]
+    found = [*_metrics(result), *_further_numbers(result)]
+    about = result["model"]
+    if about.get("baseline", about["name"]) != about["name"]:
+        graphs = ", ONNX graphs; torch runs the full model" if about["backend"] == "onnx" else ""
+        found.append(f"full is {about['baseline']}; it is compared with {about['name']}{graphs}.")
     text = (
-        f"p: McNemar's test. top-1: tokens whose first choice is the full model's; same: whole answers. "
-        f"FLOPs ({cost['convention']}) of the prefill and KV cache as shares of the full model's at "
-        f"{cost['visual_tokens']:.0f} visual + {cost['text_tokens']:.0f} text tokens"
+        "95 % interval: paired bootstrap; p: McNemar's test. KL(pruned ‖ full) in nats; top-1: tokens whose first "
+        "choice is the full model's; same: whole answers; apart at: mean token at which the others part."
     )
-    latency = result.get("run", {}).get("latency")
-    if latency:
-        full = latency["full"]
-        text += (
-            f"; TTFT and TPOT measured, of {full['ttft']['median'] * 1e3:.1f} ms and "
-            f"{full['tpot']['median'] * 1e3:.2f} ms (medians, interleaved)"
+    shares = "; ".join(
+        f"{convention} "
+        + ", ".join(f"{one['cost']['flops_ratio'][convention]:.1%}" for one in result["schedules"].values())
+        for convention in cost["flops_ratio"]
+    )
+    work = (
+        f"FLOPs: of the prefill by the convention {cost['convention']}, at {cost['visual_tokens']:.0f} visual + "
+        f"{cost['text_tokens']:.0f} text tokens ({shares}). KV cache: behind the prompt."
+    )
+    found += [text, work]
+    if result.get("run", {}).get("latency"):
+        found.append(
+            "TTFT, TPOT: median ± half the interquartile range, interleaved. memory: the prefill's peak above what is "
+            "held before. ideal: the speed-up that FLOPs promise; speed-up: TTFT's, which includes the vision tower."
         )
-    return text + "."
+    return found + [gates.sentence(gate) for gate in result["gates"]]
 
 
-def gate_sentence(gate: dict[str, Any]) -> str:
-    """One gate in words."""
-    verdict = "passed" if gate["passed"] else "FAILED"
-    where = f" on {gate['task']}" if gate["task"] else ""
-    what = "drop" if gate["gate"] == "max_drop" else "mean KL"
-    found = f"{what}{where} {gate['found']:.4g}, allowed {gate['allowed']:g}"
-    return f"gate {gate['gate']} {verdict}: {gate['schedule']}: {found}"
+def _metrics(result: dict[str, Any]) -> list[str]:
+    """Which metric judges which task."""
+    by_metric: dict[str, list[str]] = {}
+    for task, row in result["tasks"].items():
+        if "schedules" in row:
+            by_metric.setdefault(row["metric"], []).append(task)
+    words = "; ".join(f"{metric} for {', '.join(tasks)}" for metric, tasks in by_metric.items())
+    return [f"Metrics: {words}."] if words else []
+
+
+def _further_numbers(result: dict[str, Any]) -> list[str]:
+    """Metrics of more than one number, such as POPE's F1 and share of yes."""
+    found = []
+    for task, row in result["tasks"].items():
+        columns = {"full": row["full"], **row["schedules"]} if "schedules" in row else {}
+        for key in row.get("full", {}):
+            if key == "mean" or not all(isinstance(one.get(key), float) for one in columns.values()):
+                continue
+            values = [f"{name} {one[key]:.3f}" for name, one in columns.items()]
+            found.append(f"{task}, {key.replace('_', ' ')}: {', '.join(values)}.")
+    return found
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Both tables in Markdown, for a model card or a job's summary page."""
+    """The tables in Markdown, for a model card or a job's summary page."""
 
     def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-        lines = [header, ["---"] * len(header), *rows]
+        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
         return "\n".join(
             "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
         )
 
     parts = [
         f"## {result['model']['name']}: full against pruned",
-        table(QUALITY_HEADER, evaluation_rows(result)),
-        table(COST_HEADER, cost_rows(result)),
-        cost_sentence(result),
-        *(gate_sentence(gate) for gate in result["gates"]),
+        *(table(*one) for one in tables(result)),
+        *sentences(result),
     ]
     return "\n\n".join(parts) + "\n"
 
 
+def write_evaluation(
+    result: dict[str, Any], samples: Sequence[Sample], outputs: Mapping[str, Path | None]
+) -> None:
+    """Write a result and its views; the result comes last, so that it stands for all of them.
+
+    Args:
+        result: the document of ``evaluate``.
+        samples: the evaluated samples in the result's order.
+        outputs: where ``plot``, ``page``, ``markdown`` and ``result`` go; None leaves one out.
+    """
+    if outputs["plot"]:
+        plot_quality(result, outputs["plot"])
+    if outputs["page"]:
+        files.write_text(outputs["page"], html_report(result, samples))
+    if outputs["markdown"]:
+        files.write_text(outputs["markdown"], markdown(result))
+    if outputs["result"]:
+        files.write_text(outputs["result"], files.document(result))
+
+
 def plot_quality(result: dict[str, Any], path: Path) -> None:
-    """Quality against cost, one point a schedule: worst task's difference over the share of prefill FLOPs."""
-    figure, axis = new_figure()
-    axis.axhline(0, color=GREY, lw=0.8, ls="--")
-    for name, one in result["schedules"].items():
-        cost = one["cost"]["flops_ratio"][one["cost"]["convention"]]
-        drop = one["worst_difference"] if one["worst_difference"] is not None else -one["kl_answer"]
-        axis.plot(100 * cost, drop, "o", color=BLUE, ms=6)
-        axis.annotate(name, (100 * cost, drop), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    """Quality against cost, one point a schedule: the worst task's change, and KL, over the share of prefill FLOPs.
+
+    The first panel is left out where no sample has a reference answer.
+    """
     judged = any(one["worst_difference"] is not None for one in result["schedules"].values())
-    axis.set_xlabel("prefill FLOPs, % of the full model")
-    axis.set_ylabel("metric of the worst task, pruned - full" if judged else "-KL(pruned ‖ full), nats")
-    axis.margins(0.12)
-    axis.set_title(f"{result['model']['name']}: quality against cost", fontsize=11, loc="left")
+    figure, axes = new_panels(1 + judged)
+    for name, one in result["schedules"].items():
+        share = 100 * one["cost"]["flops_ratio"][one["cost"]["convention"]]
+        points = [(axes[-1], max(one["kl_answer"], _LEAST_KL))]
+        if one["worst_difference"] is not None:
+            points.append((axes[0], one["worst_difference"]))
+            interval = result["tasks"][one["worst_task"]]["schedules"][name]["interval"]
+            if interval:
+                axes[0].vlines(share, *interval, color=BLUE, lw=1, alpha=0.6)
+        for axis, value in points:
+            axis.plot(share, value, "o", color=BLUE, ms=6)
+            axis.annotate(name, (share, value), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    if judged:
+        axes[0].axhline(0, color=GREY, lw=0.8, ls="--")
+        axes[0].set_ylabel("worst task, pruned - full")
+    axes[-1].set_yscale("log")
+    axes[-1].set_ylabel("KL(pruned ‖ full), nats")
+    axes[-1].set_xlabel("prefill FLOPs, % of the full model")
+    for axis in axes:
+        axis.margins(0.12)
+    axes[0].set_title(f"{result['model']['name']}: quality against cost", fontsize=11, loc="left")
     save_figure(figure, path)
 
 
@@ -164,19 +269,10 @@ def html_report(result: dict[str, Any], samples: Sequence[Sample]) -> str:
     Args:
         samples: the evaluated samples in the result's order, for their images.
     """
-
-    def cells(tag: str, values: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values) + "</tr>"
-
-    def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-        return f"<table>{cells('th', header)}{''.join(cells('td', row) for row in rows)}</table>"
-
     body = [
         f"<h1>{html.escape(result['model']['name'])}: full against pruned</h1>",
-        table(QUALITY_HEADER, evaluation_rows(result)),
-        table(COST_HEADER, cost_rows(result)),
-        f"<p>{html.escape(cost_sentence(result))}</p>",
-        *(f"<p>{html.escape(gate_sentence(gate))}</p>" for gate in result["gates"]),
+        *(pages.table(*one) for one in tables(result)),
+        *(f"<p>{html.escape(words)}</p>" for words in sentences(result)),
     ]
     for name in result["schedules"]:
         differing = [
@@ -200,7 +296,7 @@ def html_report(result: dict[str, Any], samples: Sequence[Sample]) -> str:
             ]
             said = "".join(f"<dt>{key}</dt><dd>{html.escape(value)}</dd>" for key, value in lines)
             body.append(f"<article>{images}<dl>{said}</dl></article>")
-    return _PAGE.format(title=html.escape(result["model"]["name"]), body="\n".join(body))
+    return pages.page(result["model"]["name"], _STYLE, body)
 
 
 def _data_uri(image: Any) -> str:
@@ -211,18 +307,9 @@ def _data_uri(image: Any) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }}
-th, td {{ padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd }}
-th:first-child, td:first-child {{ text-align: left }}
-article {{ display: flex; gap: 1rem; padding: .8rem 0; border-bottom: 1px solid #ddd; align-items: start }}
-img {{ width: 168px; image-rendering: auto; border: 1px solid #ddd }}
-dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .15rem .8rem; margin: 0 }}
-dt {{ color: #6b6b6b }} dd {{ margin: 0; white-space: pre-wrap }}
-</style></head><body>
-{body}
-</body></html>
+_STYLE = """
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
+th:first-child, td:first-child { text-align: left }
+article { display: flex; gap: 1rem; padding: .8rem 0; border-bottom: 1px solid #ddd; align-items: start }
+img { width: 168px; image-rendering: auto; border: 1px solid #ddd }
 """
