@@ -37,6 +37,17 @@ def test_set_beats_environment_beats_recipe_beats_default(write):
     assert found.bootstrap == CalibrateSection().bootstrap
 
 
+def test_the_environment_sets_options_but_adds_no_step(write):
+    recipe = load_recipe(
+        write("model: demo\ncalibrate:"), [], {"VTW_EVAL__LIMIT": "7", "VTW_CALIBRATE__LIMIT": "8"}
+    )
+    assert (recipe.eval.limit, recipe.calibrate.limit) == (7, 8)
+    assert ("eval" in recipe.model_fields_set, "calibrate" in recipe.model_fields_set) == (False, True)
+    recipe = load_recipe(write("model: demo"), ["eval.seed=1"], {"VTW_EVAL__LIMIT": "7"})
+    assert "eval" in recipe.model_fields_set
+    assert (recipe.eval.limit, recipe.eval.seed) == (7, 1)
+
+
 def test_yaml_1_2_numbers(write):
     assert load_recipe(write("calibrate: {eta: 1e-3}")).calibrate.eta == 1e-3
 
@@ -47,10 +58,39 @@ def test_short_forms(write):
     assert [(spec.source, spec.limit) for spec in recipe.data] == [("demo", 3), ("scienceqa", None)]
 
 
+def test_overrides_reach_into_the_short_form_of_the_model(write):
+    model = load_recipe(write("model: demo"), ["model.dtype=bfloat16"], {"VTW_MODEL__DEVICE": "cpu"}).model
+    assert (model.name, model.dtype, model.device) == ("demo", "bfloat16", "cpu")
+
+
+def test_a_section_may_be_empty(write):
+    recipe = load_recipe(write("model: demo\ndata:\neval:\nexport:"))
+    assert {"eval", "export"} <= recipe.model_fields_set
+    assert not {"data", "calibrate"} & recipe.model_fields_set
+    assert recipe.eval == Recipe().eval
+
+
+def test_built_in_names_are_no_paths(write, tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "gqa").mkdir()
+    recipe = load_recipe(write("model: demo\ndata: [demo, gqa]"))
+    assert (recipe.model.name, [spec.source for spec in recipe.data]) == ("demo", ["demo", "gqa"])
+
+
 def test_paths_are_relative_to_the_recipe(write, tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
     (tmp_path / "model").mkdir()
-    recipe = load_recipe(write("model: {name: model}\ndata: [{source: rows.jsonl}, {source: gqa}]"))
+    (tmp_path / "gqa-copy").mkdir()
+    (tmp_path / "k.yaml").write_text("actions: []")
+    recipe = load_recipe(
+        write(
+            "model: {name: model}\ndata: [{source: rows.jsonl}, {source: gqa, path: gqa-copy}]\n"
+            "schedule: {file: k.yaml}\noutput: results"
+        )
+    )
+    assert recipe.data[1].path == str(tmp_path / "gqa-copy")
+    assert recipe.schedule.file == str(tmp_path / "k.yaml")
+    assert recipe.output == str(tmp_path / "results")
     assert recipe.model.name == str(tmp_path / "model")
     assert [spec.source for spec in recipe.data] == [str(tmp_path / "rows.jsonl"), "gqa"]
 
@@ -69,6 +109,8 @@ def test_paths_are_relative_to_the_recipe(write, tmp_path):
         ("{}", ["calibrate.etta=3"], {}, "--set calibrate.etta=3: calibrate.etta: unknown key 'etta'"),
         ("{}", ["calibrate.eta"], {}, "--set calibrate.eta: not KEY=VALUE"),
         ("calibrate: {eta: 1}", ["calibrate.eta.x=1"], {}, "--set calibrate.eta.x=1: 'eta' is not a section"),
+        ("export: {merged: true}", [], {}, ":1:1: export: merged goes with format onnx only"),
+        ("gates: {max_dorp: 1}", [], {}, ":1:9: gates.max_dorp: unknown key 'max_dorp' (did you mean 'max_drop'?)"),
         ("{}", ["calibrate.eta=[1"], {}, "--set calibrate.eta=[1:1:3: expected"),
         ("{}", [], {"VTW_CALIBRATE__ETA": "x"}, "environment variable VTW_CALIBRATE__ETA: calibrate.eta: input should"),
     ],

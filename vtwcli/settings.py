@@ -11,7 +11,7 @@ from typing import Any
 
 from vtwcli import documents
 from vtwcli.errors import UsageError
-from vtwcli.recipe import Recipe
+from vtwcli.recipe import STEPS, Recipe
 
 ENVIRONMENT_PREFIX = "VTW_"
 
@@ -20,6 +20,8 @@ def load_recipe(
     path: Path | None, sets: Iterable[str] = (), environment: Mapping[str, str] | None = None
 ) -> Recipe:
     """The recipe that a command starts from.
+
+    A variable changes a step's options; only the file and ``--set`` make a step part of the recipe.
 
     Args:
         path: recipe file; None starts from the defaults. Relative paths inside it are relative to it.
@@ -36,19 +38,24 @@ def load_recipe(
     if not isinstance(node, dict):
         return documents.validate(node, Recipe, name, "recipe")
     origins: dict[str, str] = {}
+    written = set(node)
     for variable, value in sorted((environment or {}).items()):
         key = variable.removeprefix(ENVIRONMENT_PREFIX)
         if variable.startswith(ENVIRONMENT_PREFIX) and "__" in key:
             dotted = key.lower().replace("__", ".")
             _assign(node, dotted, value, variable)
             origins[dotted] = f"environment variable {variable}"
+    from_environment = set(node) - written
     for text in sets:
         dotted, equals, value = text.partition("=")
         if not equals or not dotted:
             raise UsageError(f"--set {text}: not KEY=VALUE", "for example --set calibrate.eta=1e-4")
         _assign(node, dotted, value, f"--set {text}")
         origins[dotted] = f"--set {text}"
+        from_environment.discard(dotted.partition(".")[0])
     recipe = documents.validate(node, Recipe, name, "recipe", origins)
+    for step in from_environment & set(STEPS):
+        recipe.model_fields_set.discard(step)
     return recipe if path is None else recipe.relative_to(path.parent)
 
 
@@ -58,6 +65,8 @@ def _assign(node: Any, dotted: str, value: str, origin: str) -> None:
     for section in sections:
         if node.get(section) is None:
             node[section] = {}
+        if section == "model" and isinstance(node[section], str):  # the short form
+            node[section] = {"name": node[section]}
         node = node[section]
         if not isinstance(node, dict):
             raise UsageError(f"{origin}: {section!r} is not a section")

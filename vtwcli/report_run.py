@@ -1,0 +1,114 @@
+"""Views of a run: the plan, the summary, and the summary in Markdown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtwcli import gates
+
+if TYPE_CHECKING:
+    from vtwcli.pipeline import Run
+
+
+def plan_view(run: Run) -> str:
+    """What there is to do: the inputs, and per step whether it runs, why, and with which options."""
+    lines = [inputs(run)]
+    for step in run.steps:
+        state = "will run" if step.runs else "kept" if step.kept else "left out"
+        lines.append(f"  {step.name:<10}{state:<10}{step.why}; {options(run, step.name)}")
+    return "\n".join(lines)
+
+
+def inputs(run: Run) -> str:
+    """Model, data and output directory in a line."""
+    version = run.model["revision"] or f"files {run.model['fingerprint']}"
+    data = ", ".join(spec.source for spec in run.recipe.data) or "the default mix"
+    return f"model {run.model['name']} ({version}); data {data}; results in {run.folder}"
+
+
+def options(run: Run, step: str) -> str:
+    """The options of a step that the recipe sets."""
+    section = getattr(run.recipe, step)
+    given = section.model_dump(mode="json", exclude_defaults=True)
+    if step in ("eval", "export") and run.recipe.schedule.names_one:
+        given["schedule"] = next(
+            str(value)
+            for value in (run.recipe.schedule.file, run.recipe.schedule.layer, run.recipe.schedule.method)
+            if value is not None
+        )
+    if step == "eval":
+        given |= {name: limit for name, limit in run.recipe.gates if limit is not None}
+    return ", ".join(f"{key} {_value(value)}" for key, value in given.items()) or "defaults"
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def summary_view(run: Run) -> str:
+    """What was found: a line per step, the gates, and where everything is."""
+    lines = [f"{name:<10}{seconds:>8}  {words}" for name, words, seconds in _rows(run)]
+    return "\n".join([*lines, *(gates.sentence(gate) for gate in run.gates), verdict(run)])
+
+
+def verdict(run: Run) -> str:
+    """Whether the run came to its end, in a line."""
+    if run.failure is None:
+        return f"Results in {run.folder}."
+    return f"Stopped: {run.failure}. Results so far in {run.folder}."
+
+
+def markdown(run: Run) -> str:
+    """The summary for a job's page, with the evaluation's tables."""
+    rows = [["step", "result", "time"], ["---", "---", "---"]]
+    rows += [[name, words.replace("|", "\\|"), seconds] for name, words, seconds in _rows(run)]
+    parts = [
+        f"## {run.model['name']}: {'passed' if run.failure is None else 'FAILED'}",
+        "\n".join("| " + " | ".join(row) + " |" for row in rows),
+    ]
+    if run.gates:
+        parts.append("\n".join(f"- {gates.sentence(gate)}" for gate in run.gates))
+    if run.failure is not None:
+        parts.append(f"Stopped: {run.failure}.")
+    if "eval" in run.reached and "eval" in run.records:
+        from vtwcli import report_eval
+
+        evaluation = run.result("eval")
+        if evaluation is not None:
+            parts.append(report_eval.markdown(evaluation).replace("## ", "### ", 1).strip())
+    parts.append(f"{inputs(run)[0].upper()}{inputs(run)[1:]}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _rows(run: Run) -> list[tuple[str, str, str]]:
+    rows = []
+    for step in run.steps:
+        record = run.records.get(step.name)
+        if record is None or step.name not in run.reached:
+            rows.append((step.name, "failed" if step.name in run.started & run.reached else "not run", "-"))
+        else:
+            seconds = "kept" if not step.runs else f"{record.seconds:.1f} s"
+            rows.append((step.name, record.words, seconds))
+    return rows
+
+
+def write_summary(run: Run, also: Path | None = None) -> None:
+    """Write the Markdown summary into the output directory, and append it to another file.
+
+    Raises:
+        VtwError: the file system refuses.
+    """
+    from vtwcli import files
+    from vtwcli.errors import VtwError
+    from vtwcli.pipeline import SUMMARY
+
+    text = markdown(run)
+    files.write_text(run.folder / SUMMARY, text)
+    if also is not None:
+        try:
+            with also.open("a", encoding="utf-8") as stream:
+                stream.write(text)
+        except OSError as error:
+            raise VtwError(f"{also}: cannot write: {error.strerror or error}") from None

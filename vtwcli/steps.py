@@ -1,0 +1,191 @@
+"""The steps of a run: which ones a recipe asks for, what each writes, and how each is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtwcli.distributed import is_main
+from vtwcli.errors import UsageError
+from vtwcli.recipe import STEPS, Recipe
+from vtwcli.schedule import Schedule
+from vtwcli.schedules import schedule_of
+
+if TYPE_CHECKING:
+    from vtwcli.pipeline import Run
+
+# what each step writes, by the name under which its writer knows it; a directory stands for its manifest
+FILES: dict[str, dict[str, str]] = {
+    "calibrate": {
+        "result": "calibration.json",
+        "schedule": "calibration.schedule.yaml",
+        "plot": "calibration.png",
+    },
+    "analyze": {
+        "result": "analysis.json",
+        "page": "analysis.html",
+        "static": "analysis.static.yaml",
+        "dynamic": "analysis.dynamic.yaml",
+        "kl": "analysis.kl.png",
+        "attention": "analysis.attention.png",
+        "tokens": "analysis.tokens.png",
+        "values": "analysis.values.png",
+    },
+    "eval": {
+        "result": "evaluation.json",
+        "markdown": "evaluation.md",
+        "page": "evaluation.html",
+        "plot": "evaluation.png",
+    },
+    "export": {"model": "model/manifest.json"},
+}
+
+
+def steps_of(recipe: Recipe, name: str = "the recipe") -> list[str]:
+    """The steps whose sections a recipe has, in the order in which they run.
+
+    Raises:
+        UsageError: none, or steps that lack what they need.
+    """
+    wanted = [step for step in STEPS if step in recipe.model_fields_set]
+    if not wanted:
+        raise UsageError(f"{name} has no step to run", f"add a section, it may be empty: {', '.join(STEPS)}")
+    if "export" in wanted and "calibrate" not in wanted and not recipe.schedule.names_one:
+        raise UsageError(
+            f"{name}: export: there is no schedule for it",
+            "add the section calibrate, or schedule with file, layer or method",
+        )
+    if "eval" not in wanted and any(limit is not None for _, limit in recipe.gates):
+        raise UsageError(f"{name}: gates: there is nothing that they judge", "add the section eval")
+    return wanted
+
+
+def _calibrate(run: Run) -> dict[str, Any]:
+    from vtwcli import report
+    from vtwcli.analyze import analyze, shares_sweep
+    from vtwcli.calibrate import calibrate
+
+    recipe = run.recipe
+    both = any(step.name == "analyze" and step.runs for step in run.steps)
+    if both and recipe.calibrate.method == "vtw" and shares_sweep(recipe.analyze, recipe.calibrate):
+        run.analysis = analyze(recipe.model, recipe.data, recipe.analyze, calibration=recipe.calibrate)
+        result = run.analysis.calibration
+        assert result is not None
+    else:
+        state = run.folder / "calibration.partial.jsonl"
+        result = calibrate(recipe.model, recipe.data, recipe.calibrate, state=state, rule=recipe.schedule)
+    if is_main():
+        report.write_calibration(result, _outputs(run, "calibrate"))
+    run.results["calibrate"] = result
+    return {
+        "words": report.calibration_sentence(result),
+        "withdrawal_layer": result["withdrawal_layer"],
+        "interval": result.get("interval"),
+    }
+
+
+def _analyze(run: Run) -> dict[str, Any]:
+    from vtwcli import report_analyze
+    from vtwcli.analyze import analyze
+
+    analysis = run.analysis or analyze(run.recipe.model, run.recipe.data, run.recipe.analyze)
+    run.analysis = None  # its images are many
+    if is_main():
+        report_analyze.write_analysis(analysis, _outputs(run, "analyze"))
+    stages = {name: analysis.result["stages"][name] for name in ("shallow", "middle", "deep")}
+    return {"words": report_analyze.sentences(analysis.result)[0], "stages": stages}
+
+
+def _evaluate(run: Run) -> dict[str, Any]:
+    from vtwcli import report_eval
+    from vtwcli.evaluate import evaluate
+
+    result, samples = evaluate(
+        run.recipe.model,
+        [named] if (named := schedule(run)) else [],
+        run.recipe.data,
+        run.recipe.eval,
+        calibration=run.result("calibrate"),
+        state=run.folder / "evaluation.partial.jsonl",
+    )
+    if is_main():
+        report_eval.write_evaluation(
+            result, samples, {kind: run.path("eval", kind) for kind in FILES["eval"]}
+        )
+    run.results["eval"] = result
+    [(name, row)] = result["schedules"].items()
+    cost = row["cost"]["flops_ratio"][row["cost"]["convention"]]
+    drop = row["worst_difference"]
+    worst = "" if drop is None else f"worst task {row['worst_task']} {drop:+.3f}, "
+    return {
+        "words": f"{name}: {worst}mean KL {row['kl_answer']:.2e}, prefill FLOPs {cost:.1%} of full",
+        "schedule": name,
+        "worst_task": row["worst_task"],
+        "worst_difference": drop,
+        "kl_answer": row["kl_answer"],
+        "flops_ratio": cost,
+    }
+
+
+def _export(run: Run) -> dict[str, Any]:
+    from vtwcli.export.formats import export
+    from vtwcli.export.publish import publish
+
+    options = run.recipe.export
+    named = schedule(run)
+    assert named is not None  # steps_of sees to it
+    if not is_main():
+        return {"words": ""}
+    with publish(run.folder / "model", force=True) as folder:
+        made = folder / "model"  # the name that its card tells
+        manifest = export(
+            run.recipe.model,
+            named[1],
+            made,
+            options,
+            calibration=None if run.recipe.schedule.names_one else run.result("calibrate"),
+            evaluation=run.result("eval"),
+            recipe=run.text,
+        )
+        facts = _verify(run, made) if options.format == "hf" else {"parity": manifest["parity"]}
+        for entry in made.iterdir():
+            entry.rename(folder / entry.name)
+        made.rmdir()
+    what = "Hugging Face directory" if options.format == "hf" else "ONNX graphs"
+    return {"words": f"{what}, verified, in {run.folder / 'model'}", "format": options.format, **facts}
+
+
+def _verify(run: Run, directory: Path) -> dict[str, Any]:
+    from vtwcli.export.verify import verify
+
+    model = run.recipe.model
+    base = model.name if model.name == "demo" or Path(model.name).exists() else None
+    report = verify(directory, base=base, device=model.device)
+    return {key: report[key] for key in ("compared_with", "max_logit_difference")}
+
+
+RUNNERS: dict[str, Callable[[Run], dict[str, Any]]] = {
+    "calibrate": _calibrate,
+    "analyze": _analyze,
+    "eval": _evaluate,
+    "export": _export,
+}
+
+
+def _outputs(run: Run, step: str) -> dict[str, Path | None]:
+    return {kind: run.path(step, kind) for kind in FILES[step]}
+
+
+def schedule(run: Run) -> tuple[str, Schedule] | None:
+    """Name and schedule that the run evaluates and exports: the recipe's, else the calibration's.
+
+    None where there is neither; an exported directory carries its own.
+    """
+    if run.recipe.schedule.names_one:
+        return schedule_of(run.recipe.schedule)
+    calibration = run.result("calibrate")
+    if calibration is None:
+        return None
+    k = calibration["withdrawal_layer"]
+    return "calibrated" if k is None else f"K={k}", Schedule.from_dict(calibration["schedule"])
