@@ -25,7 +25,7 @@ def vtw(*args, env=None, cwd=None, **options):
     )
 
 
-COMMANDS = ["calibrate", "eval", "export", "families", "verify"]
+COMMANDS = ["analyze", "budget", "calibrate", "eval", "export", "families", "recipe", "run", "verify"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -41,7 +41,7 @@ def test_help_answers_without_torch_and_shows_an_example(command):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"vtw \w+ demo", done.stdout)
+    assert re.search(r"vtw \w+( \w+)? demo", done.stdout)
     assert ESCAPE not in done.stdout
 
 

@@ -23,7 +23,7 @@ def test_progress_without_a_terminal_is_sparse_lines(capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("layers: ")
-    assert "s left" in err
+    assert "s left, " in err and " GB" in err
     assert "\x1b" not in err
 
 
@@ -65,3 +65,9 @@ def test_details_need_verbose(capsys):
 def test_markup_in_messages_is_text(capsys):
     console.error("file [bold]x[/bold]", "hint [red]y")
     assert capsys.readouterr().err == "error: file [bold]x[/bold]\n  hint [red]y\n"
+
+
+def test_words_are_printed_as_they_are(capsys):
+    console.note("file.json:100:1: [bold]: :smile:")
+    console.error("r.yaml:100:1: [red]x[/red]")
+    assert capsys.readouterr().err == "file.json:100:1: [bold]: :smile:\nerror: r.yaml:100:1: [red]x[/red]\n"

@@ -6,6 +6,7 @@ long work prints a plain line now and then, so a CI log stays readable.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _PLAIN_INTERVAL_S = 15.0
+_NO_TERMINAL_WIDTH = 400  # characters; tables of a log or a pipe keep all their columns
 
 
 class _Settings:
@@ -28,17 +30,20 @@ settings = _Settings()
 
 
 def stdout() -> Console:
-    """A console for results; never wider than the terminal, without colour under a pipe."""
+    """A console for results: as wide as the terminal; without one nothing is cut, and there is no colour."""
     from rich.console import Console
 
-    return Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+    if sys.stdout.isatty():
+        return Console(file=sys.stdout, highlight=False)
+    width = None if "COLUMNS" in os.environ else _NO_TERMINAL_WIDTH
+    return Console(file=sys.stdout, highlight=False, emoji=False, soft_wrap=True, width=width)
 
 
 def stderr() -> Console:
     """A console for progress and words."""
     from rich.console import Console
 
-    return Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
+    return Console(file=sys.stderr, highlight=False, emoji=False, soft_wrap=not sys.stderr.isatty())
 
 
 def result(renderable: Any) -> None:
@@ -97,7 +102,7 @@ class Task:
             if self.total and self.done:
                 seconds = (self._last - self._started) * (self.total - self.done) / self.done
                 left = f", about {seconds:.0f} s left"
-            note(f"{self.description}: {self.done}/{self.total or '?'}{left}")
+            note(f"{self.description}: {self.done}/{self.total or '?'}{left}, {_memory()}")
 
     def update(self, text: str) -> None:
         """Change the description, for example to name the current layer."""
@@ -108,7 +113,7 @@ class Task:
 
 @contextmanager
 def progress(description: str, total: int | None = None) -> Iterator[Task]:
-    """Show long work on stderr: a bar with remaining time on a terminal, sparse lines elsewhere.
+    """Show long work on stderr: a bar with remaining time and peak memory on a terminal, sparse lines elsewhere.
 
     Args:
         description: what is being done, a few words.
@@ -117,8 +122,38 @@ def progress(description: str, total: int | None = None) -> Iterator[Task]:
     if settings.quiet or not sys.stderr.isatty():
         yield Task(description, total, None)
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    class Memory(ProgressColumn):
+        def render(self, task: object) -> Text:
+            return Text(_memory(), style="dim")
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        Memory(),
+    )
     with Progress(*columns, console=stderr(), transient=True) as bar:
         yield Task(description, total, bar)
+
+
+def peak_resident() -> int:
+    """Peak resident memory of this process in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _memory() -> str:
+    return f"{peak_resident() / 1e9:.1f} GB"

@@ -1,7 +1,7 @@
 """The errors that reach a user, each with its exit code.
 
 0 done; 1 unexpected failure; 2 usage or invalid recipe; 3 a quality gate failed;
-4 model or data not found or unreadable; 130 interrupted.
+4 model or data not found or unreadable; 130 interrupted; 143 terminated.
 """
 
 

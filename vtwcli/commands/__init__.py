@@ -1,0 +1,1 @@
+"""One file for each subcommand: it parses, calls one library function and prints."""

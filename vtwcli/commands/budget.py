@@ -1,0 +1,119 @@
+"""``vtw budget``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vtwcli.errors import GateError
+from vtwcli.options import (
+    Attn,
+    Data,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    ModelName,
+    Output,
+    Quiet,
+    RecipeFile,
+    Sets,
+    Trust,
+    Verbose,
+    begin,
+    check_plot,
+    data_of,
+    model_of,
+    option,
+    output_paths,
+    recipe_of,
+    section_of,
+    show,
+)
+from vtwcli.recipe import BudgetSection
+
+EXAMPLES = """
+Examples:
+
+  vtw budget demo
+
+  vtw budget MODEL --max-flops 0.6 --data ./mine.jsonl
+
+  vtw budget demo --methods vtw,attention,random --ratios 0.5,0.2
+"""
+
+
+def budget(
+    context: typer.Context,
+    model: ModelName = None,
+    max_flops: Annotated[float | None, option(BudgetSection, "max_flops", "--max-flops")] = None,
+    methods: Annotated[
+        str | None, option(BudgetSection, "methods", "--methods", metavar="NAME,NAME,...")
+    ] = None,
+    ratios: Annotated[str | None, option(BudgetSection, "ratios", "--ratios", metavar="R,R,...")] = None,
+    keep_layer: Annotated[int | None, option(BudgetSection, "keep_layer", "--keep-layer")] = None,
+    thresholds: Annotated[
+        str | None, option(BudgetSection, "thresholds", "--thresholds", metavar="T,T,...")
+    ] = None,
+    max_new_tokens: Annotated[int | None, option(BudgetSection, "max_new_tokens", "--max-new-tokens")] = None,
+    batch_size: Annotated[int | None, option(BudgetSection, "batch_size", "--batch-size")] = None,
+    seed: Annotated[int | None, option(BudgetSection, "seed", "--seed")] = None,
+    data: Data = None,
+    limit: Annotated[int | None, option(BudgetSection, "limit", "--limit", rich_help_panel="Data")] = None,
+    skip_bad: Annotated[
+        bool | None, option(BudgetSection, "skip_bad", "--skip-bad", rich_help_panel="Data")
+    ] = None,
+    recipe: RecipeFile = None,
+    sets: Sets = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    attn: Attn = None,
+    trust_remote_code: Trust = None,
+    output: Output = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Picture, png, svg or pdf.", rich_help_panel="Output"),
+    ] = None,
+    as_json: Json = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare methods on your model: what each schedule costs, and how far it is from the full model.
+
+    Runs withdrawal at every layer, VisiPruner, kept subsets and random
+    controls on the same samples, and compares their next-token
+    distributions along the full model's answers. Writes the table (JSON),
+    a picture with the Pareto front, and with --max-flops the schedule
+    closest to the full model within the budget (YAML); exit code 3 when
+    there is none.
+    """
+    begin(quiet, verbose)
+    base = recipe_of(context.params)
+    options = section_of(BudgetSection, context.params, base.budget)
+    where, specs = model_of(context.params, base), data_of(context.params, base)
+    check_plot(plot)
+    beside = {"schedule": ".schedule.yaml", "plot": ".png"}
+    outputs = output_paths(where.name, output, as_json, "budget", beside)
+    outputs["plot"] = plot or outputs["plot"]
+    if options.max_flops is None:
+        outputs["schedule"] = None
+    from vtwcli import files, report_methods
+
+    files.check_free(outputs.values(), force)
+
+    from vtwcli.budget import budget as run
+    from vtwcli.distributed import finish, is_main
+
+    result = run(where, specs, options, base.schedule)
+    if is_main():
+        report_methods.write_budget(result, outputs)
+        show(result, report_methods.budget_view, outputs, as_json)
+    finish()
+    if options.max_flops is not None and result["best"] is None and is_main():
+        raise GateError(
+            f"no schedule costs at most {100 * options.max_flops:.3g}% of the full model's prefill FLOPs",
+            "a larger --max-flops, or smaller --ratios",
+        )

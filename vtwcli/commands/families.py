@@ -1,0 +1,42 @@
+"""``vtw families``."""
+
+from __future__ import annotations
+
+import json
+
+from vtwcli import console
+from vtwcli.options import (
+    Json,
+)
+
+EXAMPLES = """
+Examples:
+
+  vtw families
+
+  vtw families --json | jq -r '.[] | select(.onnx == "yes") | .example'
+
+Try the tool on the model that comes with it:  vtw calibrate demo
+"""
+
+
+def families(as_json: Json = False) -> None:
+    """List the model families, what works with each, and what to know."""
+    from vtwcli.models.families import table
+
+    rows = table()
+    if as_json:
+        console.result_text(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    from rich.table import Table
+
+    view = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("family", "example", "withdraw", "sweep", "analyze", "onnx"):
+        view.add_column(name, overflow="fold")
+    for row in rows:
+        view.add_row(*(row[str(column.header)] for column in view.columns))
+    console.result(view)
+    for note in dict.fromkeys(row["notes"] for row in rows if row["notes"]):
+        console.result(
+            "\n" + ", ".join(row["family"] for row in rows if row["notes"] == note) + f":\n  {note}"
+        )

@@ -1,0 +1,79 @@
+"""``vtw recipe``: schema, check, init."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vtwcli import console
+from vtwcli.options import Force
+
+EXAMPLES = """
+Examples:
+
+  vtw recipe init demo > demo.yaml && vtw recipe check demo.yaml && vtw run demo.yaml
+
+  vtw recipe schema > recipe.schema.json
+"""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Start a recipe, check one, or print the schema for an editor.",
+    epilog=EXAMPLES,
+)
+
+
+@app.command("init")
+def init(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Local directory, Hub id with optional @revision, or demo.")
+    ] = "demo",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write here instead of to stdout.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write a commented starter that shows every option with its default."""
+    from vtwcli import files
+    from vtwcli.starter import starter
+
+    files.check_free([output], force)
+    if output is None:
+        console.result_text(starter(model))
+    else:
+        files.write_text(output, starter(model))
+        console.note(f"wrote {output}")
+
+
+@app.command("check")
+def check(
+    recipes: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recipe files, YAML or JSON.")],
+) -> None:
+    """Say whether recipes are valid, and which steps they have; exit code 2 when one is not.
+
+    Looks at the files alone, and at a schedule that one names: not at the
+    environment, the model or the data.
+    """
+    from vtwcli.recipe import STEPS
+    from vtwcli.schedules import schedule_of
+    from vtwcli.settings import load_recipe
+    from vtwcli.steps import steps_of
+
+    for path in recipes:
+        loaded = load_recipe(path)
+        schedule_of(loaded.schedule)
+        sections = [name for name in STEPS if name in loaded.model_fields_set]
+        steps = ", ".join(steps_of(loaded, str(path))) if sections else "no step for vtw run"
+        console.result_text(f"{path}: valid: {steps}")
+
+
+@app.command("schema")
+def schema() -> None:
+    """Print the JSON schema of recipes; editors complete and check with it."""
+    from vtwcli.recipe import json_schema
+
+    console.result_text(json.dumps(json_schema(), indent=1, ensure_ascii=False))
