@@ -84,3 +84,14 @@ def tiny_dir(tmp_path_factory) -> Path:
     model.save_pretrained(path)
     build_processor().save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory):
+    """Exports to ONNX by name, see ``tests.onnx_exports``; worker processes share them."""
+    from tests.onnx_exports import Exports
+
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "onnx"
+    root.mkdir(exist_ok=True)
+    return Exports(root)

@@ -1,7 +1,7 @@
 """vtwcli: find, judge and ship the withdrawal of visual tokens from multimodal LLMs.
 
-Everything the command line does is a function here, imported on first use so that
-``import vtwcli`` costs nothing.
+Models and the runtime, imported on first use so that ``import vtwcli`` costs nothing. Each subcommand is a function
+of the same name in the module of the same name: ``from vtwcli.calibrate import calibrate``.
 """
 
 from importlib import import_module
@@ -12,11 +12,9 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "load": "vtwcli.models.loading",
     "load_data": "vtwcli.data.sources",
-    "calibrate": "vtwcli.calibrate",
     "Schedule": "vtwcli.schedule",
     "pruned": "vtwcli.runtime",
     "apply": "vtwcli.runtime",
-    "sweep": "vtwcli.sweep",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
 
-from vtwcli import __version__, console, distributed, files, policies
+from vtwcli import __version__, console, distributed, policies
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import DataMix, load_data
 from vtwcli.data.tasks import default_mix
 from vtwcli.errors import NotFoundError, UsageError
+from vtwcli.export.manifest import exported_from
 from vtwcli.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape, prefill_cost, tokens_with_withdrawal
-from vtwcli.models.checkpoint import resolve
+from vtwcli.models.checkpoint import Checkpoint, resolve
 from vtwcli.models.inputs import Encoded, answer_ids, encode, generate_answers
 from vtwcli.models.layers import LayerSource, Resident
 from vtwcli.models.loading import LoadedModel, fits, load
 from vtwcli.models.streaming import Streamed
-from vtwcli.recipe import CalibrateSection, DataSpec, ModelSection, Policy
+from vtwcli.recipe import CalibrateSection, DataSpec, ModelSection, Policy, ScheduleSection
+from vtwcli.resume import Keep, kept, key_of, stamp
 from vtwcli.schedule import Schedule
 from vtwcli.sweep import Intervention, ItemResult, SweepItem, naive, peak_memory, sweep
 
@@ -56,14 +56,16 @@ def calibrate(
     options: CalibrateSection = CalibrateSection(),
     *,
     state: Path | None = None,
+    rule: ScheduleSection = ScheduleSection(),
 ) -> dict[str, Any]:
-    """Find the withdrawal layer K of a model.
+    """Find the withdrawal layer K of a model, or VisiPruner's boundary and thresholds (``options.method``).
 
     Args:
         model: which model, and where it runs.
         data: sources of samples; by default the demo data for ``demo`` and a small mix of public tasks otherwise.
         options: policy, threshold, positions and so on.
         state: file that keeps finished samples across an interruption (``options.resume``).
+        rule: VisiPruner's parameters that are not searched; see ``calibrate_visipruner``, also for its document.
 
     Returns:
         The result document, plain JSON values: ``withdrawal_layer`` (int or None), ``num_layers``, ``policy``,
@@ -76,35 +78,57 @@ def calibrate(
         NotFoundError: model or data missing or unreadable, or no sample has a visual token.
         UsageError: options that contradict each other or the model.
     """
+    if options.method == "visipruner":
+        from vtwcli import calibrate_visipruner
+
+        return calibrate_visipruner.calibrate(model, data, options, rule)
     started = time.perf_counter()
     check_model(model)
     mix = read_samples(model, data, options)
     loaded, source = open_model(model)
-    _check_options(options, source)
+    check_options(options, source)
     timing = {"load": time.perf_counter() - started}
     samples = list(mix.samples)
 
-    def work() -> dict[int, Measured]:
+    def work(known: dict[int, Any], keep: Keep) -> dict[int, Measured]:
         mine = distributed.share(samples)
-        with _kept(state, _key(loaded, mix, options)) as (known, keep):
-            done = {place: known[place] for place, _ in mine if place in known}
-            missing = [(place, sample) for place, sample in mine if place not in done]
-            for place, measured in measure(loaded, source, missing, options, timing):
-                done[place] = measured
-                keep(place, measured)
+        done = {place: Measured(**known[place]) for place, _ in mine if place in known}
+        missing = [(place, sample) for place, sample in mine if place not in done]
+        for place, measured in measure(loaded, source, missing, options, timing):
+            done[place] = measured
+            keep(place, vars(measured))
         return done
 
-    measured = distributed.gathered(work)
-    result = _result(loaded, source, mix, options, measured)
+    with kept(state, _key(loaded, mix, options)) as finished:
+        measured = distributed.gathered(partial(work, *finished))
+    result = assemble(loaded, source, mix, options, measured)
     timing["total"] = time.perf_counter() - started
-    result["run"] = {
+    result["run"] = run_of(loaded, source, timing)
+    return result
+
+
+def run_of(loaded: LoadedModel, source: LayerSource, timing: dict[str, float]) -> dict[str, Any]:
+    """What differs between equal runs: seconds, memory, processes, device."""
+    return {
         "seconds": {name: round(value, 3) for name, value in timing.items()},
         "peak_memory_bytes": peak_memory(),
         "processes": distributed.size(),
         "device": str(loaded.device),
         "streamed": source.together,
     }
-    return result
+
+
+def load_model(model: ModelSection, *, weights: bool = True) -> LoadedModel:
+    """The model with its processor on this process's device; see ``models.loading.load``."""
+    with console.progress(f"loading {model.name}"):
+        return load(
+            model.name,
+            device=distributed.local_device(model.device),
+            dtype=model.dtype,
+            attn=model.attn,
+            trust_remote_code=model.trust_remote_code,
+            weights=weights,
+        )
 
 
 def open_model(model: ModelSection) -> tuple[LoadedModel, LayerSource]:
@@ -115,15 +139,7 @@ def open_model(model: ModelSection) -> tuple[LoadedModel, LayerSource]:
         streamed = not fits(model.name, where, model.dtype, trust_remote_code=model.trust_remote_code)
         if streamed:
             console.note(f"{model.name} does not fit into memory; its layers are read one at a time")
-    with console.progress(f"loading {model.name}"):
-        loaded = load(
-            model.name,
-            device=where,
-            dtype=model.dtype,
-            attn=model.attn,
-            trust_remote_code=model.trust_remote_code,
-            weights=not streamed,
-        )
+    loaded = load_model(model, weights=not streamed)
     return loaded, Streamed(loaded) if streamed else Resident(loaded.model, loaded.family)
 
 
@@ -138,15 +154,7 @@ def measure(
 
     ``timing`` gains the seconds of answering and of the sweep.
     """
-    begun = time.perf_counter()
-    answers = _answers(loaded, source, [sample for _, sample in samples], options)
-    timing["answers"] = time.perf_counter() - begun
-    # the last answer token is compared but never read, so it is not part of the input
-    encoded = [
-        encode(loaded, sample, None if ids is None else ids[:-1])
-        for (_, sample), ids in zip(samples, answers, strict=True)
-    ]
-    items = [SweepItem(one.inputs, _rows(one)) for one in encoded]
+    encoded, items = prepare(loaded, source, [sample for _, sample in samples], options, timing)
     interventions = [Intervention("withdraw", k) for k in range(source.depth)]
     begun = time.perf_counter()
     finished: list[ItemResult] = []
@@ -165,19 +173,60 @@ def measure(
             else:
                 outcome = search(source, [item], interventions, progress=bar)[0]
             place, prompt = samples[number][0], encoded[number]
-            yield place, _measured(outcome, prompt)
+            yield place, measured_of(outcome, prompt)
     timing["sweep"] = time.perf_counter() - begun
 
 
-def check_model(model: ModelSection) -> None:
-    """Refuse a model that cannot work before data and weights are read.
+class SweepOptions(Protocol):
+    """The options that decide which positions a sweep compares; calibration and analysis have them."""
+
+    @property
+    def min_layer(self) -> int | None:
+        """First candidate for K."""
+
+    @property
+    def positions(self) -> str:
+        """``first`` or ``answer``."""
+
+    @property
+    def answers(self) -> str:
+        """``auto``, ``generated`` or ``reference``."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest answer."""
+
+
+def prepare(
+    loaded: LoadedModel,
+    source: LayerSource,
+    samples: Sequence[Sample],
+    options: SweepOptions,
+    timing: dict[str, float],
+) -> tuple[list[Encoded], list[SweepItem]]:
+    """The samples as the sweep's items, each with the answer that is forced; ``timing`` gains its seconds."""
+    begun = time.perf_counter()
+    answers = _answers(loaded, source, samples, options)
+    timing["answers"] = time.perf_counter() - begun
+    # the last answer token is compared but never read, so it is not part of the input
+    encoded = [
+        encode(loaded, sample, None if ids is None else ids[:-1])
+        for sample, ids in zip(samples, answers, strict=True)
+    ]
+    return encoded, [SweepItem(one.inputs, _rows(one)) for one in encoded]
+
+
+def check_model(model: ModelSection) -> Checkpoint:
+    """Refuse a model that cannot work before data and weights are read; its files without the weights.
 
     Raises:
         NotFoundError: missing, unsupported, or of a family whose visual tokens cannot leave.
     """
-    family = resolve(model.name, trust_remote_code=model.trust_remote_code, weights=False).family
+    checkpoint = resolve(model.name, trust_remote_code=model.trust_remote_code, weights=False)
+    family = checkpoint.family
     if family.no_withdraw:
         raise NotFoundError(f"{family.title}: visual tokens cannot be withdrawn: {family.no_withdraw}")
+    return checkpoint
 
 
 class SampleOptions(Protocol):
@@ -196,16 +245,29 @@ class SampleOptions(Protocol):
         """Whether unreadable samples are skipped and counted."""
 
 
-def read_samples(model: ModelSection, data: Sequence[DataSpec], options: SampleOptions) -> DataMix:
-    """The samples of a command: its data sources, or the model's default ones."""
-    specs = list(data) or ([DataSpec(source="demo")] if model.name == "demo" else list(default_mix()))
-    mix = load_data(specs, limit=options.limit, seed=options.seed, skip_bad=options.skip_bad)
+def default_data(model: ModelSection) -> list[DataSpec]:
+    """The demo data for the demo model and what was exported from it, else a small mix of public tasks."""
+    demo = model.name == "demo" or exported_from(Path(model.name)) == "demo"
+    return [DataSpec(source="demo")] if demo else list(default_mix())
+
+
+def read_samples(
+    model: ModelSection, data: Sequence[DataSpec], options: SampleOptions, exclude: Collection[str] = ()
+) -> DataMix:
+    """The samples of a command: its data sources, or the model's default ones, without those to ``exclude``."""
+    specs = list(data) or default_data(model)
+    mix = load_data(specs, limit=options.limit, seed=options.seed, skip_bad=options.skip_bad, exclude=exclude)
     if mix.skipped:
         console.warn(f"skipped {mix.skipped} unreadable samples")
     return mix
 
 
-def _check_options(options: CalibrateSection, source: LayerSource) -> None:
+def check_options(options: SweepOptions, source: LayerSource) -> None:
+    """Refuse options that contradict the model.
+
+    Raises:
+        UsageError: no candidate layer is left, or a streamed model would have to generate.
+    """
     if options.min_layer is not None and options.min_layer >= source.depth:
         raise UsageError(
             f"--min-layer: {options.min_layer} leaves no candidate, the model has layers 0..{source.depth - 1}"
@@ -218,7 +280,7 @@ def _check_options(options: CalibrateSection, source: LayerSource) -> None:
 
 
 def _answers(
-    loaded: LoadedModel, source: LayerSource, samples: Sequence[Sample], options: CalibrateSection
+    loaded: LoadedModel, source: LayerSource, samples: Sequence[Sample], options: SweepOptions
 ) -> list[torch.Tensor | None]:
     """The answer tokens to force behind each prompt; None compares the first position only."""
     if options.positions == "first" or not samples:
@@ -240,7 +302,8 @@ def _rows(encoded: Encoded) -> torch.Tensor:
     return torch.arange(encoded.prompt_length - 1, encoded.inputs["input_ids"].shape[1])[None]
 
 
-def _measured(outcome: ItemResult, prompt: Encoded) -> Measured:
+def measured_of(outcome: ItemResult, prompt: Encoded) -> Measured:
+    """A sample's part of a calibration from its result for withdrawal at layers 0..L-1."""
     visual = int(prompt.visual[: prompt.prompt_length].sum())
     prefix = int(prompt.visual.int().argmax()) if visual else 0
     return Measured(
@@ -252,14 +315,18 @@ def _measured(outcome: ItemResult, prompt: Encoded) -> Measured:
     )
 
 
-def _result(
+def assemble(
     loaded: LoadedModel,
     source: LayerSource,
     mix: DataMix,
     options: CalibrateSection,
     measured: Sequence[Measured],
 ) -> dict[str, Any]:
-    """The result document without ``run``."""
+    """The result document of ``calibrate`` without ``run``.
+
+    Args:
+        measured: of every sample of the mix, in its order.
+    """
     depth = source.depth
     kl = np.array([np.mean(one.kl, axis=1) for one in measured])
     agree = np.array([np.mean(one.agree, axis=1) for one in measured])
@@ -298,29 +365,15 @@ def _result(
     by_task = policies.per_task(rule("sustained"), used, tasks)
     names = np.asarray(tasks)
     at = depth if k is None else k
-    model = {
-        "name": loaded.name,
-        "revision": loaded.revision,
-        "family": loaded.family.model_type,
-        "architecture": loaded.family.architecture,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-    }
     schedule = None
     if k is not None:
-        provenance = {
-            "model": loaded.name,
-            "revision": loaded.revision,
-            "policy": options.policy,
-            "eta": options.eta,
-            "positions": options.positions,
-            "data": [entry["fingerprint"] for entry in mix.sources],
-            "vtwcli": __version__,
-        }
+        found = {"policy": options.policy, "eta": options.eta, "positions": options.positions}
+        provenance = provenance_of(loaded, mix, **found)
         schedule = Schedule.withdraw_at(k, **provenance).to_dict()
     return {
         "format": "vtw-calibration",
         "format_version": FORMAT_VERSION,
-        "model": model,
+        "model": model_of(loaded),
         "num_layers": depth,
         "withdrawal_layer": k,
         "interval": list(interval) if interval else None,
@@ -373,6 +426,28 @@ def _result(
     }
 
 
+def provenance_of(loaded: LoadedModel, mix: DataMix, **found: Any) -> dict[str, Any]:
+    """Where a schedule comes from: the model, how it was found, and the data."""
+    return {
+        "model": loaded.name,
+        "revision": loaded.revision,
+        **found,
+        "data": [entry["fingerprint"] for entry in mix.sources],
+        "vtwcli": __version__,
+    }
+
+
+def model_of(loaded: LoadedModel) -> dict[str, Any]:
+    """What a result document says about the model."""
+    return {
+        "name": loaded.name,
+        "revision": loaded.revision,
+        "family": loaded.family.model_type,
+        "architecture": loaded.family.architecture,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+    }
+
+
 def _cost(loaded: LoadedModel, measured: Sequence[Measured], depth: int) -> dict[str, Any]:
     """Cost of the prompts' prefill with withdrawal at k = 0..L relative to the full model's, over all samples."""
     shape = TextShape.from_config(loaded.model.config)
@@ -415,45 +490,7 @@ def versions() -> dict[str, str]:
 
 
 def _key(loaded: LoadedModel, mix: DataMix, options: CalibrateSection) -> str:
-    """What kept samples depend on; another key makes them worthless."""
+    """What kept samples depend on."""
     shaping = options.model_dump(include={"positions", "answers", "max_new_tokens"})
-    parts = [loaded.name, loaded.revision, str(loaded.dtype), list(mix.sources), shaping, versions()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-@contextmanager
-def _kept(
-    state: Path | None, key: str
-) -> Iterator[tuple[dict[int, Measured], Callable[[int, Measured], None]]]:
-    """Finished samples of an interrupted run, and a function that keeps one more; gone once the work is done.
-
-    The file has one JSON line per sample behind a line with the key; a torn last line is ignored.
-    """
-    if state is None:
-        yield {}, lambda place, measured: None
-        return
-    file = state.with_name(f".{state.name}.{distributed.rank()}")
-    known: dict[int, Measured] = {}
-    if file.exists():
-        first, *lines = file.read_text(encoding="utf-8").splitlines() or [""]
-        if first == key:
-            for line in lines:
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    break
-                place = entry.pop("place")
-                known[place] = Measured(**entry)
-            console.note(f"resuming: {len(known)} samples are done already")
-        else:
-            console.note("the interrupted run had other inputs; starting anew")
-    lines = [json.dumps({"place": place, **vars(measured)}) for place, measured in known.items()]
-    files.write_text(file, "\n".join([key, *lines]) + "\n")  # without a torn last line
-    with file.open("a", encoding="utf-8") as stream:
-
-        def keep(place: int, measured: Measured) -> None:
-            stream.write(json.dumps({"place": place, **vars(measured)}) + "\n")
-            stream.flush()
-
-        yield known, keep
-    file.unlink()
+    model = (loaded.name, loaded.revision, str(loaded.dtype), stamp(loaded.path))
+    return key_of(model, list(mix.sources), shaping, versions())

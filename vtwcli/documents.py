@@ -7,6 +7,8 @@ One message names the file, line, column and key, and the nearest known key wher
 from __future__ import annotations
 
 import difflib
+import json
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from vtwcli.errors import UsageError
 
 Model = TypeVar("Model", bound=BaseModel)
+_LARGE = 50_000  # characters; larger JSON is read by the fast reader, which keeps no line numbers
 Location = tuple[str | int, ...]
 
 
@@ -41,8 +44,15 @@ def parse(text: str, name: str, kind: str) -> Any:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+    if len(text) > _LARGE and text.lstrip()[:1] in ("{", "["):
+        try:
+            return json.loads(text, object_pairs_hook=_unique)
+        except (ValueError, RecursionError):
+            pass  # YAML tells the line
     try:
-        return YAML(typ="rt").load(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an anchor that is used again is fine
+            return YAML(typ="rt").load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
@@ -55,6 +65,13 @@ def parse(text: str, name: str, kind: str) -> Any:
         ) from None
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
 def plain(node: Any) -> Any:
     """Round-trip data as plain dicts, lists, strings and numbers."""
     if isinstance(node, dict):
@@ -64,8 +81,10 @@ def plain(node: Any) -> Any:
     for kind in (bool, int, float, str):
         if isinstance(node, kind):
             return kind(node)
-    # ruamel keeps booleans with an anchor as its own integer type; everything else passes to pydantic
-    return bool(node) if type(node).__name__ == "ScalarBoolean" else node
+    if node is None:
+        return None
+    # ruamel keeps booleans with an anchor as its own integer type; dates and tagged values are text here
+    return bool(node) if type(node).__name__ == "ScalarBoolean" else str(getattr(node, "value", node))
 
 
 def validate(
@@ -192,3 +211,17 @@ def _known_keys(model: type[BaseModel], location: Location) -> list[str]:
                 deeper += branches(inner)
         places = deeper
     return sorted({key for place in places for key in place.get("properties", {})})
+
+
+def to_yaml(data: Mapping[str, Any]) -> str:
+    """Plain values as a YAML document for people."""
+    from io import StringIO
+
+    from ruamel.yaml import YAML
+
+    out = StringIO()
+    yaml = YAML()
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.width = 110
+    yaml.dump(data, out)
+    return out.getvalue()

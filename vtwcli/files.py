@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from vtwcli.errors import UsageError, VtwError
 
@@ -55,3 +57,8 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text in one step."""
     write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def document(result: dict[str, Any]) -> str:
+    """A result as JSON text, as files hold it and ``--json`` prints it."""
+    return json.dumps(result, indent=1, ensure_ascii=False) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,32 @@ _BAR = 28  # width of the terminal chart in characters
 BLUE, ORANGE, GREY, GREEN = "#0072B2", "#D55E00", "#6B6B6B", "#009E73"
 
 
+def write_calibration(result: dict[str, Any], outputs: Mapping[str, Path | None]) -> None:
+    """Write a result, its schedule and its picture; the result comes last, so that it stands for all of them.
+
+    Args:
+        result: the document of ``calibrate``.
+        outputs: where ``plot``, ``schedule`` and ``result`` go; None leaves one out.
+    """
+    from vtwcli import files
+    from vtwcli.schedule import Schedule
+
+    if outputs["plot"]:
+        plot_calibration(result, outputs["plot"])
+    if outputs["schedule"] and result["schedule"]:
+        files.write_text(outputs["schedule"], Schedule.from_dict(result["schedule"]).to_yaml())
+    elif outputs["schedule"]:
+        outputs["schedule"].unlink(missing_ok=True)  # one that is replaced would pass for this result's
+    if outputs["result"]:
+        files.write_text(outputs["result"], files.document(result))
+
+
 def calibration_view(result: dict[str, Any]) -> Group:
     """The terminal view of a calibration: the curve as bars, the chosen K and what it saves."""
+    if result.get("method") == "visipruner":
+        from vtwcli import report_methods
+
+        return report_methods.visipruner_view(result)
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -48,6 +73,10 @@ def calibration_view(result: dict[str, Any]) -> Group:
 
 def calibration_sentence(result: dict[str, Any]) -> str:
     """One line: the chosen K and what it saves, or that no layer qualifies."""
+    if result.get("method") == "visipruner":
+        from vtwcli import report_methods
+
+        return report_methods.visipruner_sentence(result)
     k, layers = result["withdrawal_layer"], result["num_layers"]
     rule = f"policy {result['policy']}, eta {result['eta']:g}, {result['positions']} positions"
     if k is None:
@@ -99,6 +128,11 @@ def plot_calibration(result: dict[str, Any], path: Path) -> None:
 
     The format follows the suffix of ``path`` (png, svg, pdf).
     """
+    if result.get("method") == "visipruner":
+        from vtwcli import report_methods
+
+        report_methods.plot_visipruner(result, path)
+        return
     import numpy as np
 
     figure, axis = new_figure()
@@ -116,7 +150,7 @@ def plot_calibration(result: dict[str, Any], path: Path) -> None:
             axis.plot(layers, np.maximum(row["kl"], floor), color=BLUE, lw=0.7, alpha=0.45)
         # labels stand above one another where curves end together, a twentieth of the axis apart
         step = (max(mean.max(), high.max()) / floor) ** 0.05
-        lowest = 0.0
+        lowest = floor / step**0.4
         for task in sorted(ends, key=lambda name: ends[name]):
             lowest = max(ends[task], lowest * step)
             axis.text(layers[-1] + 0.2, lowest, task, fontsize=7, color=BLUE, va="center")
@@ -157,13 +191,20 @@ def plot_calibration(result: dict[str, Any], path: Path) -> None:
 
 def new_figure() -> tuple[Any, Any]:
     """A figure that needs no display and leaves pyplot's global state alone."""
+    figure, [axis] = new_panels(1)
+    return figure, axis
+
+
+def new_panels(count: int) -> tuple[Any, Any]:
+    """A figure of panels above one another, which share the horizontal axis."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axis = figure.add_subplot()
-    axis.spines[["top"]].set_visible(False)
-    axis.grid(axis="y", color="#DDDDDD", lw=0.5)
-    return figure, axis
+    figure = Figure(figsize=(7.2, 1.2 + 3.2 * count), layout="constrained")
+    axes = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+    for axis in axes:
+        axis.spines[["top"]].set_visible(False)
+        axis.grid(axis="y", color="#DDDDDD", lw=0.5)
+    return figure, axes
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -50,6 +50,7 @@ class Drawing:
         """
         self.limit, self.seed, self.exclude = limit, seed, frozenset(exclude)
         self.kept: dict[str, list[tuple[float, int, str, Sample]]] = {}  # a heap each, largest key first
+        self.excluded = 0  # samples passed over so far
         self._first = first
         self._random = random.Random(seed)
 
@@ -69,6 +70,7 @@ class Drawing:
         sample = make()
         content = sample_fingerprint(sample)
         if content in self.exclude:
+            self.excluded += 1
             return
         (heapq.heapreplace if crowded else heapq.heappush)(kept, (-key, -place, content, sample))
 

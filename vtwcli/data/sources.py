@@ -49,12 +49,14 @@ class DataMix:
             (``repository``, ``config``, ``revision`` or ``path``; ``split``), ``choice`` (how samples were drawn),
             ``rows`` (0-based row numbers used, as ranges), ``skipped`` and ``fingerprint`` (over ids and contents).
         skipped: unreadable rows left out, over all sources.
+        excluded: samples that came up and were passed over because they were not wanted.
     """
 
     samples: tuple[Sample, ...]
     fingerprints: tuple[str, ...]
     sources: tuple[dict[str, Any], ...]
     skipped: int
+    excluded: int = 0
 
 
 def load_data(
@@ -86,6 +88,7 @@ def load_data(
     samples: list[Sample] = []
     prints: list[str] = []
     sources: list[dict[str, Any]] = []
+    excluded = 0
     for spec in specs:
         drawing = Drawing(spec.limit or limit, seed, first=spec.order == "first", exclude=exclude)
         record = _read(spec, drawing, skip_bad)
@@ -97,7 +100,23 @@ def load_data(
         samples += [sample for _, _, sample in chosen]
         prints += [content for _, content, _ in chosen]
         sources.append(record)
-    return DataMix(tuple(samples), tuple(prints), tuple(sources), sum(entry["skipped"] for entry in sources))
+        excluded += drawing.excluded
+    skipped = sum(entry["skipped"] for entry in sources)
+    return DataMix(tuple(samples), tuple(prints), tuple(sources), skipped, excluded)
+
+
+def identify(spec: DataSpec, *, limit: int, seed: int, skip_bad: bool = False) -> dict[str, Any]:
+    """What tells a source's samples from others without fetching any from afar.
+
+    Of local data the record that ``load_data`` makes of the chosen samples, of a Hub data set its commit.
+
+    Raises:
+        UsageError, NotFoundError: as ``load_data``.
+    """
+    drawing = Drawing(spec.limit or limit, seed, first=spec.order == "first")
+    if spec.source == "demo" or (rows := _open(spec, drawing)).remote:
+        return {"source": spec.source} | ({} if spec.source == "demo" else rows.record)
+    return load_data([spec], limit=limit, seed=seed, skip_bad=skip_bad).sources[0]
 
 
 def _read(spec: DataSpec, drawing: Drawing, skip_bad: bool) -> dict[str, Any]:
@@ -140,6 +159,13 @@ def _read(spec: DataSpec, drawing: Drawing, skip_bad: bool) -> dict[str, Any]:
                 f"{rows.where}: no samples of the task {task!r}; tasks: {', '.join(found) or 'none'}"
             )
     chosen = drawing.chosen()
+    if not chosen and drawing.excluded:
+        raise NotFoundError(
+            f"{rows.where}: all {drawing.excluded} samples are among those to leave out",
+            "they were calibrated on: give more data, or calibrate on fewer with a smaller limit",
+        )
+    if bare := [task for task, kept in drawing.kept.items() if not kept and drawing.excluded]:
+        console.warn(f"{rows.where}: no samples besides those to leave out for {', '.join(bare)}")
     if not chosen:
         reason = f"; {skipped} rows skipped, the last because: {complaint.message}" if complaint else ""
         raise NotFoundError(f"{rows.where}: no samples{reason}")

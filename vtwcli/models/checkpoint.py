@@ -43,7 +43,11 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """The data types of safetensors headers that a supported checkpoint may hold."""
 
-_CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
+LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+"""Files that travel with every copy of the weights."""
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", *LEGAL)
+"""Files beside the weights that a model needs: config, tokenizer, processor, chat template, licence."""
+_CONFIG_FILES = [*COMPANIONS, "README.md"]
 _INDEX = ".safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _DOWNLOAD_AGAIN = "copy or download the model again"
@@ -451,7 +455,8 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
     Args:
         name: a directory, a Hub id with an optional ``@revision``, or ``demo`` (use ``./demo`` for a directory of
             that name).
-        trust_remote_code: whether code that comes with the model may run.
+        trust_remote_code: whether code that comes with the model may run. An exported directory's own code never
+            does: it would prune a model that is to be measured whole, and transformers' class is all it needs.
         weights: also fetch and check the weight files; without, config and processor files only.
 
     Raises:
@@ -459,7 +464,8 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
     """
     path, revision = _locate(name, [*_CONFIG_FILES, "*.py"] if trust_remote_code else _CONFIG_FILES)
     config, family = read_config(path, name, trust_remote_code)
-    checkpoint = Checkpoint(name, path, revision, config, family, trust_remote_code)
+    trusted = trust_remote_code and getattr(config, "vtw", None) is None
+    checkpoint = Checkpoint(name, path, revision, config, family, trusted)
     if weights:
         if revision is not None:
             _fetch_weights(checkpoint)

@@ -113,7 +113,6 @@ FAMILIES: dict[str, Family] = {
             "LlavaNextForConditionalGeneration",
             vision=("model.vision_tower", "model.multi_modal_projector", "model.image_newline"),
             caveat="The number of visual tokens follows the image's shape.",
-            no_onnx=_NO_ENCODER,
         ),
         Family(
             "llava_onevision",
@@ -124,7 +123,6 @@ FAMILIES: dict[str, Family] = {
             placeholders=("image_token_id", "video_token_id"),
             video=True,
             caveat="The number of visual tokens follows the image's shape.",
-            no_onnx=_NO_ENCODER,
         ),
         Family(
             "llava_next_video",
