@@ -17,7 +17,7 @@ import vtwcli
 from tests import cli as cli_in_process
 from tests.test_export_hf import calibration_result
 from vtwcli import cli
-from vtwcli.export import hf
+from vtwcli.export import hf, publish
 from vtwcli.export import push as pushing
 from vtwcli.export.hf import baked_schedule
 from vtwcli.export.manifest import check_files, read_manifest
@@ -244,6 +244,23 @@ def test_a_signal_keeps_its_code_when_a_library_fails_under_it(tiny_dir, tmp_pat
     process = in_child("export", tiny_dir, "--layer", 3, "--output", tmp_path / "out")
     process.join(60)
     assert process.exitcode == code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_signal_waits_for_the_tidying(tiny_dir, tmp_path, monkeypatch):
+    left = [signal.SIGTERM]
+    remove = shutil.rmtree
+
+    def struck(*args: object, **options: object) -> None:
+        if left:
+            os.kill(os.getpid(), left.pop())
+        remove(*args, **options)
+
+    monkeypatch.setattr(publish.shutil, "rmtree", struck)
+    monkeypatch.setattr(hf, "_check_loading", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    process = in_child("export", tiny_dir, "--layer", 3, "--output", tmp_path / "out")
+    process.join(60)
+    assert process.exitcode == 143
     assert list(tmp_path.iterdir()) == []
 
 

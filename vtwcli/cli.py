@@ -52,13 +52,13 @@ def build(names: Iterable[str] = COMMANDS) -> typer.Typer:
 
 def main() -> None:
     """Run the command line; every expected failure is one line on stderr and its exit code."""
-    named = [name for name in sys.argv[1:2] if name in COMMANDS]
-    app = build(named or COMMANDS)  # one subcommand is not to wait for the others
-    gc.freeze()  # what is imported here lives to the end: a tenth of a help page's time went into looking it over
     stopped = _stop_cleanly()
     try:
+        named = [name for name in sys.argv[1:2] if name in COMMANDS]
+        app = build(named or COMMANDS)  # one subcommand is not to wait for the others
+        gc.freeze()  # what is imported here lives to the end: a tenth of a help page went into looking it over
         app()
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if stopped:  # a library's own tidying may fail under the signal and put its error in the signal's place
             sys.exit(128 + stopped[0])
         if isinstance(error, VtwError):
@@ -83,7 +83,6 @@ def _stop_cleanly() -> list[int]:
         came.append(number)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        signal.signal(number, signal.SIG_IGN)  # a second one waits for the tidying
         sys.exit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
