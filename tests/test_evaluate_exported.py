@@ -14,13 +14,14 @@ from tests.test_calibrate import data  # noqa: F401  (the fixture)
 from tests.test_evaluate import options
 from vtwcli.analyze import analyze
 from vtwcli.answers import full_answers, schedule_answers
-from vtwcli.calibrate import calibrate, default_data
+from vtwcli.calibrate import calibrate
 from vtwcli.data.sources import load_data
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.evaluate import evaluate
 from vtwcli.export.hf import export_hf
 from vtwcli.models.inputs import encode_batch, plain_generation
 from vtwcli.models.loading import load
+from vtwcli.preparation import default_data
 from vtwcli.recipe import AnalyzeSection, CalibrateSection, DataSpec, ModelSection
 from vtwcli.report_eval import sentences
 from vtwcli.schedule import Schedule

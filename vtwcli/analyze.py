@@ -18,20 +18,7 @@ import torch
 from torch import Tensor
 
 from vtwcli import console, distributed, policies, stages
-from vtwcli.calibrate import (
-    Measured,
-    assemble,
-    check_model,
-    check_options,
-    measured_of,
-    model_of,
-    open_model,
-    prepare,
-    provenance_of,
-    read_samples,
-    run_of,
-    versions,
-)
+from vtwcli.calibrate import Measured, assemble, measured_of
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import DataMix
 from vtwcli.errors import NotFoundError, UsageError
@@ -39,7 +26,9 @@ from vtwcli.models.inputs import Encoded
 from vtwcli.models.layers import LayerSource
 from vtwcli.models.loading import LoadedModel
 from vtwcli.patches import token_boxes
+from vtwcli.preparation import check_model, check_options, open_model, prepare, read_samples
 from vtwcli.probes import LastRow, LastRowProbe
+from vtwcli.provenance import model_of, provenance_of, run_of, versions
 from vtwcli.recipe import AnalyzeSection, CalibrateSection, DataSpec, ModelSection
 from vtwcli.sweep import Intervention, ItemResult, sweep
 
@@ -169,7 +158,7 @@ def analyze(
     timing["total"] = time.perf_counter() - started
     for document in (result, both):
         if document is not None:
-            document["run"] = run_of(loaded, source, timing)
+            document["run"] = run_of(loaded, timing, streamed=source.together)
     return Analysis(result, samples, both)
 
 

@@ -9,15 +9,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from vtwcli import distributed
-from vtwcli.calibrate import check_model, load_model, read_samples, versions
 from vtwcli.candidates import Candidate, described, pareto, token_counts, tried
 from vtwcli.errors import UsageError
 from vtwcli.flops import DEFAULT_CONVENTION, TextShape
 from vtwcli.methods import visipruner, vtw
+from vtwcli.preparation import check_model, load_model, read_samples
+from vtwcli.provenance import model_of, run_of, versions
 from vtwcli.recipe import BudgetSection, DataSpec, ModelSection, ScheduleSection
 from vtwcli.schedule import Action, Keep, Schedule, Select, Withdraw
-from vtwcli.sweep import peak_memory
 
 FORMAT_VERSION = 1
 
@@ -65,12 +64,7 @@ def budget(
     return {
         "format": "vtw-budget",
         "format_version": FORMAT_VERSION,
-        "model": {
-            "name": loaded.name,
-            "revision": loaded.revision,
-            "family": loaded.family.model_type,
-            "dtype": str(loaded.dtype).removeprefix("torch."),
-        },
+        "model": model_of(loaded),
         "num_layers": depth,
         "options": options.model_dump(mode="json"),
         "rule": rule.model_dump(mode="json", exclude={"file", "layer", "method"}),
@@ -84,12 +78,7 @@ def budget(
         "skipped": mix.skipped,
         "seed": options.seed,
         "versions": versions(),
-        "run": {
-            "seconds": {name: round(value, 3) for name, value in timing.items()},
-            "peak_memory_bytes": peak_memory(),
-            "processes": distributed.size(),
-            "device": str(loaded.device),
-        },
+        "run": run_of(loaded, timing),
     }
 
 

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import numpy as np
-import torch
 
-from vtwcli import __version__, console, distributed, policies
+from vtwcli import calibrate_visipruner, console, distributed, policies
 from vtwcli.data.sample import Sample
-from vtwcli.data.sources import DataMix, load_data
-from vtwcli.data.tasks import default_mix
-from vtwcli.errors import NotFoundError, UsageError
-from vtwcli.export.manifest import exported_from
+from vtwcli.data.sources import DataMix
+from vtwcli.errors import NotFoundError
 from vtwcli.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape, prefill_cost, tokens_with_withdrawal
-from vtwcli.models.checkpoint import Checkpoint, resolve
-from vtwcli.models.inputs import Encoded, answer_ids, encode, generate_answers
-from vtwcli.models.layers import LayerSource, Resident
-from vtwcli.models.loading import LoadedModel, fits, load
-from vtwcli.models.streaming import Streamed
+from vtwcli.models.inputs import Encoded
+from vtwcli.models.layers import LayerSource
+from vtwcli.models.loading import LoadedModel
+from vtwcli.preparation import check_model, check_options, open_model, prepare, read_samples
+from vtwcli.provenance import model_of, provenance_of, run_of, versions
 from vtwcli.recipe import CalibrateSection, DataSpec, ModelSection, Policy, ScheduleSection
 from vtwcli.resume import Keep, kept, key_of, stamp
 from vtwcli.schedule import Schedule
-from vtwcli.sweep import Intervention, ItemResult, SweepItem, naive, peak_memory, sweep
+from vtwcli.sweep import Intervention, ItemResult, naive, sweep
 
 FORMAT_VERSION = 1
 WIDE_INTERVAL = 2  # layers; a wider interval of K means too few samples
@@ -79,8 +76,6 @@ def calibrate(
         UsageError: options that contradict each other or the model.
     """
     if options.method == "visipruner":
-        from vtwcli import calibrate_visipruner
-
         return calibrate_visipruner.calibrate(model, data, options, rule)
     started = time.perf_counter()
     check_model(model)
@@ -103,44 +98,8 @@ def calibrate(
         measured = distributed.gathered(partial(work, *finished))
     result = assemble(loaded, source, mix, options, measured)
     timing["total"] = time.perf_counter() - started
-    result["run"] = run_of(loaded, source, timing)
+    result["run"] = run_of(loaded, timing, streamed=source.together)
     return result
-
-
-def run_of(loaded: LoadedModel, source: LayerSource, timing: dict[str, float]) -> dict[str, Any]:
-    """What differs between equal runs: seconds, memory, processes, device."""
-    return {
-        "seconds": {name: round(value, 3) for name, value in timing.items()},
-        "peak_memory_bytes": peak_memory(),
-        "processes": distributed.size(),
-        "device": str(loaded.device),
-        "streamed": source.together,
-    }
-
-
-def load_model(model: ModelSection, *, weights: bool = True) -> LoadedModel:
-    """The model with its processor on this process's device; see ``models.loading.load``."""
-    with console.progress(f"loading {model.name}"):
-        return load(
-            model.name,
-            device=distributed.local_device(model.device),
-            dtype=model.dtype,
-            attn=model.attn,
-            trust_remote_code=model.trust_remote_code,
-            weights=weights,
-        )
-
-
-def open_model(model: ModelSection) -> tuple[LoadedModel, LayerSource]:
-    """The model with its processor and its layers, resident, or streamed where asked for or where it does not fit."""
-    where = distributed.local_device(model.device)
-    streamed = model.stream
-    if streamed is None:
-        streamed = not fits(model.name, where, model.dtype, trust_remote_code=model.trust_remote_code)
-        if streamed:
-            console.note(f"{model.name} does not fit into memory; its layers are read one at a time")
-    loaded = load_model(model, weights=not streamed)
-    return loaded, Streamed(loaded) if streamed else Resident(loaded.model, loaded.family)
 
 
 def measure(
@@ -175,131 +134,6 @@ def measure(
             place, prompt = samples[number][0], encoded[number]
             yield place, measured_of(outcome, prompt)
     timing["sweep"] = time.perf_counter() - begun
-
-
-class SweepOptions(Protocol):
-    """The options that decide which positions a sweep compares; calibration and analysis have them."""
-
-    @property
-    def min_layer(self) -> int | None:
-        """First candidate for K."""
-
-    @property
-    def positions(self) -> str:
-        """``first`` or ``answer``."""
-
-    @property
-    def answers(self) -> str:
-        """``auto``, ``generated`` or ``reference``."""
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Longest answer."""
-
-
-def prepare(
-    loaded: LoadedModel,
-    source: LayerSource,
-    samples: Sequence[Sample],
-    options: SweepOptions,
-    timing: dict[str, float],
-) -> tuple[list[Encoded], list[SweepItem]]:
-    """The samples as the sweep's items, each with the answer that is forced; ``timing`` gains its seconds."""
-    begun = time.perf_counter()
-    answers = _answers(loaded, source, samples, options)
-    timing["answers"] = time.perf_counter() - begun
-    # the last answer token is compared but never read, so it is not part of the input
-    encoded = [
-        encode(loaded, sample, None if ids is None else ids[:-1])
-        for sample, ids in zip(samples, answers, strict=True)
-    ]
-    return encoded, [SweepItem(one.inputs, _rows(one)) for one in encoded]
-
-
-def check_model(model: ModelSection) -> Checkpoint:
-    """Refuse a model that cannot work before data and weights are read; its files without the weights.
-
-    Raises:
-        NotFoundError: missing, unsupported, or of a family whose visual tokens cannot leave.
-    """
-    checkpoint = resolve(model.name, trust_remote_code=model.trust_remote_code, weights=False)
-    family = checkpoint.family
-    if family.no_withdraw:
-        raise NotFoundError(f"{family.title}: visual tokens cannot be withdrawn: {family.no_withdraw}")
-    return checkpoint
-
-
-class SampleOptions(Protocol):
-    """The options that choosing samples needs; the sections of several commands have them."""
-
-    @property
-    def limit(self) -> int:
-        """Samples per task."""
-
-    @property
-    def seed(self) -> int:
-        """Of the choice."""
-
-    @property
-    def skip_bad(self) -> bool:
-        """Whether unreadable samples are skipped and counted."""
-
-
-def default_data(model: ModelSection) -> list[DataSpec]:
-    """The demo data for the demo model and what was exported from it, else a small mix of public tasks."""
-    demo = model.name == "demo" or exported_from(Path(model.name)) == "demo"
-    return [DataSpec(source="demo")] if demo else list(default_mix())
-
-
-def read_samples(
-    model: ModelSection, data: Sequence[DataSpec], options: SampleOptions, exclude: Collection[str] = ()
-) -> DataMix:
-    """The samples of a command: its data sources, or the model's default ones, without those to ``exclude``."""
-    specs = list(data) or default_data(model)
-    mix = load_data(specs, limit=options.limit, seed=options.seed, skip_bad=options.skip_bad, exclude=exclude)
-    if mix.skipped:
-        console.warn(f"skipped {mix.skipped} unreadable samples")
-    return mix
-
-
-def check_options(options: SweepOptions, source: LayerSource) -> None:
-    """Refuse options that contradict the model.
-
-    Raises:
-        UsageError: no candidate layer is left, or a streamed model would have to generate.
-    """
-    if options.min_layer is not None and options.min_layer >= source.depth:
-        raise UsageError(
-            f"--min-layer: {options.min_layer} leaves no candidate, the model has layers 0..{source.depth - 1}"
-        )
-    if options.positions == "answer" and options.answers == "generated" and source.together:
-        raise UsageError(
-            "--answers generated: a streamed model would be read from disk once for every token",
-            "use --answers reference or --positions first",
-        )
-
-
-def _answers(
-    loaded: LoadedModel, source: LayerSource, samples: Sequence[Sample], options: SweepOptions
-) -> list[torch.Tensor | None]:
-    """The answer tokens to force behind each prompt; None compares the first position only."""
-    if options.positions == "first" or not samples:
-        return [None] * len(samples)
-    kind = options.answers
-    if kind == "auto":
-        kind = "reference" if source.together else "generated"
-    if kind == "generated":
-        return [ids for _, ids in generate_answers(loaded, samples, options.max_new_tokens)]
-    without = sum(not sample.references for sample in samples)
-    if without:
-        console.warn(f"{without} samples have no reference answer; only their first position is compared")
-    forced = [answer_ids(loaded, sample.references[0]) if sample.references else None for sample in samples]
-    return [None if ids is None else ids[: options.max_new_tokens] for ids in forced]
-
-
-def _rows(encoded: Encoded) -> torch.Tensor:
-    """Positions whose next token is compared, [1, R]: the prompt's last and those of the answer behind it."""
-    return torch.arange(encoded.prompt_length - 1, encoded.inputs["input_ids"].shape[1])[None]
 
 
 def measured_of(outcome: ItemResult, prompt: Encoded) -> Measured:
@@ -426,28 +260,6 @@ def assemble(
     }
 
 
-def provenance_of(loaded: LoadedModel, mix: DataMix, **found: Any) -> dict[str, Any]:
-    """Where a schedule comes from: the model, how it was found, and the data."""
-    return {
-        "model": loaded.name,
-        "revision": loaded.revision,
-        **found,
-        "data": [entry["fingerprint"] for entry in mix.sources],
-        "vtwcli": __version__,
-    }
-
-
-def model_of(loaded: LoadedModel) -> dict[str, Any]:
-    """What a result document says about the model."""
-    return {
-        "name": loaded.name,
-        "revision": loaded.revision,
-        "family": loaded.family.model_type,
-        "architecture": loaded.family.architecture,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-    }
-
-
 def _cost(loaded: LoadedModel, measured: Sequence[Measured], depth: int) -> dict[str, Any]:
     """Cost of the prompts' prefill with withdrawal at k = 0..L relative to the full model's, over all samples."""
     shape = TextShape.from_config(loaded.model.config)
@@ -474,19 +286,6 @@ def _warn_if_wide(interval: tuple[int, int] | None, samples: int) -> None:
             f"{samples} samples leave K uncertain (95 % interval {interval[0]}..{interval[1]}); "
             "a larger --limit narrows it"
         )
-
-
-def versions() -> dict[str, str]:
-    """Versions of the tool and of the libraries that its numbers depend on."""
-    import platform
-    from importlib.metadata import version
-
-    libraries = ("torch", "transformers", "datasets", "numpy", "safetensors")
-    return {
-        "vtwcli": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in libraries},
-    }
 
 
 def _key(loaded: LoadedModel, mix: DataMix, options: CalibrateSection) -> str:

@@ -20,17 +20,6 @@ import torch
 from numpy.typing import NDArray
 
 from vtwcli import console, distributed
-from vtwcli.calibrate import (
-    check_model,
-    check_options,
-    model_of,
-    open_model,
-    prepare,
-    provenance_of,
-    read_samples,
-    run_of,
-    versions,
-)
 from vtwcli.candidates import Candidate, described, pareto, token_counts, tried
 from vtwcli.data.sample import Sample
 from vtwcli.errors import NotFoundError, UsageError
@@ -38,7 +27,9 @@ from vtwcli.flops import DEFAULT_CONVENTION, TextShape
 from vtwcli.methods import visipruner
 from vtwcli.models.layers import LayerSource
 from vtwcli.models.loading import LoadedModel
+from vtwcli.preparation import check_model, check_options, open_model, prepare, read_samples
 from vtwcli.probes import LastRowProbe
+from vtwcli.provenance import model_of, provenance_of, run_of, versions
 from vtwcli.recipe import CalibrateSection, DataSpec, ModelSection, ScheduleSection
 from vtwcli.sweep import Intervention, sweep
 
@@ -168,7 +159,7 @@ def calibrate(
         "skipped": mix.skipped,
         "seed": options.seed,
         "versions": versions(),
-        "run": run_of(loaded, source, timing),
+        "run": run_of(loaded, timing, streamed=source.together),
     }
 
 

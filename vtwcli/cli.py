@@ -59,7 +59,9 @@ def main() -> None:
         gc.freeze()  # what is imported here lives to the end: a tenth of a help page went into looking it over
         app()
     except (Exception, KeyboardInterrupt) as error:
-        if stopped:  # a library's own tidying may fail under the signal and put its error in the signal's place
+        if (
+            stopped
+        ):  # a library's own tidying may fail under the signal and put its error in the signal's place
             sys.exit(128 + stopped[0])
         if isinstance(error, VtwError):
             console.error(error.message, error.hint)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from vtwcli import console, distributed, files, gates, judge
 from vtwcli.answers import Answer, flops_ratio, full_answers, kv_ratio, spent
-from vtwcli.calibrate import default_data, read_samples, versions
 from vtwcli.costs import latencies, peak_of
 from vtwcli.data import metrics
 from vtwcli.data.sample import Sample
@@ -22,6 +21,8 @@ from vtwcli.data.sources import DataMix
 from vtwcli.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape, kv_bytes, prefill_cost
 from vtwcli.models.inputs import encode_batch, plain_generation
 from vtwcli.models.loading import LoadedModel
+from vtwcli.preparation import default_data, read_samples
+from vtwcli.provenance import run_of, versions
 from vtwcli.recipe import DataSpec, EvalSection, GatesSection, ModelSection
 from vtwcli.resume import Keep, kept, key_of, stamp
 from vtwcli.schedule import Schedule
@@ -87,14 +88,9 @@ def evaluate(
     result = {"model": _model(model, full, variants), **_result(full, variants, mix, answers, costs, options)}
     result["gates"] = gates.check(result["schedules"], limits)
     timing["total"] = time.perf_counter() - began
-    result["run"] = {
-        "seconds": {name: round(value, 3) for name, value in timing.items()},
-        "latency": costs["latency"],
-        "memory": costs["memory"],
-        "peak_memory_bytes": {name: max(size, peak_memory()[name]) for name, size in peak.items()},
-        "processes": distributed.size(),
-        "device": str(full.device),
-    }
+    peak = {name: max(size, peak_memory()[name]) for name, size in peak.items()}
+    measured = {"latency": costs["latency"], "memory": costs["memory"], "peak_memory_bytes": peak}
+    result["run"] = run_of(full, timing, **measured)
     return result, mix.samples
 
 

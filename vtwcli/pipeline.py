@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from vtwcli import __version__, console, documents, files, gates
+from vtwcli import console, documents, files, gates
 from vtwcli.distributed import is_main
 from vtwcli.errors import UsageError, VtwError
 from vtwcli.fingerprint import data_records, digest, file_digest, model_record, place
+from vtwcli.provenance import versions
 from vtwcli.recipe import STEPS, Recipe, Section
 from vtwcli.schedules import schedule_of
 from vtwcli.steps import FILES, RUNNERS, steps_of
@@ -129,7 +130,7 @@ class Run:
             "gates": self.gates,
             "passed": None if self.failure is None and not self.finished else self.failure is None,
             "failure": self.failure,
-            "versions": _versions(),
+            "versions": versions(),
         }
 
     def path(self, step: str, kind: str = "result") -> Path:
@@ -319,7 +320,7 @@ def _inputs(
         "model": digest(
             [model["fingerprint"], recipe.model.model_dump() | {"name": place(recipe.model.name, folder)}]
         ),
-        "tool": digest(_versions()),
+        "tool": digest(versions()),
         "after": digest([earlier.get(one) for one in STEPS[name]]),
     }
     if name != "export":
@@ -409,9 +410,3 @@ def _judge(run: Run, name: str) -> None:
         if failed:
             run.failure = gates.sentence(failed[0])
 
-
-def _versions() -> dict[str, str]:
-    """Of the tool and of the libraries that compute."""
-    from importlib.metadata import version
-
-    return {"vtwcli": __version__, **{name: version(name) for name in ("torch", "transformers")}}

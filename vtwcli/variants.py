@@ -14,12 +14,12 @@ from torch import Tensor
 
 from vtwcli import costs, distributed, ort
 from vtwcli.answers import Answer, Full, compared, schedule_answers
-from vtwcli.calibrate import check_model, load_model
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.export.hf import CALIBRATION, baked_schedule
 from vtwcli.export.manifest import read_manifest
 from vtwcli.models.inputs import plain_generation
 from vtwcli.models.loading import LoadedModel, choose_device
+from vtwcli.preparation import check_model, load_model
 from vtwcli.recipe import EvalSection, ModelSection
 from vtwcli.runtime import pruned
 from vtwcli.schedule import Schedule

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import platform
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from vtwcli.export.remote import MODELING, auto_map, remote_code
 from vtwcli.export.weights import place_weights
 from vtwcli.models.checkpoint import COMPANIONS, Checkpoint, first_line, quiet_libraries, resolve
 from vtwcli.models.families import Family
+from vtwcli.provenance import versions
 from vtwcli.schedule import Schedule
 
 CALIBRATION, PICTURE, RECIPE = "calibration.json", "calibration.png", "recipe.yaml"
@@ -112,7 +111,7 @@ def export_hf(
             folder,
             {
                 "producer": f"vtwcli {__version__}",
-                "versions": _versions(),
+                "versions": versions(),
                 "model": {"name": base, "revision": revision, "model_type": family.model_type},
                 "schedule": schedule.to_dict(),
                 "weights": weights,
@@ -292,11 +291,6 @@ def exported_class(family: Family, code: dict[str, str]) -> Iterator[Any]:
         finally:
             for imported in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
                 del sys.modules[imported]
-
-
-def _versions() -> dict[str, str]:
-    libraries = ("torch", "transformers", "safetensors")
-    return {"python": platform.python_version(), **{library: version(library) for library in libraries}}
 
 
 def _write_json(file: Path, data: Any) -> None:

@@ -280,6 +280,7 @@ def write_graphs(
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "producer": f"vtwcli {__version__}",
+        "versions": versions(),
         "model": {
             "name": source.public_name,
             "revision": source.revision,

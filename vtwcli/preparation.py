@@ -1,0 +1,174 @@
+"""What a command does before it measures: opens the model, reads the samples, encodes them for the sweep."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from vtwcli import console, distributed
+from vtwcli.data.sample import Sample
+from vtwcli.data.sources import DataMix, load_data
+from vtwcli.data.tasks import default_mix
+from vtwcli.errors import NotFoundError, UsageError
+from vtwcli.export.manifest import exported_from
+from vtwcli.models.checkpoint import Checkpoint, resolve
+from vtwcli.models.inputs import Encoded, answer_ids, encode, generate_answers
+from vtwcli.models.layers import LayerSource, Resident
+from vtwcli.models.loading import LoadedModel, fits, load
+from vtwcli.models.streaming import Streamed
+from vtwcli.recipe import DataSpec, ModelSection
+from vtwcli.sweep import SweepItem
+
+
+def load_model(model: ModelSection, *, weights: bool = True) -> LoadedModel:
+    """The model with its processor on this process's device; see ``models.loading.load``."""
+    with console.progress(f"loading {model.name}"):
+        return load(
+            model.name,
+            device=distributed.local_device(model.device),
+            dtype=model.dtype,
+            attn=model.attn,
+            trust_remote_code=model.trust_remote_code,
+            weights=weights,
+        )
+
+
+def open_model(model: ModelSection) -> tuple[LoadedModel, LayerSource]:
+    """The model with its processor and its layers, resident, or streamed where asked for or where it does not fit."""
+    where = distributed.local_device(model.device)
+    streamed = model.stream
+    if streamed is None:
+        streamed = not fits(model.name, where, model.dtype, trust_remote_code=model.trust_remote_code)
+        if streamed:
+            console.note(f"{model.name} does not fit into memory; its layers are read one at a time")
+    loaded = load_model(model, weights=not streamed)
+    return loaded, Streamed(loaded) if streamed else Resident(loaded.model, loaded.family)
+
+
+def check_model(model: ModelSection) -> Checkpoint:
+    """Refuse a model that cannot work before data and weights are read; its files without the weights.
+
+    Raises:
+        NotFoundError: missing, unsupported, or of a family whose visual tokens cannot leave.
+    """
+    checkpoint = resolve(model.name, trust_remote_code=model.trust_remote_code, weights=False)
+    family = checkpoint.family
+    if family.no_withdraw:
+        raise NotFoundError(f"{family.title}: visual tokens cannot be withdrawn: {family.no_withdraw}")
+    return checkpoint
+
+
+class SampleOptions(Protocol):
+    """The options that choosing samples needs; the sections of several commands have them."""
+
+    @property
+    def limit(self) -> int:
+        """Samples per task."""
+
+    @property
+    def seed(self) -> int:
+        """Of the choice."""
+
+    @property
+    def skip_bad(self) -> bool:
+        """Whether unreadable samples are skipped and counted."""
+
+
+def default_data(model: ModelSection) -> list[DataSpec]:
+    """The demo data for the demo model and what was exported from it, else a small mix of public tasks."""
+    demo = model.name == "demo" or exported_from(Path(model.name)) == "demo"
+    return [DataSpec(source="demo")] if demo else list(default_mix())
+
+
+def read_samples(
+    model: ModelSection, data: Sequence[DataSpec], options: SampleOptions, exclude: Collection[str] = ()
+) -> DataMix:
+    """The samples of a command: its data sources, or the model's default ones, without those to ``exclude``."""
+    specs = list(data) or default_data(model)
+    mix = load_data(specs, limit=options.limit, seed=options.seed, skip_bad=options.skip_bad, exclude=exclude)
+    if mix.skipped:
+        console.warn(f"skipped {mix.skipped} unreadable samples")
+    return mix
+
+
+class SweepOptions(Protocol):
+    """The options that decide which positions a sweep compares; calibration and analysis have them."""
+
+    @property
+    def min_layer(self) -> int | None:
+        """First candidate for K."""
+
+    @property
+    def positions(self) -> str:
+        """``first`` or ``answer``."""
+
+    @property
+    def answers(self) -> str:
+        """``auto``, ``generated`` or ``reference``."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest answer."""
+
+
+def check_options(options: SweepOptions, source: LayerSource) -> None:
+    """Refuse options that contradict the model.
+
+    Raises:
+        UsageError: no candidate layer is left, or a streamed model would have to generate.
+    """
+    if options.min_layer is not None and options.min_layer >= source.depth:
+        raise UsageError(
+            f"--min-layer: {options.min_layer} leaves no candidate, the model has layers 0..{source.depth - 1}"
+        )
+    if options.positions == "answer" and options.answers == "generated" and source.together:
+        raise UsageError(
+            "--answers generated: a streamed model would be read from disk once for every token",
+            "use --answers reference or --positions first",
+        )
+
+
+def prepare(
+    loaded: LoadedModel,
+    source: LayerSource,
+    samples: Sequence[Sample],
+    options: SweepOptions,
+    timing: dict[str, float],
+) -> tuple[list[Encoded], list[SweepItem]]:
+    """The samples as the sweep's items, each with the answer that is forced; ``timing`` gains its seconds."""
+    begun = time.perf_counter()
+    answers = _answers(loaded, source, samples, options)
+    timing["answers"] = time.perf_counter() - begun
+    # the last answer token is compared but never read, so it is not part of the input
+    encoded = [
+        encode(loaded, sample, None if ids is None else ids[:-1])
+        for sample, ids in zip(samples, answers, strict=True)
+    ]
+    return encoded, [SweepItem(one.inputs, _rows(one)) for one in encoded]
+
+
+def _answers(
+    loaded: LoadedModel, source: LayerSource, samples: Sequence[Sample], options: SweepOptions
+) -> list[torch.Tensor | None]:
+    """The answer tokens to force behind each prompt; None compares the first position only."""
+    if options.positions == "first" or not samples:
+        return [None] * len(samples)
+    kind = options.answers
+    if kind == "auto":
+        kind = "reference" if source.together else "generated"
+    if kind == "generated":
+        return [ids for _, ids in generate_answers(loaded, samples, options.max_new_tokens)]
+    without = sum(not sample.references for sample in samples)
+    if without:
+        console.warn(f"{without} samples have no reference answer; only their first position is compared")
+    forced = [answer_ids(loaded, sample.references[0]) if sample.references else None for sample in samples]
+    return [None if ids is None else ids[: options.max_new_tokens] for ids in forced]
+
+
+def _rows(encoded: Encoded) -> torch.Tensor:
+    """Positions whose next token is compared, [1, R]: the prompt's last and those of the answer behind it."""
+    return torch.arange(encoded.prompt_length - 1, encoded.inputs["input_ids"].shape[1])[None]
