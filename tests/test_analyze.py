@@ -21,11 +21,12 @@ from vtwcli.analyze import analyze, interventions, shares_sweep
 from vtwcli.calibrate import calibrate
 from vtwcli.cli import build
 from vtwcli.data.sources import load_data
+from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.models.inputs import encode, generate_answers
 from vtwcli.models.layers import Resident
 from vtwcli.models.loading import load
-from vtwcli.recipe import AnalyzeSection, CalibrateSection, DataSpec, ModelSection
+from vtwcli.recipe import AnalyzeSection, CalibrateSection, ModelSection
 from vtwcli.report_analyze import plots, sentences
 from vtwcli.report_analyze_page import heat_map, page, spread_over
 from vtwcli.schedule import Schedule

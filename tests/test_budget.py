@@ -9,16 +9,17 @@ import torch
 from tests import reference, slow_schedule
 from tests.cli import vtw
 from tests.test_calibrate import data, launch  # noqa: F401  (data is a fixture)
-from vtwcli import calibrate_visipruner, report, report_methods
+from vtwcli import calibrate_visipruner, report_budget, report_calibrate
 from vtwcli.budget import best_within, budget, candidates
 from vtwcli.calibrate import calibrate
 from vtwcli.candidates import pareto
 from vtwcli.data.sources import load_data
+from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.flops import CONVENTIONS, TextShape, prefill_cost
 from vtwcli.models.inputs import encode, generate_answers
 from vtwcli.models.loading import load
-from vtwcli.recipe import BudgetSection, CalibrateSection, DataSpec, ModelSection, Recipe
+from vtwcli.recipe import BudgetSection, CalibrateSection, ModelSection, Recipe
 from vtwcli.schedule import Schedule
 
 LIMIT, TOKENS = 2, 3
@@ -148,7 +149,7 @@ def test_budget_is_deterministic_and_describes_itself(compared, tiny_dir, data):
 
 def test_views_of_the_budget(compared, tmp_path):
     outputs = {"result": tmp_path / "b.json", "plot": tmp_path / "b.svg", "schedule": tmp_path / "b.yaml"}
-    report_methods.write_budget(compared, outputs)
+    report_budget.write_budget(compared, outputs)
     assert json.loads(outputs["result"].read_text()) == compared
     chosen = Schedule.from_file(outputs["schedule"])
     best = next(row for row in compared["candidates"] if row["name"] == compared["best"])
@@ -158,7 +159,7 @@ def test_views_of_the_budget(compared, tmp_path):
     from rich.console import Console
 
     console = Console(width=100, record=True)
-    console.print(report_methods.budget_view(compared))
+    console.print(report_budget.budget_view(compared))
     lines = console.export_text().splitlines()
     assert all(any(line.startswith(row["name"]) for line in lines) for row in compared["candidates"])
     [marked] = [line for line in lines if line.endswith("best")]
@@ -280,17 +281,19 @@ def test_visipruner_calibration_is_deterministic_with_files_and_views(calibrated
     )
     assert {**again, "run": None} == {**calibrated, "run": None}
     outputs = {"result": tmp_path / "c.json", "plot": tmp_path / "c.svg", "schedule": tmp_path / "c.yaml"}
-    report.write_calibration(calibrated, outputs)
+    report_calibrate.write_calibration(calibrated, outputs)
     assert Schedule.from_file(outputs["schedule"]) == Schedule.from_file(outputs["result"])
     assert f"chosen: {calibrated['chosen']}" in outputs["plot"].read_text()
-    sentence = report.calibration_sentence(calibrated)
+    sentence = report_calibrate.calibration_sentence(calibrated)
     assert f"VisiPruner with shallow boundary {calibrated['shallow_mid_layer']}, layer threshold" in sentence
     none = {**calibrated, "chosen": None, "schedule": None}
-    assert report.calibration_sentence(none).startswith("No candidate qualifies (policy budget, eta 0.05")
+    assert report_calibrate.calibration_sentence(none).startswith(
+        "No candidate qualifies (policy budget, eta 0.05"
+    )
     from rich.console import Console
 
     console = Console(width=120, record=True)
-    console.print(report.calibration_view(calibrated))
+    console.print(report_calibrate.calibration_view(calibrated))
     [marked] = [line for line in console.export_text().splitlines() if line.endswith("<- chosen")]
     assert marked.startswith(calibrated["chosen"])
 

@@ -14,10 +14,11 @@ from PIL import Image
 from tests import reference
 from vtwcli.calibrate import calibrate
 from vtwcli.data.sources import load_data
+from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.models.inputs import encode, generate_answers
 from vtwcli.models.loading import load
-from vtwcli.recipe import CalibrateSection, DataSpec, ModelSection
+from vtwcli.recipe import CalibrateSection, ModelSection
 from vtwcli.schedule import Schedule
 
 

@@ -10,8 +10,8 @@ import pytest
 from tests.test_calibrate import data  # noqa: F401  (the fixture)
 from tests.test_cli_export import exported, vtw  # noqa: F401  (fixtures)
 from vtwcli.data.sources import load_data
+from vtwcli.data.spec import DataSpec
 from vtwcli.methods import visipruner
-from vtwcli.recipe import DataSpec
 
 FAST = ("--limit", 2, "--max-new-tokens", 3, "--bootstrap", 20, "--no-timing")
 

@@ -20,7 +20,7 @@ CLIENT = """
 import json, sys
 from vtwcli.data.sources import load_data
 from vtwcli.errors import VtwError
-from vtwcli.recipe import DataSpec
+from vtwcli.data.spec import DataSpec
 
 for text in sys.argv[2:]:
     try:

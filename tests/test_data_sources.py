@@ -15,9 +15,9 @@ from PIL import Image
 from vtwcli.data.drawing import Drawing, ranges, sample_fingerprint
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import load_data
+from vtwcli.data.spec import DataSpec
 from vtwcli.demo import scenes
 from vtwcli.errors import NotFoundError, UsageError
-from vtwcli.recipe import DataSpec
 
 
 def picture(number: int) -> Image.Image:

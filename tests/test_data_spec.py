@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from vtwcli.data.spec import Columns, DataSpec
 from vtwcli.errors import UsageError
-from vtwcli.recipe import Columns, DataSpec
 
 
 def test_parse_reads_every_key():

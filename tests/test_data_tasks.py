@@ -5,10 +5,10 @@ import pytest
 from tests import hub_layouts
 from tests.hub_layouts import picture
 from vtwcli.data.metrics import METRICS, score
-from vtwcli.data.sources import load_data
-from vtwcli.data.tasks import DEFAULT_MIX, TASKS, default_mix
+from vtwcli.data.sources import default_data, load_data
+from vtwcli.data.spec import DataSpec
+from vtwcli.data.tasks import DEFAULT_MIX, TASKS
 from vtwcli.errors import NotFoundError, UsageError
-from vtwcli.recipe import DataSpec
 
 LETTER = "Answer with the option's letter from the given choices directly."
 SHORT = "Answer the question using a single word or phrase."
@@ -277,6 +277,6 @@ def test_a_missing_local_copy(tmp_path):
 
 
 def test_the_default_mix():
-    assert [spec.source for spec in default_mix()] == list(DEFAULT_MIX)
+    assert [spec.source for spec in default_data("llava-hf/llava-1.5-7b-hf")] == list(DEFAULT_MIX)
     kinds = {TASKS[name].metric for name in DEFAULT_MIX}
     assert kinds == {"multiple_choice", "exact_match", "ocrbench", "cider"}

@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vtwcli.calibrate import calibrate
 from vtwcli.data.sources import load_data
+from vtwcli.data.spec import DataSpec
 from vtwcli.demo import model_dir, train
 from vtwcli.demo.card import accuracy
 from vtwcli.demo.model import build_model, build_processor
@@ -37,7 +38,7 @@ from vtwcli.demo.scenes import (
     scene_seed,
 )
 from vtwcli.models.loading import load
-from vtwcli.recipe import CalibrateSection, DataSpec, ModelSection
+from vtwcli.recipe import CalibrateSection, ModelSection
 
 # --- scenes -----------------------------------------------------------------------------------------------------
 

@@ -12,13 +12,14 @@ from tests.test_calibrate import data, launch  # noqa: F401  (data is a fixture)
 from vtwcli import report_eval
 from vtwcli.costs import peak_of
 from vtwcli.data.sources import load_data
+from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.evaluate import evaluate
 from vtwcli.flops import TextShape, kv_bytes, prefill_ratio, tokens_with_withdrawal
 from vtwcli.gates import sentence
 from vtwcli.models.inputs import encode
 from vtwcli.models.loading import load
-from vtwcli.recipe import DataSpec, EvalSection, GatesSection, ModelSection
+from vtwcli.recipe import EvalSection, GatesSection, ModelSection
 from vtwcli.schedule import Schedule
 
 K = 3

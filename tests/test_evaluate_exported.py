@@ -15,14 +15,14 @@ from tests.test_evaluate import options
 from vtwcli.analyze import analyze
 from vtwcli.answers import full_answers, schedule_answers
 from vtwcli.calibrate import calibrate
-from vtwcli.data.sources import load_data
+from vtwcli.data.sources import default_data, load_data
+from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.evaluate import evaluate
 from vtwcli.export.hf import export_hf
 from vtwcli.models.inputs import encode_batch, plain_generation
 from vtwcli.models.loading import load
-from vtwcli.preparation import default_data
-from vtwcli.recipe import AnalyzeSection, CalibrateSection, DataSpec, ModelSection
+from vtwcli.recipe import AnalyzeSection, CalibrateSection, ModelSection
 from vtwcli.report_eval import sentences
 from vtwcli.schedule import Schedule
 
@@ -147,9 +147,9 @@ def test_analyzing_an_export_analyzes_the_full_model(exported, tiny_dir, data): 
 
 def test_exports_of_the_demo_model_are_asked_demo_questions(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"format": "vtw-hf", "model": {"name": "demo"}}))
-    assert [spec.source for spec in default_data(ModelSection(name=str(tmp_path)))] == ["demo"]
+    assert [spec.source for spec in default_data(str(tmp_path))] == ["demo"]
     (tmp_path / "manifest.json").write_text(json.dumps({"format": "vtw-hf", "model": {"name": "llava"}}))
-    assert "demo" not in [spec.source for spec in default_data(ModelSection(name=str(tmp_path)))]
+    assert "demo" not in [spec.source for spec in default_data(str(tmp_path))]
 
 
 # ------------------------------------------------------------------ ONNX graphs

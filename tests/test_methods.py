@@ -12,13 +12,14 @@ from tests.test_calibrate import data  # noqa: F401  (the fixture)
 from tests.test_runtime import batch_of
 from tests.tiny import IMAGE_ID, llava
 from vtwcli.data.sources import load_data
+from vtwcli.data.spec import DataSpec
 from vtwcli.errors import UsageError
 from vtwcli.evaluate import evaluate
 from vtwcli.flops import TextShape, kv_bytes, prefill_cost
 from vtwcli.methods import visipruner, vtw
 from vtwcli.models.inputs import encode
 from vtwcli.models.loading import load
-from vtwcli.recipe import DataSpec, EvalSection, ModelSection, Recipe, ScheduleSection
+from vtwcli.recipe import EvalSection, ModelSection, Recipe, ScheduleSection
 from vtwcli.runtime import pruned
 from vtwcli.schedule import Schedule
 from vtwcli.schedules import schedule_of, schedules_of

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -10,10 +11,13 @@ from tests.cli import vtw
 from tests.test_calibrate import data  # noqa: F401  (the fixture)
 from vtwcli import pipeline
 from vtwcli.calibrate import calibrate
+from vtwcli.data.spec import DataSpec
 from vtwcli.errors import VtwError
 from vtwcli.evaluate import evaluate
+from vtwcli.export.hf import export_hf
 from vtwcli.export.manifest import check_files, read_manifest
-from vtwcli.recipe import CalibrateSection, DataSpec, EvalSection, ModelSection
+from vtwcli.recipe import CalibrateSection, EvalSection, ModelSection, Recipe
+from vtwcli.run import resolved
 from vtwcli.schedule import Schedule
 from vtwcli.settings import load_recipe
 
@@ -333,6 +337,13 @@ def test_summary_is_appended_to_a_file_of_choice(folder):
     assert text.count("full against pruned") == 1
 
 
+def test_an_export_of_the_demo_model_takes_the_demo_data(tmp_path):
+    export_hf("demo", Schedule.withdraw_at(9), tmp_path / "model")
+    recipe = Recipe(model=str(tmp_path / "model"), analyze={"limit": 1})
+    [step] = pipeline.prepare(recipe, tmp_path / "out").steps  # the public tasks cannot be reached here
+    assert step.runs and step.inputs["data"]
+
+
 def test_resolved_recipe_runs_again_from_where_it_is(folder, monkeypatch):
     recipe = load_recipe(folder / "out/recipe.yaml")
     assert recipe.calibrate == load_recipe(folder / "recipe.yaml").calibrate
@@ -340,6 +351,33 @@ def test_resolved_recipe_runs_again_from_where_it_is(folder, monkeypatch):
     assert pipeline.steps_of(recipe) == list(STEPS)
     done = vtw("run", "out/recipe.yaml", "--dry-run")
     assert done.out.count(" kept ") == 3, done.out
+
+
+def test_every_path_is_seen_from_where_the_results_are(folder, monkeypatch):
+    for name in ("baseline", "pope-copy"):
+        (folder / name).mkdir()
+    (folder / "k.yaml").write_text(Schedule.withdraw_at(3).to_yaml())
+    (folder / "recipe.yaml").write_text(
+        "model: model\ndata: [{source: pope, path: pope-copy}, rows.jsonl]\nschedule: {file: k.yaml}\n"
+        "eval: {baseline: baseline}\n"
+    )
+    here = resolved(load_recipe(Path("recipe.yaml")), Path("new"))
+    assert here["model"]["name"] == "../model"
+    assert here["data"] == [{"source": "pope", "path": "../pope-copy"}, {"source": "../rows.jsonl"}]
+    assert here["schedule"]["file"] == "../k.yaml"
+    assert here["eval"]["baseline"] == "../baseline"
+    monkeypatch.chdir(folder.parent)
+    assert resolved(load_recipe(folder / "recipe.yaml"), folder / "new") == here
+
+
+def test_another_baseline_evaluates_again(folder):
+    shutil.copytree(folder / "model", folder / "baseline")
+    baseline = ("--set", "eval.baseline=baseline")
+    assert run(*baseline).code == 0
+    assert runs(*baseline) == []
+    config = folder / "baseline/config.json"
+    config.write_text(config.read_text() + " ")
+    assert runs(*baseline) == ["eval", "export"]
 
 
 def test_a_broken_run_file_is_told_and_replaced_on_request(folder):

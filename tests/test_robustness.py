@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 from tests.cli import vtw
 from tests.test_calibrate import data  # noqa: F401  (the fixture)
-from vtwcli import report, report_eval
+from vtwcli import report_calibrate, report_eval
 from vtwcli.calibrate import calibrate
+from vtwcli.data.spec import DataSpec
 from vtwcli.evaluate import evaluate
 from vtwcli.export import formats
 from vtwcli.export.card import _calibration, of_schedule
 from vtwcli.pipeline import resolved
-from vtwcli.recipe import CalibrateSection, DataSpec, EvalSection, ModelSection, Recipe
+from vtwcli.recipe import CalibrateSection, EvalSection, ModelSection, Recipe
 from vtwcli.schedule import Schedule
 from vtwcli.settings import load_recipe
 
@@ -204,7 +205,7 @@ def reading(monkeypatch):
             assert _calibration(calibration, schedule, None)
             drawn.append(1)
             if len(drawn) % 20 == 1:  # a picture takes a while
-                report.plot_calibration(calibration, output.with_suffix(".svg"))
+                report_calibrate.plot_calibration(calibration, output.with_suffix(".svg"))
         if evaluation is not None:
             assert report_eval.markdown(evaluation)
             chosen = Schedule.from_dict(next(iter(evaluation["schedules"].values()))["schedule"])

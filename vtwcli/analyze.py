@@ -21,6 +21,7 @@ from vtwcli import console, distributed, policies, stages
 from vtwcli.calibrate import Measured, assemble, measured_of
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import DataMix
+from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.models.inputs import Encoded
 from vtwcli.models.layers import LayerSource
@@ -29,7 +30,7 @@ from vtwcli.patches import token_boxes
 from vtwcli.preparation import check_model, check_options, open_model, prepare, read_samples
 from vtwcli.probes import LastRow, LastRowProbe
 from vtwcli.provenance import model_of, provenance_of, run_of, versions
-from vtwcli.recipe import AnalyzeSection, CalibrateSection, DataSpec, ModelSection
+from vtwcli.recipe import AnalyzeSection, CalibrateSection, ModelSection
 from vtwcli.sweep import Intervention, ItemResult, sweep
 
 FORMAT_VERSION = 1

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from vtwcli.candidates import Candidate, described, pareto, token_counts, tried
+from vtwcli.data.spec import DataSpec
 from vtwcli.errors import UsageError
 from vtwcli.flops import DEFAULT_CONVENTION, TextShape
 from vtwcli.methods import visipruner, vtw
 from vtwcli.preparation import check_model, load_model, read_samples
 from vtwcli.provenance import model_of, run_of, versions
-from vtwcli.recipe import BudgetSection, DataSpec, ModelSection, ScheduleSection
+from vtwcli.recipe import BudgetSection, ModelSection, ScheduleSection
 from vtwcli.schedule import Action, Keep, Schedule, Select, Withdraw
 
 FORMAT_VERSION = 1

@@ -14,6 +14,7 @@ import numpy as np
 from vtwcli import calibrate_visipruner, console, distributed, policies
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import DataMix
+from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError
 from vtwcli.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape, prefill_cost, tokens_with_withdrawal
 from vtwcli.models.inputs import Encoded
@@ -21,7 +22,7 @@ from vtwcli.models.layers import LayerSource
 from vtwcli.models.loading import LoadedModel
 from vtwcli.preparation import check_model, check_options, open_model, prepare, read_samples
 from vtwcli.provenance import model_of, provenance_of, run_of, versions
-from vtwcli.recipe import CalibrateSection, DataSpec, ModelSection, Policy, ScheduleSection
+from vtwcli.recipe import CalibrateSection, ModelSection, Policy, ScheduleSection
 from vtwcli.resume import Keep, kept, key_of, stamp
 from vtwcli.schedule import Schedule
 from vtwcli.sweep import Intervention, ItemResult, naive, sweep

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from vtwcli import console, distributed
 from vtwcli.candidates import Candidate, described, pareto, token_counts, tried
 from vtwcli.data.sample import Sample
+from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.flops import DEFAULT_CONVENTION, TextShape
 from vtwcli.methods import visipruner
@@ -30,7 +31,7 @@ from vtwcli.models.loading import LoadedModel
 from vtwcli.preparation import check_model, check_options, open_model, prepare, read_samples
 from vtwcli.probes import LastRowProbe
 from vtwcli.provenance import model_of, provenance_of, run_of, versions
-from vtwcli.recipe import CalibrateSection, DataSpec, ModelSection, ScheduleSection
+from vtwcli.recipe import CalibrateSection, ModelSection, ScheduleSection
 from vtwcli.sweep import Intervention, sweep
 
 FORMAT_VERSION = 1

@@ -13,13 +13,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vtwcli.errors import UsageError
 
 Model = TypeVar("Model", bound=BaseModel)
 _LARGE = 50_000  # characters; larger JSON is read by the fast reader, which keeps no line numbers
 Location = tuple[str | int, ...]
+
+
+class Section(BaseModel):
+    """Base of the documents that people write: unknown keys are errors and values never change."""
+
+    # schemas are built on first use: help pages read the fields only
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 def read(path: Path, kind: str) -> Any:

@@ -17,13 +17,14 @@ from vtwcli.answers import Answer, flops_ratio, full_answers, kv_ratio, spent
 from vtwcli.costs import latencies, peak_of
 from vtwcli.data import metrics
 from vtwcli.data.sample import Sample
-from vtwcli.data.sources import DataMix
+from vtwcli.data.sources import DataMix, default_data
+from vtwcli.data.spec import DataSpec
 from vtwcli.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape, kv_bytes, prefill_cost
 from vtwcli.models.inputs import encode_batch, plain_generation
 from vtwcli.models.loading import LoadedModel
-from vtwcli.preparation import default_data, read_samples
+from vtwcli.preparation import read_samples
 from vtwcli.provenance import run_of, versions
-from vtwcli.recipe import DataSpec, EvalSection, GatesSection, ModelSection
+from vtwcli.recipe import EvalSection, GatesSection, ModelSection
 from vtwcli.resume import Keep, kept, key_of, stamp
 from vtwcli.schedule import Schedule
 from vtwcli.sweep import peak_memory
@@ -72,7 +73,7 @@ def evaluate(
     """
     began = time.perf_counter()
     schedules, carried = choose(model, schedules, options)
-    specs = [_test_split(spec) for spec in data or default_data(model)]
+    specs = [_test_split(spec) for spec in data or default_data(model.name)]
     mix = read_samples(model, specs, options, exclude=_calibrated_on(calibration or carried))
     full, variants = open_variants(model, schedules, options)
     _warn_if_calibrated_on(mix, variants)

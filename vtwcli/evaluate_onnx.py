@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vtwcli import console
+from vtwcli.export.manifest import at_hand
 from vtwcli.export.onnx_parity import arrays, onnx_steps
-from vtwcli.export.verify import at_hand
 from vtwcli.ort import OnnxModel, has_device
 
 

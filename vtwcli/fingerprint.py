@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtwcli.recipe import DataSpec, ModelSection
+from vtwcli.data.spec import DataSpec
+from vtwcli.recipe import ModelSection
 
 if TYPE_CHECKING:
     from vtwcli.models.checkpoint import Checkpoint
@@ -58,12 +58,6 @@ def data_records(
     from vtwcli.data.sources import identify
 
     return [identify(spec, limit=limit, seed=seed, skip_bad=skip_bad) for spec in data]
-
-
-def place(name: str, folder: Path) -> str:
-    """A path as seen from ``folder``, wherever the command is called; any other name as it is."""
-    is_path = name not in ("", "demo") and Path(name).exists()
-    return os.path.relpath(name, folder) if is_path else name
 
 
 def _files(checkpoint: Checkpoint) -> str:

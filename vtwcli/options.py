@@ -14,9 +14,11 @@ import typer
 from pydantic import ValidationError
 
 from vtwcli import console
+from vtwcli.data.spec import DataSpec
+from vtwcli.documents import Section
 from vtwcli.errors import UsageError
 from vtwcli.files import document as document
-from vtwcli.recipe import DataSpec, ModelSection, Recipe, ScheduleSection, Section
+from vtwcli.recipe import ModelSection, Recipe, ScheduleSection
 
 
 def option(section: type[Section], field: str, *names: str, **extra: Any) -> Any:

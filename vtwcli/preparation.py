@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from vtwcli import console, distributed
 from vtwcli.data.sample import Sample
-from vtwcli.data.sources import DataMix, load_data
-from vtwcli.data.tasks import default_mix
+from vtwcli.data.sources import DataMix, default_data, load_data
+from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
-from vtwcli.export.manifest import exported_from
 from vtwcli.models.checkpoint import Checkpoint, resolve
 from vtwcli.models.inputs import Encoded, answer_ids, encode, generate_answers
 from vtwcli.models.layers import LayerSource, Resident
 from vtwcli.models.loading import LoadedModel, fits, load
 from vtwcli.models.streaming import Streamed
-from vtwcli.recipe import DataSpec, ModelSection
+from vtwcli.recipe import ModelSection
 from vtwcli.sweep import SweepItem
 
 
@@ -78,17 +76,11 @@ class SampleOptions(Protocol):
         """Whether unreadable samples are skipped and counted."""
 
 
-def default_data(model: ModelSection) -> list[DataSpec]:
-    """The demo data for the demo model and what was exported from it, else a small mix of public tasks."""
-    demo = model.name == "demo" or exported_from(Path(model.name)) == "demo"
-    return [DataSpec(source="demo")] if demo else list(default_mix())
-
-
 def read_samples(
     model: ModelSection, data: Sequence[DataSpec], options: SampleOptions, exclude: Collection[str] = ()
 ) -> DataMix:
     """The samples of a command: its data sources, or the model's default ones, without those to ``exclude``."""
-    specs = list(data) or default_data(model)
+    specs = list(data) or default_data(model.name)
     mix = load_data(specs, limit=options.limit, seed=options.seed, skip_bad=options.skip_bad, exclude=exclude)
     if mix.skipped:
         console.warn(f"skipped {mix.skipped} unreadable samples")

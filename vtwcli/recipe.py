@@ -2,128 +2,16 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from vtwcli.documents import nearest
+from vtwcli.data.spec import DataSpec, is_path
+from vtwcli.data.tasks import TASKS
+from vtwcli.documents import Section
 from vtwcli.errors import UsageError
-
-
-class Section(BaseModel):
-    """Base of all parts of a recipe: unknown keys are errors and values never change."""
-
-    # schemas are built on first use: help pages read the fields only
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
-
-
-class Columns(Section):
-    """Names of a data source's columns; None means the usual names, or the task row's own."""
-
-    image: str | None = Field(
-        default=None, description="image: a path, bytes or an image; by default image or file_name"
-    )
-    question: str | None = Field(default=None, description="question text; by default question")
-    answer: str | None = Field(
-        default=None, description="accepted answer or answers; by default answer or answers"
-    )
-    choices: str | None = Field(default=None, description="list of options; by default choices, if present")
-    task: str | None = Field(default=None, description="task name of each row; by default task, if present")
-
-
-class DataSpec(Section):
-    """One data source of the mix and how to read it.
-
-    ``source`` is ``demo``, a built-in task (``scienceqa``, ``gqa``, ...), a local directory or file, or the
-    name of a data set on the Hub, in this order; write ``./demo`` for a directory of that name.
-    """
-
-    source: str = Field(description="demo, a built-in task, a local path or a Hub data set")
-    task: str | None = Field(
-        default=None, description="name of the task in the mix; by default the source's own"
-    )
-    tasks: tuple[str, ...] | None = Field(default=None, description="take only these tasks of the source")
-    split: str | None = Field(default=None, description="split to read")
-    config: str | None = Field(default=None, description="configuration of a Hub data set")
-    revision: str | None = Field(default=None, description="branch, tag or commit of a Hub data set")
-    path: str | None = Field(default=None, description="local copy of a built-in task's data set")
-    limit: int | None = Field(default=None, ge=1, description="samples per task")
-    order: Literal["shuffle", "first"] = Field(
-        default="shuffle",
-        description="shuffle: a seeded draw; first: the first rows, as published searches do",
-    )
-    prompt: str | None = Field(default=None, description="template with {question}, {choices} or any column")
-    metric: str | None = Field(default=None, description="metric that judges the answers")
-    columns: Columns = Columns()
-
-    @field_validator("source")
-    @classmethod
-    def _has_source(cls, value: str) -> str:
-        if not value.strip():
-            raise ValueError("a data source needs a name or a path")
-        return value
-
-    @field_validator("tasks", mode="before")
-    @classmethod
-    def _split_tasks(cls, value: Any) -> Any:
-        return tuple(value.split("+")) if isinstance(value, str) else value
-
-    @classmethod
-    def parse(cls, text: str) -> DataSpec:
-        """Read the command line's form ``SOURCE[:key=value,...]``.
-
-        Keys are this class's fields and ``columns.NAME``; ``tasks`` takes names joined by ``+``; ``\\n`` in a
-        prompt is a line break. A comma begins a new key only if ``key=`` follows it, so that prompts may hold
-        commas. Text that is an existing path is a path, whatever characters it holds.
-
-        Raises:
-            UsageError: unknown or repeated keys, values of the wrong type, or no source.
-        """
-        source, options = text, ""
-        if not _is_path(text):
-            match = re.match(r"(.+?):(?=[\w.]+=)(.*)$", text, flags=re.DOTALL)
-            if match:
-                source, options = match.groups()
-            elif ":" in text:
-                rest = text.split(":", 1)[1]
-                raise UsageError(
-                    f"data source {text!r}: {rest!r} is not KEY=VALUE", f"known keys: {_KEYS_TEXT}"
-                )
-        values: dict[str, Any] = {"source": source}
-        columns: dict[str, str] = {}
-        for item in re.split(r",(?=[\w.]+=)", options) if options else ():
-            key, value = item.split("=", 1)
-            if key not in _KEYS:
-                close = nearest(key, _KEYS)
-                hint = f"did you mean {close!r}?" if close else f"known keys: {_KEYS_TEXT}"
-                raise UsageError(f"data source {text!r}: unknown key {key!r}", hint)
-            target, name = (columns, key[len("columns.") :]) if key.startswith("columns.") else (values, key)
-            if name in target:
-                raise UsageError(f"data source {text!r}: key {key!r} is given twice")
-            target[name] = value.replace("\\n", "\n") if key == "prompt" else value
-        try:
-            return cls(**values, columns=Columns(**columns))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            reason = first["msg"].removeprefix("Value error, ")
-            raise UsageError(f"data source {text!r}: {where}: {reason}") from None
-
-
-def _is_path(text: str) -> bool:
-    try:
-        return Path(text).exists()
-    except OSError:  # a prompt can be longer than a file name may be
-        return False
-
-
-_KEYS = tuple(
-    [name for name in DataSpec.model_fields if name not in ("source", "columns")]
-    + [f"columns.{name}" for name in Columns.model_fields]
-)
-_KEYS_TEXT = ", ".join(_KEYS)
 
 
 class ModelSection(Section):
@@ -421,33 +309,33 @@ class Recipe(Section):
 
         The output may be still to make; of the others those that exist beside the file are paths.
         """
-        from vtwcli.data.tasks import TASKS
 
-        def resolved(text: str) -> str:
-            inside = str(folder / text)
-            return inside if text and _is_path(inside) and not Path(text).is_absolute() else text
+        def seen(name: str) -> str:
+            inside = str(folder / name)
+            return inside if is_path(inside) and not Path(name).is_absolute() else name
 
-        def source(spec: DataSpec) -> DataSpec:
-            named = spec.source == "demo" or spec.source in TASKS
-            paths = {"source": spec.source if named else resolved(spec.source)}
-            if spec.path is not None:
-                paths["path"] = resolved(spec.path)
-            return spec.model_copy(update=paths)
+        found = self.with_paths(seen)
+        output = None if self.output is None else str(folder / self.output)
+        return found.model_copy(update={"output": output}) if output else found
 
-        found: dict[str, Any] = {}
-        if self.data:
-            found["data"] = tuple(source(spec) for spec in self.data)
-        if self.model.name != "demo":
-            found["model"] = self.model.model_copy(update={"name": resolved(self.model.name)})
-        if self.schedule.file is not None:
-            found["schedule"] = self.schedule.model_copy(update={"file": resolved(self.schedule.file)})
-        if self.eval.baseline not in (None, "demo"):
-            found["eval"] = self.eval.model_copy(update={"baseline": resolved(str(self.eval.baseline))})
-        if self.eval.baseline not in (None, "demo"):
-            found["eval"] = self.eval.model_copy(update={"baseline": resolved(self.eval.baseline)})
-        if self.output is not None:
-            found["output"] = str(folder / self.output)
-        return self.model_copy(update=found)
+    def with_paths(self, change: Callable[[str], str]) -> Recipe:
+        """The same recipe with ``change`` applied to whatever may be a path on this machine, but for the output.
+
+        ``demo`` and the names of built-in tasks never are.
+        """
+
+        def changed(section: Section, field: str, *names: str) -> Section:
+            value = getattr(section, field)
+            unset = value is None or value in ("", *names)
+            return section if unset else section.model_copy(update={field: change(value)})
+
+        parts: dict[str, Any] = {
+            "model": changed(self.model, "name", "demo"),
+            "data": tuple(changed(changed(spec, "source", "demo", *TASKS), "path") for spec in self.data),
+            "schedule": changed(self.schedule, "file"),
+            "eval": changed(self.eval, "baseline", "demo"),
+        }
+        return self.model_copy(update={name: parts[name] for name in parts if name in self.model_fields_set})
 
 
 def json_schema() -> dict[str, Any]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vtwcli.report import BLUE, GREEN, GREY, ORANGE, new_figure, save_figure
+from vtwcli.plots import BLUE, GREEN, GREY, ORANGE, new_figure
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from vtwcli.analyze import Analysis
 
 SKY, YELLOW, PINK = "#56B4E9", "#E69F00", "#CC79A7"
 STAGES = {"shallow": SKY, "middle": YELLOW, "deep": GREEN}
@@ -22,32 +20,6 @@ _CURVES = {  # what the KL plot shows, from the strongest intervention to the we
     "knockout_layer": ("text blind in this layer alone", PINK, "-"),
     "layer_update": ("visual tokens not updated in this layer", GREY, ":"),
 }
-
-
-def write_analysis(analysis: Analysis, outputs: Mapping[str, Path | None]) -> None:
-    """Write a profile with all that goes beside it; the result comes last, so that it stands for all of them.
-
-    Args:
-        outputs: where ``result``, ``page``, the plots (names of ``plots``) and the ``static`` and ``dynamic``
-            schedules go; None leaves one out. A plot's format follows its suffix (png, svg, pdf).
-    """
-    from vtwcli import files
-    from vtwcli.report_analyze_page import page
-    from vtwcli.schedule import Schedule
-
-    result = analysis.result
-    for name, figure in plots(result).items():
-        path = outputs[name]
-        if path:
-            save_figure(figure, path)
-    for name, schedule in result["schedules"].items():
-        path = outputs[name]
-        if path and schedule:
-            files.write_text(path, Schedule.from_dict(schedule).to_yaml())
-    if outputs["page"]:
-        files.write_text(outputs["page"], page(analysis))
-    if outputs["result"]:
-        files.write_text(outputs["result"], files.document(result))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,15 +1,21 @@
-"""One self-contained page for an analysis: words, plots, tables, and images under heat maps of what is read of them."""
+"""Writes a profile: its plots, schedules and document, and one self-contained page for people.
+
+The page has the words, plots and tables, and images under heat maps of what is read of them.
+"""
 
 from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtwcli import pages
+from vtwcli import files, pages
+from vtwcli.plots import save_figure
 from vtwcli.report_analyze import HEADER, STAGES, explanation, plots, rows, sentences, stage_of
+from vtwcli.schedule import Schedule
 
 if TYPE_CHECKING:
     from vtwcli.analyze import Analysis
@@ -18,6 +24,28 @@ _MAP_EDGE = 224  # pixels; the longer edge of an image under its heat maps
 
 # ---------------------------------------------------------------------------------------------------------------
 # Heat maps
+
+
+def write_analysis(analysis: Analysis, outputs: Mapping[str, Path | None]) -> None:
+    """Write a profile with all that goes beside it; the result comes last, so that it stands for all of them.
+
+    Args:
+        outputs: where ``result``, ``page``, the plots (names of ``plots``) and the ``static`` and ``dynamic``
+            schedules go; None leaves one out. A plot's format follows its suffix (png, svg, pdf).
+    """
+    result = analysis.result
+    for name, figure in plots(result).items():
+        path = outputs[name]
+        if path:
+            save_figure(figure, path)
+    for name, schedule in result["schedules"].items():
+        path = outputs[name]
+        if path and schedule:
+            files.write_text(path, Schedule.from_dict(schedule).to_yaml())
+    if outputs["page"]:
+        files.write_text(outputs["page"], page(analysis))
+    if outputs["result"]:
+        files.write_text(outputs["result"], files.document(result))
 
 
 def heat_map(result: dict[str, Any], shown: dict[str, Any], image: Any, number: int) -> Any:
@@ -105,8 +133,6 @@ def spread_over(
 
 def page(analysis: Analysis) -> str:
     """One self-contained page: stages in words, plots, the table, schedules, and samples with their heat maps."""
-    from vtwcli.schedule import Schedule
-
     result = analysis.result
     title = f"{result['model']['name']}: what its layers do with vision"
     drawn = plots(result)

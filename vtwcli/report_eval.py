@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtwcli import files, gates, pages
-from vtwcli.report import BLUE, GREY, new_panels, save_figure
+from vtwcli.plots import BLUE, GREY, new_panels, save_figure
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vtwcli import gates
 
 if TYPE_CHECKING:
-    from vtwcli.pipeline import Run
+    from vtwcli.run import Run
 
 
 def plan_view(run: Run) -> str:
@@ -102,7 +102,7 @@ def write_summary(run: Run, also: Path | None = None) -> None:
     """
     from vtwcli import files
     from vtwcli.errors import VtwError
-    from vtwcli.pipeline import SUMMARY
+    from vtwcli.run import SUMMARY
 
     text = markdown(run)
     files.write_text(run.folder / SUMMARY, text)

@@ -7,7 +7,8 @@ import re
 
 from pydantic.fields import FieldInfo
 
-from vtwcli.recipe import Recipe, Section
+from vtwcli.documents import Section
+from vtwcli.recipe import Recipe
 
 _HEAD = """\
 # A recipe: vtw run FILE does all of it, vtw recipe check FILE says whether it is valid, and the single commands read

@@ -1,45 +1,17 @@
-"""The steps of a run: which ones a recipe asks for, what each writes, and how each is done."""
+"""The steps of a run: which ones a recipe asks for, and how each is done."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vtwcli.distributed import is_main
 from vtwcli.errors import UsageError
 from vtwcli.recipe import STEPS, Recipe
+from vtwcli.run import FILES, Run
 from vtwcli.schedule import Schedule
 from vtwcli.schedules import schedule_of
-
-if TYPE_CHECKING:
-    from vtwcli.pipeline import Run
-
-# what each step writes, by the name under which its writer knows it; a directory stands for its manifest
-FILES: dict[str, dict[str, str]] = {
-    "calibrate": {
-        "result": "calibration.json",
-        "schedule": "calibration.schedule.yaml",
-        "plot": "calibration.png",
-    },
-    "analyze": {
-        "result": "analysis.json",
-        "page": "analysis.html",
-        "static": "analysis.static.yaml",
-        "dynamic": "analysis.dynamic.yaml",
-        "kl": "analysis.kl.png",
-        "attention": "analysis.attention.png",
-        "tokens": "analysis.tokens.png",
-        "values": "analysis.values.png",
-    },
-    "eval": {
-        "result": "evaluation.json",
-        "markdown": "evaluation.md",
-        "page": "evaluation.html",
-        "plot": "evaluation.png",
-    },
-    "export": {"model": "model/manifest.json"},
-}
 
 
 def steps_of(recipe: Recipe, name: str = "the recipe") -> list[str]:
@@ -62,7 +34,7 @@ def steps_of(recipe: Recipe, name: str = "the recipe") -> list[str]:
 
 
 def _calibrate(run: Run) -> dict[str, Any]:
-    from vtwcli import report
+    from vtwcli import report_calibrate
     from vtwcli.analyze import analyze, shares_sweep
     from vtwcli.calibrate import calibrate
 
@@ -76,23 +48,23 @@ def _calibrate(run: Run) -> dict[str, Any]:
         state = run.folder / "calibration.partial.jsonl"
         result = calibrate(recipe.model, recipe.data, recipe.calibrate, state=state, rule=recipe.schedule)
     if is_main():
-        report.write_calibration(result, _outputs(run, "calibrate"))
+        report_calibrate.write_calibration(result, _outputs(run, "calibrate"))
     run.results["calibrate"] = result
     return {
-        "words": report.calibration_sentence(result),
+        "words": report_calibrate.calibration_sentence(result),
         "withdrawal_layer": result["withdrawal_layer"],
         "interval": result.get("interval"),
     }
 
 
 def _analyze(run: Run) -> dict[str, Any]:
-    from vtwcli import report_analyze
+    from vtwcli import report_analyze, report_analyze_page
     from vtwcli.analyze import analyze
 
     analysis = run.analysis or analyze(run.recipe.model, run.recipe.data, run.recipe.analyze)
     run.analysis = None  # its images are many
     if is_main():
-        report_analyze.write_analysis(analysis, _outputs(run, "analyze"))
+        report_analyze_page.write_analysis(analysis, _outputs(run, "analyze"))
     stages = {name: analysis.result["stages"][name] for name in ("shallow", "middle", "deep")}
     return {"words": report_analyze.sentences(analysis.result)[0], "stages": stages}
 

@@ -134,7 +134,7 @@ def outputs_of(model: str, output: Path | None, as_json: bool, svg: bool = False
 
 
 def _publish(analysis: Analysis, outputs: dict[str, Path | None], as_json: bool) -> None:
-    from vtwcli import report_analyze
+    from vtwcli import report_analyze, report_analyze_page
 
-    report_analyze.write_analysis(analysis, outputs)
+    report_analyze_page.write_analysis(analysis, outputs)
     show(analysis.result, report_analyze.analysis_view, outputs, as_json)

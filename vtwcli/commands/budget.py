@@ -100,7 +100,7 @@ def budget(
     outputs["plot"] = plot or outputs["plot"]
     if options.max_flops is None:
         outputs["schedule"] = None
-    from vtwcli import files, report_methods
+    from vtwcli import files, report_budget
 
     files.check_free(outputs.values(), force)
 
@@ -109,8 +109,8 @@ def budget(
 
     result = run(where, specs, options, base.schedule)
     if is_main():
-        report_methods.write_budget(result, outputs)
-        show(result, report_methods.budget_view, outputs, as_json)
+        report_budget.write_budget(result, outputs)
+        show(result, report_budget.budget_view, outputs, as_json)
     finish()
     if options.max_flops is not None and result["best"] is None and is_main():
         raise GateError(

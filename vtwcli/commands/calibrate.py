@@ -107,7 +107,7 @@ def calibrate(
     beside = {"schedule": ".schedule.yaml", "plot": ".png"}
     outputs = output_paths(where.name, output, as_json, "calibration", beside)
     outputs["plot"] = plot or outputs["plot"]
-    from vtwcli import files, report
+    from vtwcli import files, report_calibrate
 
     files.check_free(outputs.values(), force)
 
@@ -117,10 +117,10 @@ def calibrate(
     state = state_beside(outputs["result"], options.resume)
     result = run(where, specs, options, state=state, rule=base.schedule)
     if is_main():
-        report.write_calibration(result, outputs)
-        show(result, report.calibration_view, outputs, as_json)
+        report_calibrate.write_calibration(result, outputs)
+        show(result, report_calibrate.calibration_view, outputs, as_json)
     finish()
     if result["schedule"] is None and is_main():
         raise GateError(
-            report.calibration_sentence(result), "more samples, a larger --eta, or --policy budget"
+            report_calibrate.calibration_sentence(result), "more samples, a larger --eta, or --policy budget"
         )

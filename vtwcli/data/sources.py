@@ -17,7 +17,9 @@ from vtwcli.data.images import decode_image
 from vtwcli.data.metrics import METRICS
 from vtwcli.data.rows import SUFFIXES, Rows, joined, open_hub, open_local
 from vtwcli.data.sample import Sample
+from vtwcli.data.spec import Columns, DataSpec
 from vtwcli.data.tasks import (
+    DEFAULT_MIX,
     LETTER_LINE,
     TASKS,
     BadRow,
@@ -32,10 +34,19 @@ from vtwcli.data.tasks import (
 )
 from vtwcli.documents import nearest
 from vtwcli.errors import NotFoundError, UsageError
-from vtwcli.recipe import Columns, DataSpec
+from vtwcli.export.manifest import exported_from
 
 IMAGE_MARK = "<image>"
 DEMO_SPLITS = ("calibration", "test")
+
+
+def default_data(model: str) -> list[DataSpec]:
+    """What is read for a model when nothing else is asked for: one source per task of the mix.
+
+    The demo data for the demo model and what was exported from it, else ``DEFAULT_MIX`` from the Hub.
+    """
+    demo = model == "demo" or exported_from(Path(model)) == "demo"
+    return [DataSpec(source=name) for name in (("demo",) if demo else DEFAULT_MIX)]
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vtwcli.data.spec import Columns
 from vtwcli.documents import nearest
 from vtwcli.errors import VtwError
-from vtwcli.recipe import Columns, DataSpec
 
 DEFAULT_MIX = ("scienceqa", "gqa", "ocrbench", "flickr30k")
 """Read from the Hub for a real model when nothing else is asked for: choice, short answer, text, caption."""
@@ -338,8 +338,3 @@ TASKS: dict[str, TaskRow] = {
         ),
     )
 }
-
-
-def default_mix() -> tuple[DataSpec, ...]:
-    """The data of ``DEFAULT_MIX``: one source per task, from the Hub."""
-    return tuple(DataSpec(source=name) for name in DEFAULT_MIX)

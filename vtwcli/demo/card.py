@@ -18,10 +18,11 @@ from vtwcli import files
 from vtwcli.calibrate import calibrate
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import load_data
+from vtwcli.data.spec import DataSpec
 from vtwcli.demo.scenes import ALL_TASKS, DEFAULT_TASKS
 from vtwcli.models.inputs import generate_answers
 from vtwcli.models.loading import LoadedModel, load
-from vtwcli.recipe import CalibrateSection, DataSpec, ModelSection
+from vtwcli.recipe import CalibrateSection, ModelSection
 from vtwcli.runtime import pruned
 
 RECORD = "training.json"

@@ -214,7 +214,7 @@ def _savings(schedule: Schedule, shape: TextShape) -> str:
 
 
 def _calibration(result: dict[str, Any], schedule: Schedule, picture: str | None) -> str:
-    from vtwcli.report import calibration_sentence
+    from vtwcli.report_calibrate import calibration_sentence
 
     samples = sum(task["samples"] for task in result["tasks"].values())
     parts = [f"Calibrated on {samples} samples. {calibration_sentence(result)}"]

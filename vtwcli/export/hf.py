@@ -239,7 +239,7 @@ def _set_dtype(config: dict[str, Any], name: str) -> None:
 def _write_record(folder: Path, calibration: dict[str, Any] | None, recipe: str | None) -> None:
     """The documents that the export comes from."""
     if calibration is not None:
-        from vtwcli.report import plot_calibration
+        from vtwcli.report_calibrate import plot_calibration
 
         _write_json(folder / CALIBRATION, calibration)
         plot_calibration(calibration, folder / PICTURE)

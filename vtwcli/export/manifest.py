@@ -133,3 +133,15 @@ def _broken(folder: Path, how: str, names: list[str]) -> GateError:
     return GateError(
         f"{folder} does not match its manifest: {names[0]}{more} {are} {how}", "export or download it again"
     )
+
+
+def at_hand(model: dict[str, Any]) -> str | None:
+    """The base model, if it is on this machine; nothing is fetched."""
+    if model["revision"] is None:
+        from vtwcli.demo import model_dir
+
+        return "demo" if model["name"] == "demo" and model_dir().is_dir() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model["name"], "config.json", revision=model["revision"])
+    return f"{model['name']}@{model['revision']}" if isinstance(found, str) else None

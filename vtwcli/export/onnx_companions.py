@@ -14,7 +14,7 @@ from vtwcli.models.checkpoint import LEGAL, quiet_libraries
 from vtwcli.ort import MANIFEST
 
 if TYPE_CHECKING:
-    from vtwcli.export.onnx import Source
+    from vtwcli.export.onnx_source import Source
 
 _QUESTION = "\0question\0"
 

@@ -14,7 +14,7 @@ from vtwcli import console, ort
 from vtwcli.data.sample import Sample
 from vtwcli.errors import GateError, NotFoundError, UsageError
 from vtwcli.export.hf import DTYPES
-from vtwcli.export.manifest import check_files, file_totals, read_manifest
+from vtwcli.export.manifest import at_hand, check_files, file_totals, read_manifest
 from vtwcli.export.remote import remote_code
 from vtwcli.models.checkpoint import first_line, quiet_libraries, resolve
 from vtwcli.models.families import FAMILIES
@@ -153,18 +153,6 @@ def _reference(
         # The export holds rounded weights, so those of the base were rounded alike, whatever computes with them.
         loaded = replace(loaded, model=loaded.model.to(kind), dtype=kind)
     return loaded, name
-
-
-def at_hand(model: dict[str, Any]) -> str | None:
-    """The base model, if it is on this machine; nothing is fetched."""
-    if model["revision"] is None:
-        from vtwcli.demo import model_dir
-
-        return "demo" if model["name"] == "demo" and model_dir().is_dir() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(model["name"], "config.json", revision=model["revision"])
-    return f"{model['name']}@{model['revision']}" if isinstance(found, str) else None
 
 
 def _check_code(directory: Path, manifest: dict[str, Any], trusted: bool) -> None:

@@ -12,8 +12,7 @@ import torch
 from vtwcli import console
 from vtwcli.data.sample import Sample
 from vtwcli.errors import GateError, UsageError, VtwError
-from vtwcli.export.manifest import check_files, file_totals, read_manifest
-from vtwcli.export.verify import at_hand
+from vtwcli.export.manifest import at_hand, check_files, file_totals, read_manifest
 from vtwcli.models.checkpoint import Checkpoint, read_config, resolve
 from vtwcli.models.inputs import encode
 from vtwcli.models.loading import LoadedModel, choose_device, load_processor

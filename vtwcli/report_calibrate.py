@@ -1,4 +1,4 @@
-"""Terminal tables and plots of results; reads result documents, computes nothing."""
+"""Views of a calibration: terminal table, sentence and plot; reads result documents, computes nothing."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtwcli import files, report_visipruner
+from vtwcli.plots import BLUE, GREEN, GREY, ORANGE, new_figure, save_figure
+from vtwcli.schedule import Schedule
+
 if TYPE_CHECKING:
     from rich.console import Group
 
 _BAR = 28  # width of the terminal chart in characters
-
-# colours that stay apart for colour-blind readers and in print
-BLUE, ORANGE, GREY, GREEN = "#0072B2", "#D55E00", "#6B6B6B", "#009E73"
 
 
 def write_calibration(result: dict[str, Any], outputs: Mapping[str, Path | None]) -> None:
@@ -22,9 +23,6 @@ def write_calibration(result: dict[str, Any], outputs: Mapping[str, Path | None]
         result: the document of ``calibrate``.
         outputs: where ``plot``, ``schedule`` and ``result`` go; None leaves one out.
     """
-    from vtwcli import files
-    from vtwcli.schedule import Schedule
-
     if outputs["plot"]:
         plot_calibration(result, outputs["plot"])
     if outputs["schedule"] and result["schedule"]:
@@ -38,9 +36,7 @@ def write_calibration(result: dict[str, Any], outputs: Mapping[str, Path | None]
 def calibration_view(result: dict[str, Any]) -> Group:
     """The terminal view of a calibration: the curve as bars, the chosen K and what it saves."""
     if result.get("method") == "visipruner":
-        from vtwcli import report_methods
-
-        return report_methods.visipruner_view(result)
+        return report_visipruner.visipruner_view(result)
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -74,9 +70,7 @@ def calibration_view(result: dict[str, Any]) -> Group:
 def calibration_sentence(result: dict[str, Any]) -> str:
     """One line: the chosen K and what it saves, or that no layer qualifies."""
     if result.get("method") == "visipruner":
-        from vtwcli import report_methods
-
-        return report_methods.visipruner_sentence(result)
+        return report_visipruner.visipruner_sentence(result)
     k, layers = result["withdrawal_layer"], result["num_layers"]
     rule = f"policy {result['policy']}, eta {result['eta']:g}, {result['positions']} positions"
     if k is None:
@@ -129,9 +123,7 @@ def plot_calibration(result: dict[str, Any], path: Path) -> None:
     The format follows the suffix of ``path`` (png, svg, pdf).
     """
     if result.get("method") == "visipruner":
-        from vtwcli import report_methods
-
-        report_methods.plot_visipruner(result, path)
+        report_visipruner.plot_visipruner(result, path)
         return
     import numpy as np
 
@@ -187,32 +179,3 @@ def plot_calibration(result: dict[str, Any], path: Path) -> None:
         f"{result['model']['name']}: what withdrawing visual tokens changes", fontsize=11, loc="left"
     )
     save_figure(figure, path)
-
-
-def new_figure() -> tuple[Any, Any]:
-    """A figure that needs no display and leaves pyplot's global state alone."""
-    figure, [axis] = new_panels(1)
-    return figure, axis
-
-
-def new_panels(count: int) -> tuple[Any, Any]:
-    """A figure of panels above one another, which share the horizontal axis."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 1.2 + 3.2 * count), layout="constrained")
-    axes = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
-    for axis in axes:
-        axis.spines[["top"]].set_visible(False)
-        axis.grid(axis="y", color="#DDDDDD", lw=0.5)
-    return figure, axes
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure in one step, with no date inside, so that equal results give equal files."""
-    from matplotlib import rc_context
-
-    from vtwcli import files
-
-    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(path.suffix[1:])
-    with rc_context({"svg.hashsalt": "vtwcli"}):
-        files.write(path, lambda temporary: figure.savefig(temporary, dpi=150, metadata=metadata))

@@ -1,0 +1,120 @@
+"""A data source of the mix as a user names it, in a recipe or on the command line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from vtwcli.documents import Section, nearest
+from vtwcli.errors import UsageError
+
+
+class Columns(Section):
+    """Names of a data source's columns; None means the usual names, or the task row's own."""
+
+    image: str | None = Field(
+        default=None, description="image: a path, bytes or an image; by default image or file_name"
+    )
+    question: str | None = Field(default=None, description="question text; by default question")
+    answer: str | None = Field(
+        default=None, description="accepted answer or answers; by default answer or answers"
+    )
+    choices: str | None = Field(default=None, description="list of options; by default choices, if present")
+    task: str | None = Field(default=None, description="task name of each row; by default task, if present")
+
+
+class DataSpec(Section):
+    """One data source of the mix and how to read it.
+
+    ``source`` is ``demo``, a built-in task (``scienceqa``, ``gqa``, ...), a local directory or file, or the
+    name of a data set on the Hub, in this order; write ``./demo`` for a directory of that name.
+    """
+
+    source: str = Field(description="demo, a built-in task, a local path or a Hub data set")
+    task: str | None = Field(
+        default=None, description="name of the task in the mix; by default the source's own"
+    )
+    tasks: tuple[str, ...] | None = Field(default=None, description="take only these tasks of the source")
+    split: str | None = Field(default=None, description="split to read")
+    config: str | None = Field(default=None, description="configuration of a Hub data set")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a Hub data set")
+    path: str | None = Field(default=None, description="local copy of a built-in task's data set")
+    limit: int | None = Field(default=None, ge=1, description="samples per task")
+    order: Literal["shuffle", "first"] = Field(
+        default="shuffle",
+        description="shuffle: a seeded draw; first: the first rows, as published searches do",
+    )
+    prompt: str | None = Field(default=None, description="template with {question}, {choices} or any column")
+    metric: str | None = Field(default=None, description="metric that judges the answers")
+    columns: Columns = Columns()
+
+    @field_validator("source")
+    @classmethod
+    def _has_source(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("a data source needs a name or a path")
+        return value
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _split_tasks(cls, value: Any) -> Any:
+        return tuple(value.split("+")) if isinstance(value, str) else value
+
+    @classmethod
+    def parse(cls, text: str) -> DataSpec:
+        """Read the command line's form ``SOURCE[:key=value,...]``.
+
+        Keys are this class's fields and ``columns.NAME``; ``tasks`` takes names joined by ``+``; ``\\n`` in a
+        prompt is a line break. A comma begins a new key only if ``key=`` follows it, so that prompts may hold
+        commas. Text that is an existing path is a path, whatever characters it holds.
+
+        Raises:
+            UsageError: unknown or repeated keys, values of the wrong type, or no source.
+        """
+        source, options = text, ""
+        if not is_path(text):
+            match = re.match(r"(.+?):(?=[\w.]+=)(.*)$", text, flags=re.DOTALL)
+            if match:
+                source, options = match.groups()
+            elif ":" in text:
+                rest = text.split(":", 1)[1]
+                raise UsageError(
+                    f"data source {text!r}: {rest!r} is not KEY=VALUE", f"known keys: {_KEYS_TEXT}"
+                )
+        values: dict[str, Any] = {"source": source}
+        columns: dict[str, str] = {}
+        for item in re.split(r",(?=[\w.]+=)", options) if options else ():
+            key, value = item.split("=", 1)
+            if key not in _KEYS:
+                close = nearest(key, _KEYS)
+                hint = f"did you mean {close!r}?" if close else f"known keys: {_KEYS_TEXT}"
+                raise UsageError(f"data source {text!r}: unknown key {key!r}", hint)
+            target, name = (columns, key[len("columns.") :]) if key.startswith("columns.") else (values, key)
+            if name in target:
+                raise UsageError(f"data source {text!r}: key {key!r} is given twice")
+            target[name] = value.replace("\\n", "\n") if key == "prompt" else value
+        try:
+            return cls(**values, columns=Columns(**columns))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            reason = first["msg"].removeprefix("Value error, ")
+            raise UsageError(f"data source {text!r}: {where}: {reason}") from None
+
+
+def is_path(text: str) -> bool:
+    """Whether something on disk has this name."""
+    try:
+        return Path(text).exists()
+    except OSError:  # a prompt can be longer than a file name may be
+        return False
+
+
+_KEYS = tuple(
+    [name for name in DataSpec.model_fields if name not in ("source", "columns")]
+    + [f"columns.{name}" for name in Columns.model_fields]
+)
+_KEYS_TEXT = ", ".join(_KEYS)
