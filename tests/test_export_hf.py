@@ -30,6 +30,7 @@ from vtwcli.export.card import describe, front_matter
 from vtwcli.export.hf import baked_schedule, export_hf
 from vtwcli.export.manifest import check_files, read_manifest
 from vtwcli.models.checkpoint import resolve
+from vtwcli.provenance import versions
 from vtwcli.schedule import Schedule
 
 K = 3
@@ -208,7 +209,7 @@ def test_manifest_lists_every_file(exported):
     assert {name: entry["sha256"] for name, entry in manifest["files"].items()} == found
     assert all((exported / name).stat().st_size == e["bytes"] for name, e in manifest["files"].items())
     assert manifest["producer"] == f"vtwcli {vtwcli.__version__}"
-    assert set(manifest["versions"]) == {"python", "torch", "transformers", "safetensors"}
+    assert manifest["versions"] == versions()
     assert manifest["model"] == {"name": "model", "revision": None, "model_type": "llava"}
     assert (manifest["weights"], manifest["dtype"]) == ("linked", "float32")
 
