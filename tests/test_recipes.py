@@ -11,7 +11,7 @@ from PIL import Image
 from tests import tiny
 from tests.cli import vtw
 from tests.conftest import TEMPLATE, build_processor
-from vtwcli.models import loading
+from tests.processors import save_processor
 from vtwcli.models.families import FAMILIES
 from vtwcli.recipe import STEPS, Recipe, json_schema
 from vtwcli.schedules import schedule_of
@@ -101,25 +101,8 @@ def models(tmp_path_factory):
         chat_template=TEMPLATE,
         image_token="<image>",
     ).save_pretrained(made["llava_next"])
-    build_processor().tokenizer.save_pretrained(made["qwen2_5_vl"])
+    save_processor("qwen2_5_vl", made["qwen2_5_vl"])
     return made
-
-
-def qwen_processor():
-    """Qwen's processor without its video part, which cannot be made without torchvision."""
-    from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    class WithoutVideo(Qwen2_5_VLProcessor):
-        def check_argument_for_proper_class(self, name, argument):
-            return type(argument)
-
-    tokenizer = build_processor().tokenizer
-    tokenizer.image_token, tokenizer.video_token = "<image>", "<unused97>"
-    images = Qwen2VLImageProcessorPil(
-        patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 256}
-    )
-    return WithoutVideo(images, tokenizer, None, chat_template=TEMPLATE)
 
 
 @pytest.fixture(scope="module")
@@ -144,13 +127,11 @@ SMALL = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_recipe_runs_from_end_to_end_on_a_tiny_model(name, models, rows, tmp_path, monkeypatch):
+def test_recipe_runs_from_end_to_end_on_a_tiny_model(name, models, rows, tmp_path):
     path = recipe(name)
     loaded = load_recipe(path)
     family = FAMILY_OF[loaded.model.name]
     assert loaded.model.name == "demo" or family in FAMILIES
-    if family == "qwen2_5_vl":
-        monkeypatch.setattr(loading, "load_processor", lambda checkpoint: qwen_processor())
     if loaded.export.format == "onnx":
         pytest.importorskip("onnxruntime")
     wanted = steps_of(loaded)

@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -213,11 +214,11 @@ def load_processor(checkpoint: Checkpoint) -> Any:
     """
     from transformers import AutoProcessor
 
+    code = checkpoint.trust_remote_code
+    reader = AutoProcessor if code else _without_video(checkpoint.family) or AutoProcessor
     try:
         with quiet_libraries():
-            processor = AutoProcessor.from_pretrained(
-                checkpoint.path, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
-            )
+            processor = reader.from_pretrained(checkpoint.path, trust_remote_code=code, local_files_only=True)
     except ImportError as error:
         package = re.search(r"pip install ([\w.-]*\w)|requires the (\w+) library", str(error))
         raise NotFoundError(
@@ -232,6 +233,37 @@ def load_processor(checkpoint: Checkpoint) -> Any:
     if getattr(processor, "patch_size", 0) is None:
         raise _no_processor(checkpoint, "processor_config.json does not give patch_size")
     return processor
+
+
+def _without_video(family: Family) -> Any:
+    """The family's processor class without its video part, where that part needs torchvision and there is none.
+
+    Images are all that is read here. None where the whole class can be used, or cannot be taken apart.
+    """
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    from transformers.utils import is_torchvision_available
+
+    base = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(family.model_type, ""), None)
+    if is_torchvision_available() or base is None or getattr(base, "is_dummy", False):
+        return None
+    parts = base.get_attributes()
+    if parts[-1] != "video_processor":  # the class hands its parts on by their places
+        return None
+
+    class ImagesOnly(base):  # type: ignore[misc, valid-type]
+        video_processor = SimpleNamespace(num_frames=None, fps=None)  # SmolVLM asks for these of images too
+
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return parts[:-1]
+
+        @classmethod
+        def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+            return super().from_args_and_dict(args, {**processor_dict, "video_processor": None}, **kwargs)
+
+    ImagesOnly.__name__ = base.__name__  # is saved with the processor
+    return ImagesOnly
 
 
 def _no_processor(checkpoint: Checkpoint, reason: str) -> NotFoundError:
