@@ -211,6 +211,21 @@ def test_an_exported_model_is_exported_without_its_code(exports, tmp_path):
     assert {path.name for path in (tmp_path / "onnx").glob("*.py")} == {"run_onnx.py", "vtw_ort.py"}
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_settings_of_a_video_part_travel_along(exports, tmp_path, nested):
+    shutil.copytree(exports.model("none"), tmp_path / "model")
+    (tmp_path / "onnx").mkdir()
+    name, settings = "video_preprocessor_config.json", {"video_processor_type": "ThatVideoProcessor"}
+    if nested:
+        file = tmp_path / "model/processor_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"video_processor": settings}))
+    else:
+        (tmp_path / "model" / name).write_text(json.dumps(settings))
+    manifest = {"graphs": [], "positions": "count", "merged": False, "tokens": {}}
+    write_companions(export.Source.of(resolve(str(tmp_path / "model"))), manifest, tmp_path / "onnx")
+    assert json.loads((tmp_path / "onnx" / name).read_text()) == settings
+
+
 def test_weights_lie_outside_and_no_transpose_of_them_is_left(exports):
     directory, _ = exports("split")
     model = onnx.load(directory / "decoder_upper.onnx", load_external_data=False)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.utils import is_torchvision_available
 
 from tests import tiny
+from tests.conftest import build_processor
 from tests.processors import FAMILIES, save_processor
-from vtwcli import load
+from vtwcli import Schedule, load, pruned
 from vtwcli.data.sample import Sample
+from vtwcli.errors import NotFoundError
+from vtwcli.export.onnx import export_onnx
+from vtwcli.models.checkpoint import resolve
 from vtwcli.models.inputs import encode
 
 
@@ -26,3 +36,46 @@ def test_images_are_read_and_put_in_their_places(family, tmp_path):
         with torch.no_grad():
             logits = loaded.model(**encoded.inputs).logits
         assert logits.isfinite().all()
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="all is there")
+@pytest.mark.parametrize(
+    ("image_processor", "processor", "reason"),
+    [
+        ("Molmo2ImageProcessor", "Molmo2Processor", "Could not load any image processor class"),
+        ("PixtralImageProcessor", "PixtralProcessor", "PixtralProcessor requires the Torchvision library"),
+    ],
+)
+def test_a_processor_that_cannot_do_without_says_so(image_processor, processor, reason, tmp_path):
+    tiny.llava().save_pretrained(tmp_path)
+    build_processor().tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": image_processor, "processor_class": processor})
+    )
+    with pytest.raises(NotFoundError, match="needs a package that is not installed: " + reason) as caught:
+        load(str(tmp_path))
+    assert caught.value.hint == "install it: pip install torchvision"
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision", "smolvlm"])
+def test_exported_graphs_take_what_the_processor_makes(family, tmp_path):
+    model, graphs = tmp_path / "model", tmp_path / "graphs"
+    tiny.TINY[family].build(layers=2).save_pretrained(model)
+    save_processor(family, model)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 0}))
+    export_onnx(resolve(str(model)), 1, graphs, steps=3)
+    video = "video_preprocessor_config.json"
+    assert (graphs / video).read_text() == (model / video).read_text()
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    loaded = load(str(model), dtype="float32", device="cpu")
+    sample = Sample(id="0", task="t", prompt="what?", images=(Image.open(tmp_path / "picture.png"),))
+    inputs = encode(loaded, sample).inputs
+    with pruned(loaded.model, Schedule.withdraw_at(1)):
+        tokens = loaded.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    expected = loaded.processor.tokenizer.decode(
+        tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    command = [sys.executable, graphs / "run_onnx.py", "--image", tmp_path / "picture.png", "what?"]
+    done = subprocess.run([*command, "--max-new-tokens", "8"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected.strip() != ""

@@ -16,6 +16,7 @@ from vtwcli.ort import MANIFEST
 if TYPE_CHECKING:
     from vtwcli.export.onnx_source import Source
 
+_PROCESSOR, _VIDEO = "processor_config.json", "video_preprocessor_config.json"
 _QUESTION = "\0question\0"
 
 
@@ -47,6 +48,7 @@ def write_companions(source: Source, manifest: dict[str, Any], folder: Path) -> 
     if source.checkpoint is not None:
         for file in (file for pattern in LEGAL for file in source.checkpoint.path.glob(pattern)):
             shutil.copyfile(file, folder / file.name)
+        _keep_video_part(source.checkpoint.path, folder)
     tokenizer = processor.tokenizer
     ends = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
     ends = [] if ends is None else list(ends) if isinstance(ends, Sequence) else [ends]
@@ -62,6 +64,16 @@ def write_companions(source: Source, manifest: dict[str, Any], folder: Path) -> 
     shutil.copyfile(Path(ort.__file__), folder / "vtw_ort.py")
     shutil.copyfile(Path(__file__).with_name("run_onnx.py"), folder / "run_onnx.py")
     save_json(folder / MANIFEST, manifest)
+
+
+def _keep_video_part(path: Path, folder: Path) -> None:
+    """Carry along the settings of the processor's video part, without which it may have been read."""
+    if (path / _VIDEO).is_file():
+        shutil.copyfile(path / _VIDEO, folder / _VIDEO)
+    elif (path / _PROCESSOR).is_file():
+        settings = json.loads((path / _PROCESSOR).read_text(encoding="utf-8"))
+        if "video_processor" in settings:
+            save_json(folder / _VIDEO, settings["video_processor"])
 
 
 def _prompts(processor: Any) -> dict[str, str] | None:

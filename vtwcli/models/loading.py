@@ -16,6 +16,8 @@ from vtwcli.models.checkpoint import Checkpoint, first_line, quiet_libraries, re
 from vtwcli.models.families import Family, placeholder_ids
 
 _DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# how transformers names a package that it misses
+_PACKAGE = r"pip install ([\w.-]*\w)|requires the (\w+) library|optional dependencies: (\w+)"
 _OVERHEAD = 1.1  # activations, the cache and the allocator, on top of the weights
 
 
@@ -219,14 +221,14 @@ def load_processor(checkpoint: Checkpoint) -> Any:
     try:
         with quiet_libraries():
             processor = reader.from_pretrained(checkpoint.path, trust_remote_code=code, local_files_only=True)
-    except ImportError as error:
-        package = re.search(r"pip install ([\w.-]*\w)|requires the (\w+) library", str(error))
+    except Exception as error:  # there is no telling what broken files make transformers raise
+        package = re.search(_PACKAGE, str(error))
+        if package is None and not isinstance(error, ImportError):
+            raise _no_processor(checkpoint, first_line(error)) from error
         raise NotFoundError(
             f"the processor of {checkpoint.name!r} needs a package that is not installed: {first_line(error)}",
-            f"install it: pip install {(package[1] or package[2]).lower()}" if package else None,
+            f"install it: pip install {next(filter(None, package.groups())).lower()}" if package else None,
         ) from error
-    except Exception as error:  # there is no telling what broken files make transformers raise
-        raise _no_processor(checkpoint, first_line(error)) from error
     for part in ("tokenizer", "image_processor"):
         if getattr(processor, part, None) is None:
             raise _no_processor(checkpoint, f"no {part.replace('_', ' ')}")
