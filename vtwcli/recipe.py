@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from vtwcli.data.spec import DataSpec, is_path
-from vtwcli.data.tasks import TASKS
 from vtwcli.documents import Section
 from vtwcli.errors import UsageError
 
@@ -323,6 +322,7 @@ class Recipe(Section):
 
         ``demo`` and the names of built-in tasks never are.
         """
+        from vtwcli.data.tasks import TASKS  # no help page needs them
 
         def changed(section: Section, field: str, *names: str) -> Section:
             value = getattr(section, field)
