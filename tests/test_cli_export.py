@@ -247,6 +247,14 @@ def test_a_signal_keeps_its_code_when_a_library_fails_under_it(tiny_dir, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_early_interrupt_shows_no_traceback(monkeypatch, capfd):
+    monkeypatch.setattr(cli, "build", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    process = in_child("families")
+    process.join(60)
+    assert process.exitcode == 130
+    assert capfd.readouterr().err == ""
+
+
 def test_a_second_signal_waits_for_the_tidying(tiny_dir, tmp_path, monkeypatch):
     left = [signal.SIGTERM]
     remove = shutil.rmtree
