@@ -89,7 +89,8 @@ def evaluate(
     result = {"model": _model(model, full, variants), **_result(full, variants, mix, answers, costs, options)}
     result["gates"] = gates.check(result["schedules"], limits)
     timing["total"] = time.perf_counter() - began
-    peak = {name: max(size, peak_memory()[name]) for name, size in peak.items()}
+    now = peak_memory()
+    peak = {name: max(size, now[name]) for name, size in peak.items()}
     measured = {"latency": costs["latency"], "memory": costs["memory"], "peak_memory_bytes": peak}
     result["run"] = run_of(full, timing, **measured)
     return result, mix.samples

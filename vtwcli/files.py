@@ -59,6 +59,6 @@ def write_text(path: Path, text: str) -> None:
     write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def document(result: dict[str, Any]) -> str:
+def document(result: Any) -> str:
     """A result as JSON text, as files hold it and ``--json`` prints it."""
     return json.dumps(result, indent=1, ensure_ascii=False) + "\n"

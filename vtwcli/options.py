@@ -17,7 +17,7 @@ from vtwcli import console
 from vtwcli.data.spec import DataSpec
 from vtwcli.documents import Section
 from vtwcli.errors import UsageError
-from vtwcli.files import document as document
+from vtwcli.files import document
 from vtwcli.recipe import ModelSection, Recipe, ScheduleSection
 
 
@@ -77,15 +77,27 @@ def begin(quiet: bool, verbose: bool) -> None:
 
 
 def output_paths(
-    model: str, output: Path | None, as_json: bool, name: str, beside: dict[str, str]
+    model: str,
+    output: Path | None,
+    as_json: bool,
+    name: str,
+    beside: dict[str, str],
+    plot: Path | None = None,
 ) -> dict[str, Path | None]:
-    """Where the result and the files beside it go; nowhere under ``--json`` without ``--output``."""
+    """Where the result and the files beside it go; nowhere under ``--json`` without ``--output``.
+
+    Raises:
+        UsageError: ``plot``, the picture's own place, has a suffix of no picture.
+    """
+    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--plot: {plot} must end in .png, .svg or .pdf")
     if output is None and not as_json:
         slug = model.rstrip("/").replace("@", "-").rsplit("/", 1)[-1] or "model"
         output = Path(f"vtw-{slug}") / f"{name}.json"
     return {
         "result": output,
         **{key: output.with_suffix(suffix) if output else None for key, suffix in beside.items()},
+        **({} if plot is None else {"plot": plot}),
     }
 
 
@@ -100,16 +112,6 @@ def state_beside(result: Path | None, resume: bool) -> Path | None:
             "--resume: there is no result file to keep finished samples beside", "give --output FILE"
         )
     return result.with_suffix(".partial.jsonl") if resume and result is not None else None
-
-
-def check_plot(plot: Path | None) -> None:
-    """Refuse a picture of a kind that cannot be drawn.
-
-    Raises:
-        UsageError: another suffix.
-    """
-    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--plot: {plot} must end in .png, .svg or .pdf")
 
 
 def show(

@@ -1,7 +1,8 @@
-"""The frame of a self-contained HTML page, and the tables in it."""
+"""The frame of a self-contained HTML page, and the tables and pictures in it."""
 
 from __future__ import annotations
 
+import base64
 import html
 from collections.abc import Sequence
 
@@ -28,6 +29,11 @@ def page(title: str, style: str, body: Sequence[str]) -> str:
         body: pieces of HTML.
     """
     return _PAGE.format(title=html.escape(title), style=style.strip(), body="\n".join(body))
+
+
+def png_uri(png: bytes) -> str:
+    """A picture as an address that holds it."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -5,7 +5,6 @@ The page has the words, plots and tables, and images under heat maps of what is 
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -214,8 +213,7 @@ def _span(part: Sequence[int]) -> str:
 def _picture(figure: Any, words: str) -> str:
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    uri = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(words)}" src="data:image/png;base64,{uri}">'
+    return f'<img alt="{html.escape(words)}" src="{pages.png_uri(buffer.getvalue())}">'
 
 
 _STYLE = """

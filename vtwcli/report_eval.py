@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -304,7 +303,7 @@ def _data_uri(image: Any) -> str:
     small.thumbnail((336, 336))
     buffer = BytesIO()
     small.convert("RGB").save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return pages.png_uri(buffer.getvalue())
 
 
 _STYLE = """

@@ -23,7 +23,6 @@ from vtwcli.options import (
     Trust,
     Verbose,
     begin,
-    check_plot,
     data_of,
     model_of,
     option,
@@ -94,10 +93,8 @@ def budget(
     base = recipe_of(context.params)
     options = section_of(BudgetSection, context.params, base.budget)
     where, specs = model_of(context.params, base), data_of(context.params, base)
-    check_plot(plot)
     beside = {"schedule": ".schedule.yaml", "plot": ".png"}
-    outputs = output_paths(where.name, output, as_json, "budget", beside)
-    outputs["plot"] = plot or outputs["plot"]
+    outputs = output_paths(where.name, output, as_json, "budget", beside, plot)
     if options.max_flops is None:
         outputs["schedule"] = None
     from vtwcli import files, report_budget

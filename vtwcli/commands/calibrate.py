@@ -24,7 +24,6 @@ from vtwcli.options import (
     Trust,
     Verbose,
     begin,
-    check_plot,
     data_of,
     model_of,
     option,
@@ -103,10 +102,8 @@ def calibrate(
     base = recipe_of(context.params)
     options = section_of(CalibrateSection, context.params, base.calibrate)
     where, specs = model_of(context.params, base), data_of(context.params, base)
-    check_plot(plot)
     beside = {"schedule": ".schedule.yaml", "plot": ".png"}
-    outputs = output_paths(where.name, output, as_json, "calibration", beside)
-    outputs["plot"] = plot or outputs["plot"]
+    outputs = output_paths(where.name, output, as_json, "calibration", beside, plot)
     from vtwcli import files, report_calibrate
 
     files.check_free(outputs.values(), force)

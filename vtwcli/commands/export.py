@@ -9,6 +9,7 @@ import typer
 
 from vtwcli import console
 from vtwcli.errors import UsageError
+from vtwcli.files import document
 from vtwcli.options import (
     Consecutive,
     ExitLayers,
@@ -26,7 +27,6 @@ from vtwcli.options import (
     TokensThreshold,
     Verbose,
     begin,
-    document,
     model_of,
     option,
     recipe_of,

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 from vtwcli import console
-from vtwcli.options import (
-    Json,
-)
+from vtwcli.files import document
+from vtwcli.options import Json
 
 EXAMPLES = """
 Examples:
@@ -26,7 +23,7 @@ def families(as_json: Json = False) -> None:
 
     rows = table()
     if as_json:
-        console.result_text(json.dumps(rows, indent=1, ensure_ascii=False))
+        console.result_text(document(rows))
         return
     from rich.table import Table
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vtwcli import console
+from vtwcli.files import document
 from vtwcli.options import Force
 
 EXAMPLES = """
@@ -76,4 +76,4 @@ def schema() -> None:
     """Print the JSON schema of recipes; editors complete and check with it."""
     from vtwcli.recipe import json_schema
 
-    console.result_text(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+    console.result_text(document(json_schema()))

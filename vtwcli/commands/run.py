@@ -9,7 +9,8 @@ import typer
 
 from vtwcli import console
 from vtwcli.errors import GateError
-from vtwcli.options import Force, Json, Quiet, Sets, Verbose, begin, document
+from vtwcli.files import document
+from vtwcli.options import Force, Json, Quiet, Sets, Verbose, begin, recipe_of
 
 EXAMPLES = """
 Examples:
@@ -66,13 +67,10 @@ def run(
     or a gate fails; then nothing is exported.
     """
     begin(quiet, verbose)
-    import os
-
     from vtwcli import pipeline, report_run
     from vtwcli.distributed import finish, is_main
-    from vtwcli.settings import load_recipe
 
-    loaded = load_recipe(recipe, sets or (), os.environ)
+    loaded = recipe_of({"recipe": recipe, "sets": sets})
     folder = output or Path(loaded.output or f"vtw-run-{recipe.stem}")
     text = recipe.read_text(encoding="utf-8")
     work = pipeline.prepare(loaded, folder, text=text, only=only or (), start=start, force=force)

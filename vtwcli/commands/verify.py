@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vtwcli import console
+from vtwcli.files import document
 from vtwcli.options import (
     Device,
     Dtype,
@@ -16,7 +17,6 @@ from vtwcli.options import (
     Trust,
     Verbose,
     begin,
-    document,
 )
 
 EXAMPLES = """

@@ -17,7 +17,7 @@ import torch
 from vtwcli import __version__
 from vtwcli.errors import GateError, NotFoundError, UsageError
 from vtwcli.export.card import Subject, front_matter, model_card, of_schedule
-from vtwcli.export.manifest import CARD, MANIFEST, read_manifest, write_manifest
+from vtwcli.export.manifest import CARD, MANIFEST, read_manifest, save_json, write_manifest
 from vtwcli.export.publish import check_target, publish
 from vtwcli.export.remote import MODELING, auto_map, remote_code
 from vtwcli.export.weights import place_weights
@@ -84,7 +84,7 @@ def export_hf(
         kind = str(wanted if wanted and weights == "converted" else checkpoint.dtype).removeprefix("torch.")
         _copy_companions(checkpoint, folder)
         config = _config(checkpoint, schedule, wanted if weights == "converted" else None)
-        _write_json(folder / "config.json", config)
+        save_json(folder / "config.json", config)
         for name, text in code.items():
             (folder / name).write_text(text, encoding="utf-8")
         _write_record(folder, calibration, recipe)
@@ -241,7 +241,7 @@ def _write_record(folder: Path, calibration: dict[str, Any] | None, recipe: str 
     if calibration is not None:
         from vtwcli.report_calibrate import plot_calibration
 
-        _write_json(folder / CALIBRATION, calibration)
+        save_json(folder / CALIBRATION, calibration)
         plot_calibration(calibration, folder / PICTURE)
     if recipe is not None:
         (folder / RECIPE).write_text(recipe, encoding="utf-8")
@@ -291,7 +291,3 @@ def exported_class(family: Family, code: dict[str, str]) -> Iterator[Any]:
         finally:
             for imported in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
                 del sys.modules[imported]
-
-
-def _write_json(file: Path, data: Any) -> None:
-    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

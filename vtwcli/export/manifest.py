@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vtwcli import console
 from vtwcli.errors import GateError, NotFoundError
+from vtwcli.files import document
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -45,10 +47,13 @@ def digest(files: list[Path]) -> dict[Path, str]:
 def write_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Write the manifest of everything that is in ``folder`` by now; returns it."""
     manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, **facts, "files": file_entries(folder)}
-    (folder / MANIFEST).write_text(
-        json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    (folder / MANIFEST).write_text(document(manifest), encoding="utf-8")
     return manifest
+
+
+def save_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a document of an exported directory that people may read."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path, kind: str = FORMAT) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import torch
 from vtwcli import __version__, console
 from vtwcli.data.sample import Sample
 from vtwcli.errors import UsageError
-from vtwcli.export.manifest import file_entries
-from vtwcli.export.onnx_companions import save_json, write_companions
+from vtwcli.export.manifest import file_entries, save_json
+from vtwcli.export.onnx_companions import write_companions
 from vtwcli.export.onnx_source import Source
 from vtwcli.export.publish import check_target, publish
 from vtwcli.models.checkpoint import Checkpoint, quiet_libraries

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtwcli.export.manifest import save_json
 from vtwcli.models.checkpoint import LEGAL, quiet_libraries
 from vtwcli.ort import MANIFEST
 
@@ -126,8 +127,3 @@ def _how_to(manifest: Mapping[str, Any]) -> list[str]:
             "keep_index, in the prompt only"
         )
     return steps
-
-
-def save_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a document that people may read."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

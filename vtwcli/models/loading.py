@@ -246,8 +246,12 @@ def _without_video(family: Family) -> Any:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
     from transformers.utils import is_torchvision_available
 
+    if is_torchvision_available():
+        return None
     base = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(family.model_type, ""), None)
-    if is_torchvision_available() or base is None or getattr(base, "is_dummy", False):
+    if base is None or getattr(
+        base, "is_dummy", False
+    ):  # a dummy stands for a class that wants another package
         return None
     parts = base.get_attributes()
     if parts[-1] != "video_processor":  # the class hands its parts on by their places
