@@ -9,10 +9,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from vtwcli.candidates import Candidate, described, pareto, token_counts, tried
+from vtwcli.candidates import Candidate, described, flops_of, pareto, token_counts, tried
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import UsageError
-from vtwcli.flops import DEFAULT_CONVENTION, TextShape
+from vtwcli.flops import TextShape
 from vtwcli.methods import visipruner, vtw
 from vtwcli.preparation import check_model, load_model, read_samples
 from vtwcli.provenance import model_of, run_of, versions
@@ -85,12 +85,8 @@ def budget(
 
 def best_within(rows: Sequence[dict[str, Any]], max_flops: float | None) -> str | None:
     """The name of the row with the smallest KL that costs at most ``max_flops``; of equal ones the cheapest."""
-
-    def cost(row: dict[str, Any]) -> float:
-        return float(row["flops_ratio"][DEFAULT_CONVENTION])
-
-    affordable = [row for row in rows if max_flops is not None and cost(row) <= max_flops]
-    return min(affordable, key=lambda row: (row["kl"], cost(row)))["name"] if affordable else None
+    affordable = [row for row in rows if max_flops is not None and flops_of(row) <= max_flops]
+    return min(affordable, key=lambda row: (row["kl"], flops_of(row)))["name"] if affordable else None
 
 
 def candidates(

@@ -20,11 +20,11 @@ import torch
 from numpy.typing import NDArray
 
 from vtwcli import console, distributed
-from vtwcli.candidates import Candidate, described, pareto, token_counts, tried
+from vtwcli.candidates import Candidate, described, flops_of, pareto, token_counts, tried
 from vtwcli.data.sample import Sample
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
-from vtwcli.flops import DEFAULT_CONVENTION, TextShape
+from vtwcli.flops import TextShape
 from vtwcli.methods import visipruner
 from vtwcli.models.layers import LayerSource
 from vtwcli.models.loading import LoadedModel
@@ -136,7 +136,7 @@ def calibrate(
         "layer_threshold": parameters.get("layer_threshold"),
         "tokens_threshold": parameters.get("tokens_threshold"),
         "chosen": None if chosen is None else chosen["name"],
-        "compromise": min(rows, key=lambda row: (row["worst_kl"], _flops(row)))["name"],
+        "compromise": min(rows, key=lambda row: (row["worst_kl"], flops_of(row)))["name"],
         "policy": options.policy,
         "eta": options.eta,
         "positions": options.positions,
@@ -228,7 +228,7 @@ def shallow_boundary(
 def accepted(row: dict[str, Any], options: CalibrateSection) -> bool:
     """Whether a candidate's row satisfies the policy."""
     if options.policy == "budget":
-        cost = row["kv_ratio"] if options.budget_of == "kv" else _flops(row)
+        cost = row["kv_ratio"] if options.budget_of == "kv" else flops_of(row)
         return bool(cost <= options.budget)
     if options.policy == "agreement":
         return bool(row["agreement"] >= options.agreement)
@@ -240,14 +240,10 @@ def choice(rows: Sequence[dict[str, Any]], options: CalibrateSection) -> dict[st
     """The cheapest accepted row, of equals the closest; under ``budget`` the closest, of equals the cheapest."""
     good = [row for row in rows if row["accepted"]]
     if options.policy == "budget":
-        return min(good, key=lambda row: (row["kl"], _flops(row)), default=None)
-    return min(good, key=lambda row: (_flops(row), row["kl"]), default=None)
+        return min(good, key=lambda row: (row["kl"], flops_of(row)), default=None)
+    return min(good, key=lambda row: (flops_of(row), row["kl"]), default=None)
 
 
 def _candidate(fixed: dict[str, Any], **varied: Any) -> Candidate:
     name = "S={shallow_mid_layer} cos={layer_threshold:g} t={tokens_threshold:g}".format(**varied)
     return Candidate(name, "visipruner", visipruner.schedule(**fixed, **varied), varied)
-
-
-def _flops(row: dict[str, Any]) -> float:
-    return float(row["flops_ratio"][DEFAULT_CONVENTION])

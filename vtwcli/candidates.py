@@ -151,13 +151,18 @@ def described(candidate: Candidate, number: int, found: Tried, shape: TextShape)
     }
 
 
+def flops_of(row: dict[str, Any]) -> float:
+    """What a row's schedule costs: its prefill's FLOPs by the default convention, relative to the full model's."""
+    return float(row["flops_ratio"][DEFAULT_CONVENTION])
+
+
 def pareto(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Names of the rows than which no other is both closer to the full model and cheaper, cheapest first.
 
-    Closeness is ``kl``, cost the prefill's FLOPs by the default convention; of equal rows the first counts.
+    Closeness is ``kl``, cost ``flops_of``; of equal rows the first counts.
     """
     front, best = [], float("inf")
-    for row in sorted(rows, key=lambda row: (row["flops_ratio"][DEFAULT_CONVENTION], row["kl"])):
+    for row in sorted(rows, key=lambda row: (flops_of(row), row["kl"])):
         if row["kl"] < best:
             front.append(row["name"])
             best = row["kl"]

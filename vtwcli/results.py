@@ -243,9 +243,7 @@ def read_calibration(path: Path | None) -> dict[str, Any] | None:
     """
     if path is None:
         return None
-    node = documents.read(path, "calibration result")
-    other = isinstance(node, dict) and node.get("method", "vtw") != "vtw"
-    return _checked(node, path, _OtherCalibration if other else _VtwCalibration, "calibration result")
+    return _calibration(documents.read(path, "calibration result"), path)
 
 
 def calibration_in(path: Path) -> dict[str, Any] | None:
@@ -255,7 +253,7 @@ def calibration_in(path: Path) -> dict[str, Any] | None:
         UsageError: unreadable, or a calibration result that is not valid.
     """
     node = documents.read(path, "schedule")
-    return read_calibration(path) if isinstance(node, dict) and "format" in node else None
+    return _calibration(node, path) if isinstance(node, dict) and "format" in node else None
 
 
 def read_evaluation(path: Path | None) -> dict[str, Any] | None:
@@ -267,6 +265,11 @@ def read_evaluation(path: Path | None) -> dict[str, Any] | None:
     if path is None:
         return None
     return _checked(documents.read(path, "evaluation result"), path, _Evaluation, "evaluation result")
+
+
+def _calibration(node: Any, path: Path) -> dict[str, Any]:
+    other = isinstance(node, dict) and node.get("method", "vtw") != "vtw"
+    return _checked(node, path, _OtherCalibration if other else _VtwCalibration, "calibration result")
 
 
 def _checked(node: Any, path: Path, model: type[BaseModel], kind: str) -> dict[str, Any]:

@@ -82,9 +82,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
         state=run.folder / "evaluation.partial.jsonl",
     )
     if is_main():
-        report_eval.write_evaluation(
-            result, samples, {kind: run.path("eval", kind) for kind in FILES["eval"]}
-        )
+        report_eval.write_evaluation(result, samples, _outputs(run, "eval"))
     run.results["eval"] = result
     [(name, row)] = result["schedules"].items()
     cost = row["cost"]["flops_ratio"][row["cost"]["convention"]]
