@@ -84,10 +84,6 @@ def test_a_row_tells_where_things_are(name):
         assert hasattr(model.get_submodule(owner), attribute), home
 
 
-def close(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=MODELS[name].tolerance)
-
-
 @torch.no_grad()
 def by_hand(model, batch: dict, visual: torch.Tensor) -> list[torch.Tensor]:
     """Last-row logits for K = 0..L-1 of one unpadded row: the rows of visual tokens are cut out of what the stock
@@ -128,13 +124,13 @@ def test_the_reference_is_the_stock_model_at_the_end_and_removal_by_hand_before(
         visual = reference.visual_mask(model, batch["input_ids"])
         real = batch["attention_mask"].bool()
         same = reference.logits(model, batch, reference.withdrawal(model, visual, LAYERS))
-        close(name, same[real], stock(model, batch)[real])
+        parity.same(model, same[real], stock(model, batch)[real])
     batch = inputs_of(name, ["t3 i t2 i t5"])
     visual = reference.visual_mask(model, batch["input_ids"])
     full = stock(model, batch)[:, -1]
     for k, expected in enumerate(by_hand(model, batch, visual)):
         actual = reference.logits(model, batch, reference.withdrawal(model, visual, k))[:, -1]
-        close(name, actual, expected)
+        parity.same(model, actual, expected)
         assert (expected - full).abs().max() > 1e-3, "withdrawal changes nothing, so nothing was tested"
 
 
@@ -166,8 +162,8 @@ def test_the_sweep_is_the_slow_search(name, rows):
         ]
     )
     for b, result in enumerate(swept):
-        close(name, result.kl[:LAYERS], expected[:, b])
-        close(name, result.kl[LAYERS:], searched[b].kl)
+        parity.same(model, result.kl[:LAYERS], expected[:, b])
+        parity.same(model, result.kl[LAYERS:], searched[b].kl)
         assert result.visual == int(visual[b].sum())
         if result.visual:
             assert (result.kl > 1e-4).all(), "an intervention that changes nothing tests nothing"
@@ -178,7 +174,7 @@ def test_the_runtime_is_the_slow_reference(name, rows):
     model, tiny = model_of(name), MODELS[name]
     first = family_of(model.config).first_withdrawal
     for side in ("left", "right"):
-        parity.forward(model, tiny.batch, rows, side, atol=tiny.tolerance)
+        parity.forward(model, tiny.batch, rows, side)
     parity.generation(model, tiny.batch, rows, [first, 3, LAYERS], tiny.own_positions)
 
 
@@ -195,7 +191,7 @@ def test_the_other_actions(name):
         searched = naive(Resident(model, family_of(model.config)), [item], [Intervention(kind, 2, 4)])
         with pruned(model, {"format_version": 1, "actions": [{"at": 2, "until": 4, "action": kind}]}):
             actual = divergence(stock(model, batch)[:, -1], full)
-        close(name, actual, torch.stack([result.kl[0, 0] for result in searched]))
+        parity.same(model, actual, torch.stack([result.kl[0, 0] for result in searched]))
 
     select = {"score": "uniform", "ratio": 0.5}
     actions = [{"at": 3, "action": "keep", "select": select}, {"at": 5, "action": "withdraw"}]
@@ -207,7 +203,7 @@ def test_the_other_actions(name):
         hidden[3:, row, [place for place in places if place not in kept]] = True
     with pruned(model, {"format_version": 1, "actions": actions}):
         actual = stock(model, batch)[:, -1]
-    close(name, actual, reference.logits(model, batch, hidden)[:, -1])
+    parity.same(model, actual, reference.logits(model, batch, hidden)[:, -1])
 
 
 @pytest.mark.parametrize("name", SWEPT)

@@ -199,8 +199,7 @@ def test_families_with_masks_and_additions_of_their_own(name):
     rows = torch.full((2, 2), batch["input_ids"].shape[1] - 1) - torch.tensor([1, 0])
     results = sweep(source(model), [SweepItem(batch, rows)], MIXED)
     kl, _ = expected(model, batch, MIXED, rows)
-    tolerance = 1e-6 if "moe" in name else 1e-9  # its router computes in float32
-    torch.testing.assert_close(torch.stack([r.kl for r in results]), kl, rtol=0, atol=tolerance)
+    torch.testing.assert_close(torch.stack([r.kl for r in results]), kl, rtol=0, atol=1e-9)
     assert kl[:, 0].min() > 1e-4
 
 
