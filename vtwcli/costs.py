@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vtwcli.models.layers import cache_of
 from vtwcli.models.loading import LoadedModel
 
 Timer = Callable[[int], float]
@@ -68,7 +69,7 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 def cache_bytes(loaded: LoadedModel, batch: dict[str, torch.Tensor]) -> int:
     """Bytes of the keys and values that the cache holds after the prompt, read off its tensors."""
     out = loaded.model.generate(**batch, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
-    tensors = [x for layer in out.past_key_values.layers for x in (layer.keys, layer.values)]
+    tensors = [x for layer in cache_of(out).layers for x in (layer.keys, layer.values)]
     return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
 

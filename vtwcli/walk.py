@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from vtwcli.errors import UsageError, VtwError
-from vtwcli.models.layers import Capture
+from vtwcli.models.layers import Capture, cache_argument
 
 _KINDS = ("withdraw", "mute", "freeze")
 _CHUNK_ROWS = 384  # rows of begun streams that run as one sequence
@@ -167,7 +167,7 @@ class _Cache:
 def _run(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], read: Callable) -> Tensor:
     """The stock layer's output for ``hidden`` [B, n, D] with ``read`` as its cache."""
     cache = _Cache(read)
-    out = layer(hidden, **{**kwargs, "past_key_values": cache})
+    out = layer(hidden, **{**kwargs, cache_argument(layer): cache})
     if cache.updates != 1:
         raise VtwError(f"{type(layer).__name__} asked its cache {cache.updates} times, not once")
     return (out[0] if isinstance(out, tuple) else out).to(hidden.device)
@@ -182,7 +182,7 @@ def _keys_values(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Ke
         raise _Enough
 
     try:
-        layer(hidden, **{**kwargs, "past_key_values": _Cache(keep)})
+        layer(hidden, **{**kwargs, cache_argument(layer): _Cache(keep)})
     except _Enough:
         return kept[0], kept[1]
     raise VtwError(f"{type(layer).__name__} did not ask its cache")

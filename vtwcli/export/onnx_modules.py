@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtwcli.models.layers import cache_argument
+
 ATTENTION = "vtw_onnx_flash"  # "flash" in the name makes vision towers pass whole sequences and segment marks
 
 
@@ -216,8 +218,8 @@ class Layers(nn.Module):
             inputs_embeds=hidden,
             attention_mask=mask(attended, hidden.shape[1], hidden.dtype),
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(self.text_model): cache},
         ).last_hidden_state
         return out, [x for d in layers for x in cache.present[d]]
 

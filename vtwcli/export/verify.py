@@ -19,6 +19,7 @@ from vtwcli.export.remote import remote_code
 from vtwcli.models.checkpoint import first_line, quiet_libraries, resolve
 from vtwcli.models.families import FAMILIES
 from vtwcli.models.inputs import encode
+from vtwcli.models.layers import cache_of
 from vtwcli.models.loading import LoadedModel, choose_device, choose_dtype, load
 from vtwcli.schedule import Schedule
 
@@ -230,7 +231,7 @@ def _generate(model: Any, inputs: dict[str, Tensor], max_new_tokens: int) -> Ans
     return Answer(
         tokens=output.sequences[0, inputs["input_ids"].shape[1] :].cpu(),
         logits=torch.cat(output.logits).float().cpu(),
-        entries=[int(layer.keys.shape[-2]) for layer in output.past_key_values.layers],
+        entries=[int(layer.keys.shape[-2]) for layer in cache_of(output).layers],
     )
 
 

@@ -39,6 +39,26 @@ class Capture:
     attended: Tensor
 
 
+def cache_argument(module: nn.Module) -> str:
+    """The name by which a layer, or the text model, takes the cache; it differs between releases of transformers.
+
+    Raises:
+        VtwError: it takes none that is known.
+    """
+    from vtwcli.runtime import pruning
+
+    try:
+        return pruning.cache_argument(module)
+    except pruning.PruningError as error:
+        raise VtwError(str(error)) from error
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in what a model or ``generate`` returned."""
+    names = ("cache", "past_key_values")
+    return next(found for name in names if (found := getattr(output, name, None)) is not None)
+
+
 class LayerSource(Protocol):
     """Where the sweep gets its layers from.
 
@@ -99,11 +119,12 @@ def capture(model: nn.Module, family: Family, inputs: Mapping[str, Tensor]) -> C
 
     def stub(layer: nn.Module) -> Callable:
         names = [name for name in inspect.signature(type(layer).forward).parameters if name != "self"]
+        name = cache_argument(layer)
 
         def forward(*args: Any, **given: Any) -> Tensor:
             given |= dict(zip(names, args, strict=False))
             hidden = given.pop("hidden_states")
-            given.pop("past_key_values", None)
+            given.pop(name, None)
             streams.append(hidden)
             kwargs.append(given)
             return torch.zeros_like(hidden)

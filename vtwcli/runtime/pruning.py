@@ -64,9 +64,18 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 Tensor = torch.Tensor
+
+TESTED = ("4.57.6", "5.0.0", "5.10.4", "5.20.0", "5.23.0", "5.24.0")
+"""Releases of transformers that this file was tested with."""
+
+_CACHE_NAMES = ("cache", "past_key_values", "past_key_value")  # newest first
+_POSITIONS = "position_embeddings"  # what the names of rotary embeddings begin with
+# what layers are given that has, or may have, a row for each token, and is understood or does not matter
+_PER_TOKEN = ("hidden_states", "position_ids", "attention_mask", "cache_position", *_CACHE_NAMES)
 
 _CALL = "pruning_call"  # carries the state of one forward pass from the text model to its layers
 _VISION_INPUTS = (
@@ -81,11 +90,19 @@ _VISION_INPUTS = (
 )
 # kinds of tokens; other visual tokens than those of the first half of a prompt's are 1
 _TEXT, _FIRST_HALF = 0, 2
-_STRANGE = "its layers are not built like those of the supported families"
 
 
 class PruningError(ValueError):
     """The schedule cannot be executed exactly here; the message says why and what to do."""
+
+
+def _strange(what: str) -> PruningError:
+    """The model does not keep the contract that the hooks rely on; ``what`` says in which point."""
+    return PruningError(
+        f"{what}; its layers are not built like those that this runtime knows. transformers is "
+        f"{transformers.__version__}: take a release it was tested with ({', '.join(TESTED)}), or run the model "
+        "unpruned"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the schedule
@@ -309,8 +326,8 @@ class PrunedLayer(DynamicLayer):
         self._coming: tuple[_Columns, int] | None = None
         held = 0
         if layer.keys is not None and layer.values is not None and layer.keys.numel():
-            self.lazy_initialization(layer.keys, layer.values)
             self.keys, self.values, held = layer.keys, layer.values, layer.keys.shape[-2]
+            self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
         position = torch.arange(self.seen - held, self.seen, device=device).expand(batch, held)
         self.columns = _Columns(position, torch.zeros(batch, held, dtype=torch.int8, device=device))
 
@@ -329,6 +346,14 @@ class PrunedLayer(DynamicLayer):
         (self.columns, tokens), self._coming = self._coming, None
         self.seen += tokens
         keys, values = super().update(key_states, value_states)
+        for entries in (keys, values):
+            if entries.ndim != 4 or (entries.shape[0], entries.shape[2]) != tuple(
+                self.columns.position.shape
+            ):
+                raise _strange(
+                    f"a layer's cache holds {list(entries.shape)}, where the schedule has "
+                    f"{self.columns.position.shape[1]} entries a row"
+                )
         if self.window is not None and not self.record_past and keys.shape[-2] >= self.window:
             # a later query at position p reads positions above p - window only
             alive = (self.columns.position > self.seen - self.window).any(0)
@@ -383,20 +408,32 @@ class PrunedLayer(DynamicLayer):
         """Number of tokens seen, not of entries held."""
         return self.seen
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the masks the model makes: those of all tokens seen."""
-        return self.seen + query_length, 0
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """Length and offset of the masks the model makes: those of all tokens seen. Releases before 5.10 give the
+        positions of the queries in place of their number."""
+        queries = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
+        return self.seen + queries, 0
+
+    @property
+    def awaited(self) -> bool:
+        """Whether an announced ``update`` has not come."""
+        return self._coming is not None
 
     def reset(self) -> None:
         """Forget everything."""
-        super().reset()
-        self.seen, self.aside = 0, None
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.seen, self.aside, self._coming = 0, None, None
         self.columns = self.columns.slice(slice(0, 0))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens seen."""
         if tokens_to_remove > 0:
-            raise ValueError("give the number of tokens to remove as a negative number")
+            if "max_length" not in inspect.signature(DynamicLayer.crop).parameters:
+                raise ValueError("give the number of tokens to remove as a negative number")
+            tokens_to_remove = min(
+                tokens_to_remove - self.seen, 0
+            )  # releases before 5.20 say what is to stay
         if tokens_to_remove == 0 or self.keys is None or self.values is None:
             return
         if self.window is not None and not self.record_past and self.seen >= self.window:
@@ -490,9 +527,11 @@ class _Fixed:
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.entries = (keys, values)
+        self.asked = 0
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As a cache's; the new entries are among the old ones."""
+        self.asked += 1
         return self.entries
 
 
@@ -538,19 +577,32 @@ def _take(x: Tensor, index: Tensor | None, dim: int, batch: int = 0) -> Tensor:
     return x.gather(dim, index.to(x.device).view(shape).expand(sizes))
 
 
-def _take_position(x: Any, index: Tensor) -> Any:
-    """Gather rows of rotary embeddings [B or 1, S, D], or tuples of them."""
+def _take_positions(given: dict[str, Any], index: Tensor, length: int, attention: Any) -> None:
+    """Gather all that tells rows their positions, in the arguments ``given`` for ``length`` rows."""
+    names = [name for name, value in given.items() if name.startswith(_POSITIONS) and value is not None]
+    if not names:
+        raise _strange(f"the layers get no {_POSITIONS}")
+    for name in names:
+        given[name] = _take_position(name, given[name], index, length)
+    ids = given.get("position_ids")
+    if ids is not None:
+        if ids.ndim < 2 or ids.shape[-1] != length or ids.shape[-2] not in (1, index.shape[0]):
+            raise _strange(f"the layers get position_ids of shape {list(ids.shape)} for {length} rows")
+        # flash attention would take a gap for the border between packed sequences, so it gets none
+        taken = None if "flash" in _kind(attention) else _take(ids, index, ids.ndim - 1, ids.ndim - 2)
+        given["position_ids"] = taken
+
+
+def _take_position(name: str, x: Any, index: Tensor, length: int) -> Any:
+    """Gather rows of rotary embeddings [B or 1, S, D], with an axis for time, row and column [3, B or 1, S, D] before
+    them where these are merged later, or tuples of them."""
     if isinstance(x, tuple | list):
-        return tuple(_take_position(part, index) for part in x)
-    if not isinstance(x, torch.Tensor) or x.ndim != 3:
-        raise PruningError(f"the layers get no position_embeddings [B, S, D]; {_STRANGE}")
-    return _take(x, index, 1)
-
-
-def _take_ids(x: Tensor | None, index: Tensor, attention: Any) -> Tensor | None:
-    """Gather position ids [B or 1, S] or [3, B or 1, S]; flash attention would take a gap for the border between
-    packed sequences, so it gets none."""
-    return None if x is None or "flash" in _kind(attention) else _take(x, index, x.ndim - 1, x.ndim - 2)
+        return tuple(_take_position(name, part, index, length) for part in x)
+    fits = isinstance(x, torch.Tensor) and x.ndim in (3, 4) and x.shape[-2] == length
+    if not fits or x.shape[-3] not in (1, index.shape[0]):
+        shape = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+        raise _strange(f"the layers get {name} of {shape}, not [B, S, D] with {length} rows")
+    return _take(x, index, x.ndim - 2, x.ndim - 3)
 
 
 class _Call:
@@ -579,6 +631,9 @@ class _Call:
         self.probe: dict[str, Tensor] | None = None
         self.tap: _Tap | None = None
         self.past = 0
+        self.cache: Any = None
+        self.entered = 0  # how many layers have been
+        self.over = False
         if visual is None:
             return
         device = visual.device
@@ -624,17 +679,55 @@ class _Call:
         return self.at[layer]
 
     def finish(self) -> _Rows | None:
-        """After the last layer: the rows that ran in it."""
+        """After the last layer: the rows that ran in it.
+
+        Raises:
+            PruningError: a layer or its attention was passed by, or a cache does not hold what the schedule says.
+        """
         self._check_tap()
-        self.tap = None
+        if self.entered != self.plan.depth:
+            raise _strange(f"the model called {self.entered} of its {self.plan.depth} layers")
+        self._check_cache()
+        self.tap, self.cache, self.over = None, None, True
         self.memo.clear()
         return self.at.get(self.plan.depth - 1)
 
+    def enter(self, layer: int, hidden: Any) -> None:
+        """A layer begins: the ones before it must have run, and handed on the rows that they were given."""
+        if self.over:
+            return  # run again, by gradient checkpointing
+        if layer != self.entered:
+            raise _strange(f"layer {layer} runs where layer {self.entered} was to run")
+        self.entered += 1
+        self.check_rows(layer - 1, hidden)
+
+    def check_rows(self, layer: int, hidden: Any) -> None:
+        """``hidden`` must have the rows that ran in ``layer``; -1: those of the whole chunk."""
+        rows = self.at.get(layer)
+        wide = self.shape[1] if rows is None or rows.index is None else rows.index.shape[1]
+        if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
+            shape: Any = type(hidden).__name__
+        elif tuple(hidden.shape[:2]) != (self.shape[0], wide):
+            shape = list(hidden.shape)
+        else:
+            return
+        raise _strange(f"the rows behind layer {layer} are {shape}, not [{self.shape[0]}, {wide}, D]")
+
     def _check_tap(self) -> None:
-        if self.tap is not None and self.tap.due:
-            raise PruningError(
-                f"layer {self.tap.layer} does not call its self_attn with past_key_values; {_STRANGE}"
-            )
+        if self.tap is not None and (self.tap.due or self.tap.keys is None):
+            raise _strange(f"layer {self.tap.layer} does not call its self_attn with the cache it is given")
+
+    def _check_cache(self) -> None:
+        """Every layer's cache has seen the chunk's tokens and holds the entries announced to it, no others."""
+        seen = self.past + self.shape[1]
+        for number, layer in enumerate(getattr(self.cache, "layers", None) or ()):
+            if number >= self.plan.depth:
+                break
+            if getattr(layer, "awaited", False) or layer.get_seq_length() != seen:
+                raise _strange(
+                    f"layer {number} did not put its keys and values into the cache it was given: that has seen "
+                    f"{layer.get_seq_length()} of {seen} tokens"
+                )
 
     def probes(self, layer: int) -> bool:
         """Whether the last row's attention in ``layer`` decides something."""
@@ -721,7 +814,7 @@ class _Call:
     def _measured(self, name: str) -> Tensor:
         """A score [B, S] that the layer before gave."""
         if self.probe is None:
-            raise PruningError(f"the attention of this model gave no {name}; {_STRANGE}")
+            raise _strange(f"the attention of this model gave no {name}")
         return self.probe[name]
 
     def _random(self, seed: int) -> Tensor:
@@ -772,6 +865,9 @@ class _Call:
     ) -> Tensor | None:
         """The mask for ``rows`` reading ``columns``, out of the one the model made for the whole chunk.
 
+        Raises:
+            PruningError: a mask of a form that is not known.
+
         Args:
             given: additive or boolean [B or 1, 1 or H, S, W], over the last W tokens seen; None: causal.
             past: tokens seen before the chunk.
@@ -782,6 +878,7 @@ class _Call:
         kind = _kind(attention)
         key = ("mask", id(given), id(rows), id(columns), tuple(map(id, muted)), kind)
         if key not in self.memo:
+            self._check_mask(given, past, attention)
             if "flash" in kind:
                 window = getattr(attention, "sliding_window", None)
                 mask = _flash_mask(given, rows, columns, past + self.shape[1], muted, window)
@@ -790,6 +887,43 @@ class _Call:
                 mask = self._mask(given, rows, columns, past, muted, hidden.new_empty(0, dtype=dtype))
             self.memo[key] = mask, given, rows, columns
         return self.memo[key][0]
+
+    def _check_mask(self, given: Any, past: int, attention: Any) -> None:
+        """Refuse a mask of the model whose form is not known: it must say who may read whom as ``mask`` expects."""
+        if given is None:
+            if not getattr(attention, "is_causal", True):
+                raise _strange("the layers get no attention_mask, but do not read causally")
+            return
+        if not isinstance(given, torch.Tensor):
+            raise _strange(f"the layers get an attention_mask of the kind {type(given).__name__}")
+        shape, (batch, length), total = list(given.shape), self.shape, past + self.shape[1]
+        if given.ndim == 2 and "flash" in _kind(attention) and shape[0] == batch and shape[1] <= total:
+            return
+        windows = (
+            getattr(x, "sliding_window", None) for x in (attention, getattr(attention, "config", None))
+        )
+        window = next((w for w in windows if isinstance(w, int)), None)
+        widths = (total, min(total, window - 1 + length)) if window else (total,)
+        static = given.ndim == 4 and shape[-1] > total
+        if given.ndim != 4 or shape[0] not in (1, batch) or shape[2] != length or shape[3] not in widths:
+            raise PruningError(
+                f"a mask of shape {shape} for {length} tokens behind {past} is not supported under a schedule; "
+                + ("give no static cache" if static else "give [B, S], or [B, 1, S, T] of all T tokens")
+            )
+        if given.dtype != torch.bool and not given.is_floating_point():
+            raise _strange(f"the layers get an attention_mask of {given.dtype}, neither boolean nor additive")
+        if self.visual is None:
+            return
+        # what each token reads of its own chunk
+        chunk = given[..., -length:] if shape[3] >= length else given
+        read = chunk if chunk.dtype == torch.bool else chunk > torch.finfo(chunk.dtype).min
+        real = self.real.to(given.device)
+        read = read & real[:, None, :, None] & real[:, None, None, :]
+        itself = read.diagonal(dim1=2, dim2=3)
+        backward, forward = read.tril(-1).sum((2, 3)), read.triu(1).sum((2, 3))
+        positive = chunk.is_floating_point() and bool((chunk > 0).any())
+        if positive or not bool((itself | ~real[:, None]).all() & (backward >= forward).all()):
+            raise _strange("the layers get an attention_mask that does not mask causally")
 
     def _mask(
         self,
@@ -816,11 +950,6 @@ class _Call:
         if given is None:
             allowed = allowed & (position[:, None, None, :] <= (index + past)[:, None, :, None])
         else:
-            if given.ndim != 4 or given.shape[-1] > past + length:
-                raise PruningError(
-                    f"a mask of shape {list(given.shape)} is not supported under a schedule; give [B, S], and no "
-                    "static cache"
-                )
             first = past + length - given.shape[-1]  # sliding layers mask their last columns only
             place = position - first
             every = torch.arange(batch, device=device)[:, None, None]
@@ -1000,11 +1129,14 @@ class Pruning:
         self._calls: dict[int, _Call] = {}  # per thread, from the base model's start to the text model's
         self._traced: _Call | None = None
         self._handles: list[Any] = []
+        self._caches: list[str] = []  # by which name each layer takes its cache
         if self.plan.idle:
             return
         base = model.get_submodule(path.rpartition(".")[0])
+        self._caches = [cache_argument(layer, "hidden_states", "attention_mask") for layer in layers]
         add = self._handles.append
         add(base.register_forward_pre_hook(self._enter_base, with_kwargs=True))
+        add(base.register_forward_hook(self._check_base))
         add(base.register_forward_hook(self._leave_base, always_call=True))
         add(text_model.register_forward_pre_hook(self._enter_text, with_kwargs=True))
         add(text_model.register_forward_hook(self._leave_text, with_kwargs=True))
@@ -1016,9 +1148,13 @@ class Pruning:
                 add(layer.register_forward_hook(self._leave_layer, with_kwargs=True))
             if self.plan.may_probe(index) or self.plan.mutes_in(index):
                 attention = getattr(layer, "self_attn", None)
-                if attention is None:
+                try:
+                    if attention is None:
+                        raise _strange(f"layer {index} has no self_attn")
+                    cache_argument(attention, "hidden_states", "attention_mask")
+                except PruningError:
                     self.remove()
-                    raise PruningError(f"layer {index} has no self_attn; {_STRANGE}")
+                    raise
                 add(attention.register_forward_hook(self._leave_attention, with_kwargs=True))
 
     @property
@@ -1054,7 +1190,7 @@ class Pruning:
         given = _arguments(module, args, kwargs)
         labels, keep = given.get("labels"), given.get("logits_to_keep")
         measured = any(a.measured or a.at is None for a in self.plan.leaving)
-        if measured and isinstance(keep, int) and keep > 1 and given.get("past_key_values") is not None:
+        if measured and isinstance(keep, int) and keep > 1 and _given_cache(given) is not None:
             visual = self._visual(module, args, kwargs)
             if visual is not None:
                 raise PruningError(
@@ -1080,6 +1216,10 @@ class Pruning:
             self.plan, visual, _not_padding(mask, ids), tuple(ids.shape)
         )
 
+    def _check_base(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        if threading.get_ident() in self._calls:
+            raise _strange("the model did not call its text model")
+
     def _leave_base(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         self._calls.pop(threading.get_ident(), None)
 
@@ -1092,12 +1232,13 @@ class Pruning:
 
     def _leave_text(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         call = kwargs[_CALL]
+        hidden = output[0]
         rows = call.finish()
+        call.check_rows(self.plan.depth - 1, hidden)
         if call.visual is not None or call.past == 0:
             self._traced = call
         if rows is None or rows.index is None:
             return output
-        hidden = output[0]
         index, query = rows.index.to(hidden.device), rows.query.to(hidden.device)
         batch, length = call.shape
         # fillers go to a slot behind the last, which is cut off
@@ -1117,14 +1258,20 @@ class Pruning:
         kwargs = dict(kwargs)
         call: _Call | None = kwargs.pop(_CALL, None)
         if call is None:
-            raise PruningError(f"layer {index} was called outside of its model under a schedule; {_STRANGE}")
+            raise _strange(f"layer {index} was called outside of its model under a schedule")
         if len(args) > 1:
-            raise PruningError(f"the layers get more than one positional argument; {_STRANGE}")
+            raise _strange("the layers get more than one positional argument")
         if args:
             kwargs["hidden_states"] = args[0]
-        hidden, cache = kwargs["hidden_states"], kwargs.get("past_key_values")
-        if index == 0 and cache is not None:
+        hidden, cache, name = kwargs.get("hidden_states"), _given_cache(kwargs), self._caches[index]
+        call.enter(index, hidden)
+        for known in _CACHE_NAMES:
+            kwargs.pop(known, None)
+        kwargs[name] = cache
+        if index == 0:
             self._greet(cache, call)
+        elif cache is not call.cache and not call.over:
+            raise _strange(f"layer {index} gets another cache than layer 0")
         before, rows = call.at.get(index - 1), call.rows(index, hidden.device)
         acts = call.visual is not None and (self.plan.mutes_in(index) or self.plan.frozen(index))
         probes = call.visual is not None and call.probes(index)
@@ -1133,7 +1280,7 @@ class Pruning:
             attention: Any = getattr(module, "self_attn", None)
             self._change(index, attention, call, before, rows, acts, probes, kwargs)
             training = getattr(module, "gradient_checkpointing", False) and module.training
-            if training and isinstance(kwargs.get("past_key_values"), _Tap):
+            if training and isinstance(kwargs[name], _Tap):
                 raise PruningError(
                     "gradient checkpointing does not go with sinks, freeze, scores or conditions"
                 )
@@ -1143,6 +1290,13 @@ class Pruning:
 
     def _greet(self, cache: Any, call: _Call) -> None:
         """Refuse a cache that was filled otherwise, since what its entries are is not known."""
+        call.cache = cache
+        if cache is None:
+            return
+        if not hasattr(cache, "get_seq_length"):
+            raise PruningError(
+                f"{type(cache).__name__} is not supported under a schedule; use a DynamicCache"
+            )
         call.past = cache.get_seq_length()
         if call.past and getattr(cache, "vtw_schedule", None) != self.plan.key:
             raise PruningError("this cache was not filled under this schedule; start with an empty one")
@@ -1160,7 +1314,8 @@ class Pruning:
         kwargs: dict[str, Any],
     ) -> None:
         """Change a layer's arguments into those of the rows that run in it."""
-        hidden, cache, length = kwargs["hidden_states"], kwargs.get("past_key_values"), call.shape[1]
+        name = self._caches[index]
+        hidden, cache, length = kwargs["hidden_states"], kwargs[name], call.shape[1]
         columns, past, skips, given = None, 0, False, kwargs.get("attention_mask")
         prefill = call.visual is not None
         if cache is None:
@@ -1177,6 +1332,7 @@ class Pruning:
                     layer.set_aside(call.memo)
                 columns = call.columns(layer.columns, rows, past, hidden.device)
                 layer.expect(columns, length)
+        _check_arguments(kwargs, {length, past + length} - {1})
         if columns is not None:
             skips = call.visual is not None and columns.visual and self.plan.text_skips(index, prefill)
             muted = self.plan.masks(index, prefill) if columns.visual else []
@@ -1192,7 +1348,7 @@ class Pruning:
         due = probes or skips or second is not None
         if base or due or (acts and self.plan.frozen(index)):
             call.tap = _Tap(cache, call, index, rows, columns, past, base, second, skips, given, probes, due)
-            kwargs["past_key_values"] = call.tap
+            kwargs[name] = call.tap
 
     def _gather(
         self, call: _Call, before: _Rows | None, rows: _Rows, attention: Any, kwargs: dict[str, Any]
@@ -1202,21 +1358,19 @@ class Pruning:
             slots = rows.index if before is None else call.slots(before, rows)
             kwargs["hidden_states"] = _take(kwargs["hidden_states"], slots, 1)
         assert rows.index is not None
-        kwargs["position_embeddings"] = _take_position(kwargs.get("position_embeddings"), rows.index)
-        kwargs["position_ids"] = _take_ids(kwargs.get("position_ids"), rows.index, attention)
-        for name, value in kwargs.items():
-            known = ("hidden_states", "position_embeddings", "position_ids", "attention_mask")
-            if name not in known and isinstance(value, torch.Tensor) and call.shape[1] in value.shape[1:]:
-                raise PruningError(f"the layers get {name}, with a row for each token; {_STRANGE}")
+        _take_positions(kwargs, rows.index, call.shape[1], attention)
 
     def _leave_layer(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Put back the visual rows of a frozen layer."""
-        tap = kwargs.get("past_key_values")
+        tap = _given_cache(kwargs)
         if not isinstance(tap, _Tap) or tap.call.visual is None:
             return output
         if not self.plan.frozen(tap.layer):
             return output
         before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        after = output[0] if isinstance(output, tuple) else output
+        if not isinstance(after, torch.Tensor) or after.shape != before.shape:
+            raise _strange(f"layer {tap.layer} does not return hidden states of the shape it is given")
         visual = tap.call.kinds(tap.rows, before.device)[:, :, None] != _TEXT
         if isinstance(output, tuple):
             return (torch.where(visual, before, output[0]), *output[1:])
@@ -1228,14 +1382,18 @@ class Pruning:
         self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Run text rows again with the values their mutes leave them; look at the last row's attention."""
-        tap = kwargs.get("past_key_values")
+        tap = _given_cache(kwargs)
         if not isinstance(tap, _Tap):
             return output
         tap.due = False
         if tap.keys is None or tap.values is None:
-            raise PruningError(f"the attention of this model does not hand its keys to the cache; {_STRANGE}")
+            raise _strange("the attention of this model does not hand its keys to the cache")
         given = dict(kwargs)
+        if len(args) > 1:
+            raise _strange("the attention gets more than one positional argument")
         given["hidden_states"] = hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if not isinstance(output, tuple) or output[0].shape != hidden.shape:
+            raise _strange(f"the attention of layer {tap.layer} does not return its rows first in a tuple")
         if tap.skips or tap.second is not None:
             rows, part = self._text_again(module, given, tap)
             assert rows.index is not None
@@ -1305,7 +1463,7 @@ class Pruning:
             mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, torch.finfo(like.dtype).min)
         weights = _attend(one, given, last, mask, tap.keys, tap.values)[1]
         if weights is None:
-            raise PruningError(f"the eager attention of this model returns no weights; {_STRANGE}")
+            raise _strange("the eager attention of this model returns no weights")
         numbers = _last_row_numbers(weights[:, :, 0], tap.values)
         batch, length = call.shape
         device = call.last.device
@@ -1325,11 +1483,57 @@ def _attend(
     module: Any, given: dict[str, Any], index: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor
 ) -> Any:
     """Run an attention module for the rows ``index`` [B, Q] of what it was ``given``, over these keys and values."""
-    given = {**given, "hidden_states": _take(given["hidden_states"], index, 1), "attention_mask": mask}
-    given["position_embeddings"] = _take_position(given["position_embeddings"], index)
-    given["position_ids"] = _take_ids(given.get("position_ids"), index, module)
-    given["past_key_values"] = _Fixed(keys, values)
-    return module.forward(**given)
+    hidden = given["hidden_states"]
+    given = {name: value for name, value in given.items() if name not in _CACHE_NAMES}
+    given |= {"hidden_states": _take(hidden, index, 1), "attention_mask": mask}
+    _take_positions(given, index, hidden.shape[1], module)
+    given[cache_argument(module)] = fixed = _Fixed(keys, values)
+    output = module.forward(**given)
+    if fixed.asked != 1 or not isinstance(output, tuple) or len(output) < 2:
+        raise _strange("the attention of this model does not ask its cache once, or returns no tuple")
+    return output
+
+
+def cache_argument(module: torch.nn.Module, *more: str) -> str:
+    """The name by which a module takes the cache.
+
+    Raises:
+        PruningError: it takes none or several, or not what ``more`` names.
+    """
+    names = inspect.signature(module.forward).parameters
+    found = [name for name in _CACHE_NAMES if name in names]
+    if len(found) != 1 or not names.keys() >= set(more):
+        raise _strange(
+            f"{type(module).__name__} takes {', '.join(names)}, not one of {', '.join((*_CACHE_NAMES, *more))}"
+            if not found
+            else f"{type(module).__name__} takes {', '.join(names)}, where {', '.join((found[0], *more))} is known"
+        )
+    return found[0]
+
+
+def _given_cache(given: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a call, whatever its name there; None if there is none.
+
+    Raises:
+        PruningError: there are several, or one that goes by another name.
+    """
+    caches = {id(value): value for name in _CACHE_NAMES if (value := given.get(name)) is not None}
+    for name, value in given.items():
+        if name not in _CACHE_NAMES and hasattr(value, "update") and hasattr(value, "get_seq_length"):
+            raise _strange(f"a cache is given by the name {name}")
+    if len(caches) > 1:
+        raise _strange(f"two caches are given, as {' and '.join(n for n in _CACHE_NAMES if given.get(n))}")
+    return next(iter(caches.values()), None)
+
+
+def _check_arguments(given: Mapping[str, Any], lengths: set[int]) -> None:
+    """Refuse a layer's argument that is not known and has a size for each token or entry, ``lengths``."""
+    for name, value in given.items():
+        if name in _PER_TOKEN or name.startswith(_POSITIONS):
+            continue
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(part, torch.Tensor) and lengths.intersection(part.shape):
+                raise _strange(f"the layers get {name}, with a row for each token")
 
 
 def _flash_mask(
