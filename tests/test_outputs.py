@@ -829,11 +829,15 @@ def test_links_inside_and_those_of_the_hub_cache_are_files(here):
     (repo / "snapshots" / "abc").mkdir(parents=True)
     for file in (repo / "blobs").iterdir():
         (repo / "snapshots" / "abc" / file.name).symlink_to(f"../../blobs/{file.name}")
+    (repo / "snapshots" / "abc" / "LICENSE").symlink_to(here / "data" / "rows.jsonl")
     (here / "model" / "NOTICE").write_text("a notice")
     (here / "model" / "LICENSE").symlink_to("NOTICE")
     for model in ("model", repo / "snapshots" / "abc"):
         done = vtw("export", model, "--layer", 3, "--output", "out")
-        assert (done.code, done.err) == (0, ""), done.err
+        assert done.code == 0, done.err
+        assert ("LICENSE is a link" in done.err, "LICENSE" in names(here / "out")) == (
+            (False, True) if model == "model" else (True, False)
+        )
         assert {"tokenizer.json", "chat_template.jinja"} <= set(names(here / "out"))
         shutil.rmtree("out")
 

@@ -73,7 +73,10 @@ def stderr() -> Console:
 
 def result(renderable: Any) -> None:
     """Print a result (text or a rich renderable) on stdout."""
-    _to_stdout(lambda: stdout().print(renderable))
+    console = stdout()
+    with console.capture() as drawn:  # rich would end the program where nobody reads on
+        console.print(renderable)
+    _to_stdout(lambda: sys.stdout.write(drawn.get()))
 
 
 def result_text(text: str) -> None:

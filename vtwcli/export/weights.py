@@ -58,17 +58,14 @@ def place_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | Non
 def own_files(checkpoint: Checkpoint, patterns: Sequence[str], warn: bool = True) -> list[Path]:
     """The files of a model directory that may go into a copy: regular ones that lie inside it.
 
-    The Hub's cache keeps files as links into the same repository's ``blobs``; these count as inside. A link to
-    elsewhere is left out with a warning where nothing depends on it (licences, notes), and refused where it is part
-    of the model.
+    Where config.json is a link, so may the others be, into the same directory: the Hub's cache keeps all files of a
+    repository in one. A link to elsewhere is left out with a warning where nothing depends on it (licences, notes),
+    and refused where it is part of the model.
 
     Raises:
         NotFoundError: a part of the model lies elsewhere.
     """
-    folder = checkpoint.path.resolve()
-    within = [folder]
-    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-        within.append(folder.parent.parent / "blobs")
+    within = [checkpoint.path.resolve(), (checkpoint.path / "config.json").resolve().parent]
     found = {file: None for pattern in patterns for file in sorted(checkpoint.path.glob(pattern))}
     kept = []
     for file in found:
