@@ -313,6 +313,8 @@ def test_a_name_that_is_too_long_is_told_at_once(here):
         ("calibrate", "model", "--output", f"{'deep/' * 900}k.json"),
         ("calibrate", "model", "--output", "k.json", "--plot", f"{long}.png"),
         ("eval", "model", "--layer", 3, "--trace", long),
+        ("analyze", "model", "--output", long),
+        ("analyze", "model", "--output", f"{long}.json"),
         ("export", "model", "--layer", 3, "--output", long),
         ("run", "r.yaml", "--output", long),
         ("run", "r.yaml", "--summary", long),

@@ -229,7 +229,9 @@ Output = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel="Output")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel="Output")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace what vtw wrote before.", rich_help_panel="Output")
+]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress, no notes.", rich_help_panel="Output")
 ]

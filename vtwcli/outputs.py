@@ -180,7 +180,7 @@ class Outputs(dict[str, Path | None]):
                         f"this result is kept in {shown}",
                     )
         except OSError as error:
-            raise files.cannot_write(next(iter(self.values())) or Path(), error) from None
+            raise files.cannot_write(next(path for path in self.values() if path), error) from None
 
     def _put(self, asked: Mapping[str, Path], stages: Mapping[Path, Path]) -> Path | None:
         """Put everything in place; the path that was taken meanwhile, if one was."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vtwcli.files import present
 from vtwcli.options import (
     Attn,
     Data,
@@ -129,7 +130,7 @@ def outputs_of(
     model: str, output: Path | None, as_json: bool, svg: bool = False, force: bool = False
 ) -> Outputs:
     """Where the result and what goes beside it are written."""
-    if output is not None and (output.is_dir() or not output.suffix):
+    if output is not None and (not output.suffix or (present(output) and output.is_dir())):
         output = output / "analysis.json"
     suffixes = {key: suffix.replace(".png", ".svg") if svg else suffix for key, suffix in BESIDE.items()}
     return output_paths(model, output, as_json, "analysis", suffixes, force=force)
