@@ -27,7 +27,7 @@ from vtwcli.models.inputs import encode, generate_answers
 from vtwcli.models.layers import Resident
 from vtwcli.models.loading import load
 from vtwcli.recipe import AnalyzeSection, CalibrateSection, ModelSection
-from vtwcli.report_analyze import plots, sentences
+from vtwcli.report_analyze import PLOTS, plot, sentences
 from vtwcli.report_analyze_page import heat_map, page, spread_over
 from vtwcli.schedule import Schedule
 from vtwcli.sweep import Intervention, SweepItem, sweep
@@ -395,7 +395,7 @@ def test_the_page_is_one_file_with_all_pictures(analysis):
 
 
 def test_pictures_show_the_numbers(result):
-    drawn = plots(result)
+    drawn = {name: plot(result, name) for name in PLOTS}
     lines = {line.get_label(): line for line in drawn["kl"].axes[0].get_lines()}
     blue = lines["no visual tokens from here on (= text blind from here on)"]
     np.testing.assert_allclose(blue.get_ydata(), np.maximum(result["measures"]["withdrawal"]["mean"], 1e-5))

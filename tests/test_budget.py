@@ -19,6 +19,7 @@ from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.flops import CONVENTIONS, TextShape, prefill_cost
 from vtwcli.models.inputs import encode, generate_answers
 from vtwcli.models.loading import load
+from vtwcli.outputs import Outputs
 from vtwcli.recipe import BudgetSection, CalibrateSection, ModelSection, Recipe
 from vtwcli.schedule import Schedule
 
@@ -148,7 +149,8 @@ def test_budget_is_deterministic_and_describes_itself(compared, tiny_dir, data):
 
 
 def test_views_of_the_budget(compared, tmp_path):
-    outputs = {"result": tmp_path / "b.json", "plot": tmp_path / "b.svg", "schedule": tmp_path / "b.yaml"}
+    places = {"result": tmp_path / "b.json", "plot": tmp_path / "b.svg", "schedule": tmp_path / "b.yaml"}
+    outputs = Outputs(places, "vtw-budget")
     report_budget.write_budget(compared, outputs)
     assert json.loads(outputs["result"].read_text()) == compared
     chosen = Schedule.from_file(outputs["schedule"])
@@ -280,7 +282,8 @@ def test_visipruner_calibration_is_deterministic_with_files_and_views(calibrated
         ModelSection(name=str(tiny_dir)), [DataSpec(source=str(data))], options(policy="budget", budget=0.9)
     )
     assert {**again, "run": None} == {**calibrated, "run": None}
-    outputs = {"result": tmp_path / "c.json", "plot": tmp_path / "c.svg", "schedule": tmp_path / "c.yaml"}
+    places = {"result": tmp_path / "c.json", "plot": tmp_path / "c.svg", "schedule": tmp_path / "c.yaml"}
+    outputs = Outputs(places, "vtw-calibration")
     report_calibrate.write_calibration(calibrated, outputs)
     assert Schedule.from_file(outputs["schedule"]) == Schedule.from_file(outputs["result"])
     assert f"chosen: {calibrated['chosen']}" in outputs["plot"].read_text()

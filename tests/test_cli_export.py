@@ -16,8 +16,8 @@ import pytest
 import vtwcli
 from tests import cli as cli_in_process
 from tests.test_export_hf import calibration_result
-from vtwcli import cli
-from vtwcli.export import hf, publish
+from vtwcli import cli, files
+from vtwcli.export import hf
 from vtwcli.export import push as pushing
 from vtwcli.export.hf import baked_schedule
 from vtwcli.export.manifest import check_files, read_manifest
@@ -264,7 +264,7 @@ def test_a_second_signal_waits_for_the_tidying(tiny_dir, tmp_path, monkeypatch):
             os.kill(os.getpid(), left.pop())
         remove(*args, **options)
 
-    monkeypatch.setattr(publish.shutil, "rmtree", struck)
+    monkeypatch.setattr(files.shutil, "rmtree", struck)
     monkeypatch.setattr(hf, "_check_loading", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     process = in_child("export", tiny_dir, "--layer", 3, "--output", tmp_path / "out")
     process.join(60)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from vtwcli.errors import UsageError, VtwError
@@ -12,11 +14,19 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
+def make_old(target):
+    """A directory that an export might have made; gives its files."""
+    target.mkdir()
+    (target / "old").write_text("0")
+    (target / "manifest.json").write_text(json.dumps({"format": "vtw-hf", "files": {"old": {}}}))
+    return files(target.parent)
+
+
 def test_new_directory_appears_at_the_end(tmp_path):
     target = tmp_path / "deep" / "model"
     with publish(target, force=False) as folder:
         (folder / "a").write_text("1")
-        assert folder.parent == target.parent and not target.exists()
+        assert folder.parent.parent.parent == target.parent and not target.exists()
     assert files(tmp_path / "deep") == {"model/a": "1"}
     assert target.stat().st_mode & 0o755 == 0o755
 
@@ -27,18 +37,16 @@ def test_failure_leaves_nothing_new_and_the_old(tmp_path):
         (folder / "a").write_text("1")
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
-    target.mkdir()
-    (target / "old").write_text("0")
+    old = make_old(target)
     with pytest.raises(ZeroDivisionError), publish(target, force=True) as folder:
         (folder / "a").write_text("1")
         raise ZeroDivisionError
-    assert files(tmp_path) == {"model/old": "0"}
+    assert files(tmp_path) == old
 
 
 def test_force_replaces_whole_directories(tmp_path):
     target = tmp_path / "model"
-    target.mkdir()
-    (target / "old").write_text("0")
+    make_old(target)
     with publish(target, force=True) as folder:
         (folder / "a").write_text("1")
     assert files(tmp_path) == {"model/a": "1"}
@@ -74,4 +82,4 @@ def test_a_target_that_appears_meanwhile_is_kept(tmp_path):
         (folder / "a").write_text("1")
         target.mkdir()
         (target / "other").write_text("2")
-    assert files(tmp_path) == {"model/other": "2"}
+    assert files(tmp_path) == {"model/other": "2", "model-1/a": "1"}

@@ -6,6 +6,7 @@ import pytest
 
 from vtwcli import files
 from vtwcli.errors import UsageError, VtwError
+from vtwcli.outputs import Outputs
 
 
 def test_write_is_whole_or_nothing(tmp_path):
@@ -40,14 +41,18 @@ def test_written_files_are_readable_by_others(tmp_path):
     assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
 
-def test_check_free(tmp_path):
+def test_places_are_checked_before_the_work(tmp_path):
     taken = tmp_path / "taken.json"
-    taken.write_text("x")
-    files.check_free([None, tmp_path / "new" / "free.json"], force=False)
-    files.check_free([taken], force=True)
+    taken.write_text('{"format": "vtw-calibration"}')
+
+    def check(path, force=False):
+        Outputs({"result": path, "plot": None}, "vtw-calibration", force).check([])
+
+    check(tmp_path / "new" / "free.json")
+    check(taken, force=True)
     with pytest.raises(UsageError, match=r"taken\.json exists already"):
-        files.check_free([taken], force=False)
+        check(taken)
     with pytest.raises(UsageError, match="is a directory"):
-        files.check_free([tmp_path], force=True)
+        check(tmp_path, force=True)
     with pytest.raises(UsageError, match="cannot write in"):
-        files.check_free([taken / "inside.json"], force=False)
+        check(taken / "inside.json")

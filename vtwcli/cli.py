@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Iterable
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -52,12 +52,17 @@ def build(names: Iterable[str] = COMMANDS) -> typer.Typer:
 
 def main() -> None:
     """Run the command line; every expected failure is one line on stderr and its exit code."""
+    console.prepare_streams()
     stopped = _stop_cleanly()
     try:
         named = [name for name in sys.argv[1:2] if name in COMMANDS]
         app = build(named or COMMANDS)  # one subcommand is not to wait for the others
         gc.freeze()  # what is imported here lives to the end: a tenth of a help page went into looking it over
         app()
+    except SystemExit as ended:
+        if not ended.code and console.settings.unwritten is not None:
+            _end_unwritten(console.settings.unwritten)
+        raise
     except (Exception, KeyboardInterrupt) as error:
         if (
             stopped
@@ -68,9 +73,29 @@ def main() -> None:
             sys.exit(error.exit_code)
         if console.settings.verbose:
             raise
+        if isinstance(error, OSError) and error.filename is None and _is_full():
+            console.lose_stdout(error)  # help pages are not printed by this package
+            _end_unwritten(error)
         name = type(error).__name__
         console.error(f"unexpected failure: {name}: {' '.join(str(error).split())}", "--verbose shows where")
         sys.exit(1)
+
+
+def _end_unwritten(error: OSError) -> NoReturn:
+    console.error(
+        f"cannot write to stdout: {error.strerror or error}", "files that were asked for are complete"
+    )
+    sys.exit(1)
+
+
+def _is_full() -> bool:
+    """Whether stdout takes no more."""
+    try:
+        sys.stdout.write(" ")
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
 
 
 def _stop_cleanly() -> list[int]:

@@ -6,11 +6,13 @@ long work prints a plain line now and then, so a CI log stays readable.
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,14 +21,37 @@ if TYPE_CHECKING:
 
 _PLAIN_INTERVAL_S = 15.0
 _NO_TERMINAL_WIDTH = 400  # characters; tables of a log or a pipe keep all their columns
+ESCAPE = "vtwcli.escape"
+"""Name of the error handler that writes what an encoding lacks as JSON does, ``\\u2588``."""
 
 
 class _Settings:
     quiet = False
     verbose = False
+    unwritten: OSError | None = None  # why not all results came out on stdout
 
 
 settings = _Settings()
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
+    codes = (int.from_bytes(units[i : i + 2], "big") for i in range(0, len(units), 2))
+    return "".join(f"\\u{code:04x}" for code in codes), error.end
+
+
+codecs.register_error(ESCAPE, _escaped)
+
+
+def prepare_streams() -> None:
+    """Let no character and no closed stream end the work: what cannot be encoded is escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed before the start; the number must not go to a file that is opened next
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=ESCAPE)
 
 
 def stdout() -> Console:
@@ -48,38 +73,80 @@ def stderr() -> Console:
 
 def result(renderable: Any) -> None:
     """Print a result (text or a rich renderable) on stdout."""
-    stdout().print(renderable)
+    console = stdout()
+    with console.capture() as drawn:  # rich would end the program where nobody reads on
+        console.print(renderable)
+    _to_stdout(lambda: sys.stdout.write(drawn.get()))
 
 
 def result_text(text: str) -> None:
     """Write text to stdout exactly as it is, for JSON and other machine formats."""
-    sys.stdout.write(text if text.endswith("\n") else text + "\n")
-    sys.stdout.flush()
+    _to_stdout(lambda: sys.stdout.write(text if text.endswith("\n") else text + "\n"))
+
+
+def _to_stdout(write: Callable[[], object]) -> None:
+    """A full disk or a reader that has left ends the output, not the work; ``cli.main`` tells of it at the end."""
+    try:
+        write()
+        sys.stdout.flush()
+    except OSError as error:
+        lose_stdout(error)
+
+
+def lose_stdout(error: OSError) -> None:
+    """Go on without stdout, and remember why unless its reader has left."""
+    if not isinstance(error, BrokenPipeError):
+        settings.unwritten = error
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, sys.stdout.fileno())  # what is still buffered must not fail once more at the exit
+    except (OSError, ValueError):  # no stream of the system
+        pass
+    finally:
+        os.close(nowhere)
+
+
+def _to_stderr(text: str, style: str | None = None) -> None:
+    with suppress(OSError):  # words that cannot be told must not end the work
+        stderr().print(text, style=style, markup=False)
 
 
 def note(text: str) -> None:
     """A word on stderr; silent under ``--quiet``."""
     if not settings.quiet:
-        stderr().print(text, markup=False)
+        _to_stderr(text)
 
 
 def detail(text: str) -> None:
     """A word on stderr that only ``--verbose`` shows."""
     if settings.verbose:
-        stderr().print(text, style="dim", markup=False)
+        _to_stderr(text, "dim")
 
 
 def warn(text: str) -> None:
     """A warning on stderr; shown under ``--quiet`` too."""
-    stderr().print(f"warning: {text}", style="yellow", markup=False)
+    _to_stderr(f"warning: {text}", "yellow")
+
+
+@contextmanager
+def not_worth_failing(what: str) -> Iterator[None]:
+    """Turn a failure of something that is only for looks into a warning.
+
+    Args:
+        what: what is missing then.
+    """
+    try:
+        yield
+    except Exception as error:  # drawing raises whatever the text of data leads it to
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        warn(f"{what} ({type(error).__name__}: {reason})")
 
 
 def error(message: str, hint: str | None = None) -> None:
     """The one line (and a hint) with which a command fails."""
-    console = stderr()
-    console.print(f"error: {message}", style="bold red", markup=False)
+    _to_stderr(f"error: {message}", "bold red")
     if hint:
-        console.print(f"  {hint}", markup=False)
+        _to_stderr(f"  {hint}")
 
 
 class Task:

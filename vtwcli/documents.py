@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vtwcli.errors import UsageError
+from vtwcli.files import regular
 
 Model = TypeVar("Model", bound=BaseModel)
 _LARGE = 50_000  # characters; larger JSON is read by the fast reader, which keeps no line numbers
@@ -39,7 +40,7 @@ def read(path: Path, kind: str) -> Any:
         UsageError: unreadable file, or text that is not YAML, with line and column.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = regular(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise UsageError(f"{path}: cannot read the {kind}: {reason}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def evaluate(
     *,
     limits: GatesSection = GatesSection(),
     calibration: dict[str, Any] | None = None,
-    trace: Path | None = None,
+    trace: Path | Callable[[str], object] | None = None,
     state: Path | None = None,
 ) -> tuple[dict[str, Any], Sequence[Sample]]:
     """Compare the full model with one or several schedules.
@@ -55,7 +55,8 @@ def evaluate(
         limits: gates, judged at the end (``gates``).
         calibration: the result document of the calibration; its samples are left out. By default the one in an
             exported directory, if that is where the schedule comes from.
-        trace: file that gets a JSON line per sample and schedule: which tokens were kept, where, and what it cost.
+        trace: file, or function, that gets a JSON line per sample and schedule: which tokens were kept, where, and
+            what it cost.
         state: file that keeps finished samples across an interruption.
 
     Returns:
@@ -83,7 +84,8 @@ def evaluate(
             partial(_all_answers, full, variants, mix.samples, options, timing, *finished)
         )
     if trace is not None and distributed.is_main():
-        files.write_text(trace, _trace(full, variants, mix.samples, answers))
+        lines = _trace(full, variants, mix.samples, answers)
+        trace(lines) if callable(trace) else files.write_text(trace, lines)
     peak = peak_memory()  # before the costs, whose measuring sets the record back
     costs = _costs(full, variants, mix.samples, answers, options, timing)
     result = {"model": _model(model, full, variants), **_result(full, variants, mix, answers, costs, options)}

@@ -6,7 +6,7 @@ heavy is imported at the top: ``vtw --help`` must answer at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,8 @@ from vtwcli import console
 from vtwcli.data.spec import DataSpec
 from vtwcli.documents import Section
 from vtwcli.errors import UsageError
-from vtwcli.files import document
+from vtwcli.files import document, present
+from vtwcli.outputs import Inputs, Outputs, inputs_of
 from vtwcli.recipe import ModelSection, Recipe, ScheduleSection
 
 
@@ -83,7 +84,9 @@ def output_paths(
     name: str,
     beside: dict[str, str],
     plot: Path | None = None,
-) -> dict[str, Path | None]:
+    force: bool = False,
+    trace: Path | None = None,
+) -> Outputs:
     """Where the result and the files beside it go; nowhere under ``--json`` without ``--output``.
 
     Raises:
@@ -94,11 +97,37 @@ def output_paths(
     if output is None and not as_json:
         slug = model.rstrip("/").replace("@", "-").rsplit("/", 1)[-1] or "model"
         output = Path(f"vtw-{slug}") / f"{name}.json"
-    return {
+    places = {
         "result": output,
-        **{key: output.with_suffix(suffix) if output else None for key, suffix in beside.items()},
+        **{key: _beside(output, suffix) if output else None for key, suffix in beside.items()},
         **({} if plot is None else {"plot": plot}),
+        **({} if trace is None else {"trace": trace}),
     }
+    return Outputs(places, f"vtw-{name}", force)
+
+
+def _beside(output: Path, suffix: str) -> Path:
+    if not output.name:
+        raise UsageError(f"{output} is a directory, not a file")
+    return output.with_suffix(suffix)
+
+
+def inputs_here(
+    given: dict[str, Any], recipe: Recipe, model: ModelSection, data: Sequence[DataSpec]
+) -> Inputs:
+    """What a command reads from this machine; none of it may be where it writes.
+
+    Args:
+        given: the options; files among them are inputs too.
+        recipe, model, data: what comes of the options and the recipe.
+    """
+    specs = [name for spec in data for name in (spec.source, spec.path)]
+    named = ("recipe", "schedule", "calibration", "evaluation")
+    return inputs_of(
+        {"the model": model.name, "the baseline": given.get("baseline") or recipe.eval.baseline}
+        | {f"the {name}": given.get(name) for name in named}
+        | {"the recipe's schedule": recipe.schedule.file, "the data": specs}
+    )
 
 
 def state_beside(result: Path | None, resume: bool) -> Path | None:
@@ -111,13 +140,17 @@ def state_beside(result: Path | None, resume: bool) -> Path | None:
         raise UsageError(
             "--resume: there is no result file to keep finished samples beside", "give --output FILE"
         )
-    return result.with_suffix(".partial.jsonl") if resume and result is not None else None
+    if not resume or result is None:
+        return None
+    state = result.with_suffix(".partial.jsonl")
+    present(state.with_name(f".{state.name}.{0:03}"))  # a name that no file can have
+    return state
 
 
 def show(
     result: dict[str, Any],
     view: Callable[[dict[str, Any]], Any],
-    outputs: dict[str, Path | None],
+    outputs: Outputs,
     as_json: bool,
 ) -> None:
     """Print a result that is written already: the document, or what ``view`` makes of it; then name the files."""
@@ -128,7 +161,7 @@ def show(
     _tell_written(outputs)
 
 
-def _tell_written(outputs: dict[str, Path | None]) -> None:
+def _tell_written(outputs: Outputs) -> None:
     paths = [str(path) for path in outputs.values() if path and path.exists()]
     if paths:
         console.note("wrote " + ", ".join(paths))
@@ -196,7 +229,9 @@ Output = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel="Output")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel="Output")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace what vtw wrote before.", rich_help_panel="Output")
+]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress, no notes.", rich_help_panel="Output")
 ]

@@ -28,8 +28,9 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 def is_export(directory: str | Path) -> bool:
     """Whether a directory holds an export to ONNX; nothing but its manifest is read."""
+    file = Path(directory) / MANIFEST
     try:
-        return bool(json.loads((Path(directory) / MANIFEST).read_text(encoding="utf-8"))["format"] == FORMAT)
+        return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8"))["format"] == FORMAT)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -112,6 +113,9 @@ class OnnxModel:
     def __init__(self, directory: str | Path, device: str = "cpu", threads: int = 0) -> None:
         self.directory = Path(directory)
         try:
+            for file in self.directory.iterdir():
+                if file.exists() and not (file.is_file() or file.is_dir()):  # whoever opens a pipe waits
+                    raise ValueError(f"{file.name} is not a file")
             self.manifest: dict[str, Any] = json.loads(
                 (self.directory / MANIFEST).read_text(encoding="utf-8")
             )

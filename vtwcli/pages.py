@@ -6,8 +6,11 @@ import base64
 import html
 from collections.abc import Sequence
 
+from vtwcli.outputs import GENERATOR
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+{generator}
 <title>{title}</title><style>
 body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #222 }}
 table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }}
@@ -28,7 +31,9 @@ def page(title: str, style: str, body: Sequence[str]) -> str:
         style: rules of its own.
         body: pieces of HTML.
     """
-    return _PAGE.format(title=html.escape(title), style=style.strip(), body="\n".join(body))
+    return _PAGE.format(
+        title=html.escape(title), generator=GENERATOR, style=style.strip(), body="\n".join(body)
+    )
 
 
 def png_uri(png: bytes) -> str:

@@ -15,25 +15,37 @@ from vtwcli import console, documents, files, gates
 from vtwcli.data.sources import default_data
 from vtwcli.distributed import is_main
 from vtwcli.errors import UsageError, VtwError
+from vtwcli.export.publish import check_target
 from vtwcli.fingerprint import data_records, digest, file_digest, model_record
+from vtwcli.outputs import (
+    Inputs,
+    Outputs,
+    check_holds_no_input,
+    check_no_input,
+    inputs_of,
+    is_ours,
+    same_file,
+)
 from vtwcli.provenance import versions
 from vtwcli.recipe import STEPS, Recipe
 from vtwcli.run import (
     FILES,
     KEPT,
+    LOCK,
     RECIPE,
     RUN,
     SUMMARY,
     Planned,
     Record,
     Run,
+    is_run_file,
     read_run,
     resolved,
     save,
     seen_from,
 )
 from vtwcli.schedules import schedule_of
-from vtwcli.steps import RUNNERS, steps_of
+from vtwcli.steps import KINDS, RUNNERS, steps_of
 
 
 def prepare(
@@ -44,6 +56,7 @@ def prepare(
     only: Collection[str] = (),
     start: str | None = None,
     force: bool = False,
+    file: Path | None = None,
 ) -> Run:
     """Find out what there is to do; reads the model's and the data's fingerprints, and writes nothing.
 
@@ -56,7 +69,8 @@ def prepare(
         text: the recipe's file as it is written.
         only: run these steps alone; what they need must be there and valid.
         start: run this step and those behind it, valid results or not.
-        force: run every step, and replace files that are in the way.
+        force: run every step, in a directory where nothing but the results of runs is.
+        file: the recipe's file, which no step may write.
 
     Raises:
         UsageError: nothing to run, a step that is not there, or a file that the run did not write is in its way.
@@ -70,8 +84,10 @@ def prepare(
                 f"{name!r} is not a step of this recipe",
                 f"did you mean {near!r}?" if near else f"its steps: {', '.join(names)}",
             )
-    if recipe.model.name != "demo" and (folder / "model").resolve() == Path(recipe.model.name).resolve():
-        raise UsageError(f"{folder / 'model'} holds the model itself", "choose another output directory")
+    if files.present(folder) and not folder.is_dir():
+        raise UsageError(f"{folder} exists and is not a directory", "choose another --output")
+    files.check_folder(folder)
+    seen = files.signature(folder / RUN)
     records, started = read_run(folder, force)
     model = model_record(recipe.model)
     data: dict[str, str] = {}
@@ -92,9 +108,9 @@ def prepare(
             steps.append(Planned(name, inputs[name], True, stale or "asked for"))
         else:
             steps.append(Planned(name, inputs[name], bool(stale), stale or KEPT))
-    if not force:
-        _check_way(folder, [one.name for one in steps if one.runs and one.name not in started], records)
-    return Run(recipe, folder, text, model, steps, records, started)
+    running = [one.name for one in steps if one.runs]
+    owned = _check_way(folder, running, records, started, force, run_inputs(recipe, file))
+    return Run(recipe, folder, text, model, steps, records, started, file=file, owned=owned, seen=seen)
 
 
 def execute(run: Run) -> dict[str, Any]:
@@ -107,7 +123,8 @@ def execute(run: Run) -> dict[str, Any]:
     Raises:
         VtwError: a step failed otherwise. Steps that finished before it are kept.
     """
-    if is_main():
+    save(run)  # before anything else: it says whose directory this is
+    if is_main() and not (run.file and same_file(run.folder / RECIPE, run.file)):
         files.write_text(run.folder / RECIPE, documents.to_yaml(resolved(run.recipe, run.folder)))
     total = len(run.steps)
     for number, step in enumerate(run.steps, 1):
@@ -135,10 +152,6 @@ def _run_step(run: Run, step: Planned) -> None:
     run.records.pop(step.name, None)
     run.started.add(step.name)
     save(run)
-    if is_main():  # not every result has a schedule, and an old one would pass for its
-        for file in FILES[step.name].values():
-            if file.endswith(".yaml"):
-                (run.folder / file).unlink(missing_ok=True)
     began = time.perf_counter()
     try:
         result = RUNNERS[step.name](run)
@@ -217,30 +230,86 @@ def _stale(folder: Path, name: str, inputs: dict[str, str], record: Record | Non
     return f"{missing[0]} is missing" if missing else None
 
 
-def _check_way(folder: Path, names: Collection[str], records: Mapping[str, Record]) -> None:
-    """Refuse to replace what no run wrote, or what somebody changed since.
+def run_inputs(recipe: Recipe, file: Path | None) -> Inputs:
+    """What the run reads from this machine."""
+    specs = [name for spec in recipe.data for name in (spec.source, spec.path)]
+    return inputs_of(
+        {"the model": recipe.model.name, "the baseline": recipe.eval.baseline, "the recipe": file}
+        | {"the recipe's schedule": recipe.schedule.file, "the data": specs}
+    )
+
+
+def _check_way(
+    folder: Path,
+    names: Collection[str],
+    records: Mapping[str, Record],
+    started: Collection[str],
+    force: bool,
+    inputs: Inputs,
+) -> frozenset[Path]:
+    """Refuse to replace what no run wrote, what somebody changed since, and what the run reads.
+
+    Args:
+        names: steps that run.
+
+    Returns:
+        Files that runs wrote, and that this one may replace.
 
     Raises:
         UsageError: a file in the way.
     """
-    hint = "choose another --output, or --force to replace it"
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} exists and is not a directory", "choose another --output")
-    if not (folder / RUN).exists():
+    hint = "choose another --output" if force else "choose another --output, or --force to replace it"
+    if not files.present(folder / RUN):
         for name in (RECIPE, SUMMARY):
-            if (folder / name).exists():
+            if files.present(folder / name) and not any(same_file(folder / name, file) for _, file in inputs):
                 raise UsageError(f"{folder / name} exists already", hint)
+    for name in (RUN, SUMMARY):
+        check_no_input(folder / name, inputs)
     for record in records.values():
         for file, known in record.files.items():
             path = folder / file
-            if path.is_file() and file_digest(path) != known:
+            if not force and path.is_file() and file_digest(path) != known:
                 raise UsageError(f"{path} was changed since vtw run wrote it", hint)
+    owned = frozenset(folder / file for record in records.values() for file in record.files)
     for name in names:
-        ours = records[name].files if name in records else {}
-        for file in FILES[name].values():
-            top = Path(file).parts[0]
-            if file not in ours and (folder / top).exists():
-                raise UsageError(f"{folder / top} exists already", hint)
+        if name == "export":
+            _check_model(folder / "model", force or name in started or name in records, inputs, hint)
+            continue
+        outputs = Outputs(
+            {kind: folder / file for kind, file in FILES[name].items()}, KINDS[name], True, owned
+        )
+        if not force and name not in started:
+            for made in outputs.values():
+                if made is not None and made not in owned and files.present(made):
+                    raise UsageError(f"{made} exists already", hint)
+        outputs.check(inputs)
+    if force:
+        _check_strangers(folder)
+    return owned
+
+
+def _check_model(target: Path, ours: bool, inputs: Inputs, hint: str) -> None:
+    if files.present(target) and not ours:
+        check_holds_no_input(target, inputs)
+        raise UsageError(f"{target} exists already", hint)
+    check_target(target, True, inputs)
+
+
+def _check_strangers(folder: Path) -> None:
+    """Refuse a directory that is not wholly a run's: ``--force`` is for what runs made.
+
+    Raises:
+        UsageError: names the first thing that is not a run's.
+    """
+    found = sorted(path.name for path in folder.iterdir()) if files.present(folder) else []
+    ours = is_ours(folder / RUN, "vtw-run")
+    for name in found:
+        if not is_run_file(name) or not (ours or files.is_stage(name) or name == LOCK):
+            why = f"which vtw run did not make{'' if ours else f', and no {RUN}'}"
+            raise UsageError(
+                f"{folder} holds {name}, {why}, so --force does not replace what is there",
+                "choose another --output, or run steps again with --from STEP",
+            )
 
 
 def _judge(run: Run, name: str) -> None:

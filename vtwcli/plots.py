@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vtwcli import files
+from vtwcli.outputs import MARK
 
 # colours that stay apart for colour-blind readers and in print
 BLUE, ORANGE, GREY, GREEN = "#0072B2", "#D55E00", "#6B6B6B", "#009E73"
@@ -33,6 +34,10 @@ def save_figure(figure: Any, path: Path) -> None:
     """Write a figure in one step, with no date inside, so that equal results give equal files."""
     from matplotlib import rc_context
 
-    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(path.suffix[1:])
-    with rc_context({"svg.hashsalt": "vtwcli"}):
+    metadata = {
+        ".png": {"Software": MARK},
+        ".svg": {"Creator": MARK, "Date": None},
+        ".pdf": {"Creator": MARK, "CreationDate": None},
+    }.get(path.suffix)
+    with rc_context({"svg.hashsalt": MARK}):
         files.write(path, lambda temporary: figure.savefig(temporary, dpi=150, metadata=metadata))

@@ -106,14 +106,13 @@ def analysis_view(result: dict[str, Any]) -> Group:
 # Plots
 
 
-def plots(result: dict[str, Any]) -> dict[str, Any]:
-    """The four pictures by name: ``kl``, ``attention``, ``tokens`` and ``values``."""
-    return {
-        "kl": _kl_plot(result),
-        "attention": _attention_plot(result),
-        "tokens": _tokens_plot(result),
-        "values": _values_plot(result),
-    }
+PLOTS = ("kl", "attention", "tokens", "values")
+
+
+def plot(result: dict[str, Any], name: str) -> Any:
+    """One of the four pictures of ``PLOTS``, as a figure."""
+    draw = {"kl": _kl_plot, "attention": _attention_plot, "tokens": _tokens_plot, "values": _values_plot}
+    return draw[name](result)
 
 
 def _begin(result: dict[str, Any], title: str, ylabel: str) -> tuple[Any, Any]:

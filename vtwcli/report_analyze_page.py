@@ -6,14 +6,16 @@ The page has the words, plots and tables, and images under heat maps of what is 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtwcli import files, pages
+from vtwcli.outputs import Outputs
 from vtwcli.plots import save_figure
-from vtwcli.report_analyze import HEADER, STAGES, explanation, plots, rows, sentences, stage_of
+from vtwcli.report_analyze import HEADER, PLOTS, STAGES, explanation, plot, rows, sentences, stage_of
 from vtwcli.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -25,26 +27,26 @@ _MAP_EDGE = 224  # pixels; the longer edge of an image under its heat maps
 # Heat maps
 
 
-def write_analysis(analysis: Analysis, outputs: Mapping[str, Path | None]) -> None:
-    """Write a profile with all that goes beside it; the result comes last, so that it stands for all of them.
+def write_analysis(analysis: Analysis, outputs: Outputs) -> None:
+    """Write a profile with all that goes beside it, all or nothing.
 
     Args:
         outputs: where ``result``, ``page``, the plots (names of ``plots``) and the ``static`` and ``dynamic``
             schedules go; None leaves one out. A plot's format follows its suffix (png, svg, pdf).
     """
     result = analysis.result
-    for name, figure in plots(result).items():
-        path = outputs[name]
-        if path:
-            save_figure(figure, path)
-    for name, schedule in result["schedules"].items():
-        path = outputs[name]
-        if path and schedule:
-            files.write_text(path, Schedule.from_dict(schedule).to_yaml())
-    if outputs["page"]:
-        files.write_text(outputs["page"], page(analysis))
-    if outputs["result"]:
-        files.write_text(outputs["result"], files.document(result))
+    with outputs.publish() as new:
+        new.text("result", files.document(result))
+        for name, schedule in result["schedules"].items():
+            if schedule:
+                new.text(name, Schedule.from_dict(schedule).to_yaml())
+        for name in PLOTS:
+            new.view(name, partial(_save_plot, result, name))
+        new.text_view("page", lambda: page(analysis))
+
+
+def _save_plot(result: dict[str, Any], name: str, path: Path) -> None:
+    save_figure(plot(result, name), path)
 
 
 def heat_map(result: dict[str, Any], shown: dict[str, Any], image: Any, number: int) -> Any:
@@ -134,11 +136,10 @@ def page(analysis: Analysis) -> str:
     """One self-contained page: stages in words, plots, the table, schedules, and samples with their heat maps."""
     result = analysis.result
     title = f"{result['model']['name']}: what its layers do with vision"
-    drawn = plots(result)
     body = [
         f"<h1>{html.escape(title)}</h1>",
         "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in sentences(result)) + "</ul>",
-        *(_picture(figure, name) for name, figure in drawn.items()),
+        *(_picture(partial(plot, result, name), name) for name in PLOTS),
         "<h2>By layer</h2>",
         pages.table(HEADER, rows(result)),
         f"<p>{html.escape(explanation(result))}</p>",
@@ -187,7 +188,7 @@ def _article(analysis: Analysis, number: int, shown: dict[str, Any] | None) -> s
     parts = ["<dl>" + "".join(f"<dt>{key}</dt><dd>{html.escape(text)}</dd>" for key, text in facts) + "</dl>"]
     for i, image in enumerate(analysis.samples[number].images):
         if shown is not None:
-            parts.append(_picture(heat_map(result, shown, image, i), f"heat maps of image {i + 1}"))
+            parts.append(_picture(partial(heat_map, result, shown, image, i), f"heat maps of image {i + 1}"))
     if row["lens"]:
         header = ["layer", *(f"{i + 1}." for i in range(len(row["lens"][0])))]
         lens = [
@@ -210,9 +211,14 @@ def _span(part: Sequence[int]) -> str:
     return "-" if behind <= first else str(first) if behind == first + 1 else f"{first}-{behind - 1}"
 
 
-def _picture(figure: Any, words: str) -> str:
+def _picture(draw: Callable[[], Any], words: str) -> str:
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    try:
+        draw().savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    except (
+        Exception
+    ) as error:  # drawing raises whatever the text of data leads it to; the page has more to say
+        return f"<p>{html.escape(words)}: this picture cannot be drawn ({type(error).__name__})</p>"
     return f'<img alt="{html.escape(words)}" src="{pages.png_uri(buffer.getvalue())}">'
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtwcli import files
+from vtwcli.outputs import Outputs
 from vtwcli.plots import BLUE, GREEN, GREY, ORANGE, save_figure
 from vtwcli.schedule import Schedule
 
@@ -25,32 +25,33 @@ _STYLES = {
 }
 
 
-def write_budget(result: dict[str, Any], outputs: Mapping[str, Path | None]) -> None:
-    """Write a comparison, its picture and the schedule of the best within the budget; the result comes last.
+def write_budget(result: dict[str, Any], outputs: Outputs) -> None:
+    """Write a comparison, its picture and the schedule of the best within the budget, all or nothing.
 
     Args:
         result: the document of ``budget``.
         outputs: where ``plot``, ``schedule`` and ``result`` go; None leaves one out.
     """
-    if outputs["plot"]:
-        plot_budget(result, outputs["plot"])
-    if outputs["schedule"] and result["best"]:
-        best = next(row for row in result["candidates"] if row["name"] == result["best"])
-        schedule = Schedule.from_dict(best["schedule"])
-        provenance = {
-            **schedule.provenance,
-            "model": result["model"]["name"],
-            "revision": result["model"]["revision"],
-            "budget": result["max_flops"],
-            "data": [source["fingerprint"] for source in result["data"]],
-            "vtwcli": result["versions"]["vtwcli"],
-        }
-        schedule = schedule.model_copy(update={"provenance": provenance})
-        files.write_text(outputs["schedule"], schedule.to_yaml())
-    elif outputs["schedule"]:
-        outputs["schedule"].unlink(missing_ok=True)  # one that is replaced would pass for this result's
-    if outputs["result"]:
-        files.write_text(outputs["result"], files.document(result))
+    with outputs.publish() as new:
+        new.text("result", files.document(result))
+        if result["best"]:
+            new.text("schedule", _best(result).to_yaml())
+        new.view("plot", lambda path: plot_budget(result, path))
+
+
+def _best(result: dict[str, Any]) -> Schedule:
+    """The schedule within the budget, with where it comes from."""
+    best = next(row for row in result["candidates"] if row["name"] == result["best"])
+    schedule = Schedule.from_dict(best["schedule"])
+    provenance = {
+        **schedule.provenance,
+        "model": result["model"]["name"],
+        "revision": result["model"]["revision"],
+        "budget": result["max_flops"],
+        "data": [source["fingerprint"] for source in result["data"]],
+        "vtwcli": result["versions"]["vtwcli"],
+    }
+    return schedule.model_copy(update={"provenance": provenance})
 
 
 def budget_view(result: dict[str, Any]) -> Group:

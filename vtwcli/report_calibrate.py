@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtwcli import files, report_visipruner
+from vtwcli.outputs import Outputs
 from vtwcli.plots import BLUE, GREEN, GREY, ORANGE, new_figure, save_figure
 from vtwcli.schedule import Schedule
 
@@ -16,21 +16,18 @@ if TYPE_CHECKING:
 _BAR = 28  # width of the terminal chart in characters
 
 
-def write_calibration(result: dict[str, Any], outputs: Mapping[str, Path | None]) -> None:
-    """Write a result, its schedule and its picture; the result comes last, so that it stands for all of them.
+def write_calibration(result: dict[str, Any], outputs: Outputs) -> None:
+    """Write a result, its schedule and its picture, all or nothing.
 
     Args:
         result: the document of ``calibrate``.
         outputs: where ``plot``, ``schedule`` and ``result`` go; None leaves one out.
     """
-    if outputs["plot"]:
-        plot_calibration(result, outputs["plot"])
-    if outputs["schedule"] and result["schedule"]:
-        files.write_text(outputs["schedule"], Schedule.from_dict(result["schedule"]).to_yaml())
-    elif outputs["schedule"]:
-        outputs["schedule"].unlink(missing_ok=True)  # one that is replaced would pass for this result's
-    if outputs["result"]:
-        files.write_text(outputs["result"], files.document(result))
+    with outputs.publish() as new:
+        new.text("result", files.document(result))
+        if result["schedule"]:
+            new.text("schedule", Schedule.from_dict(result["schedule"]).to_yaml())
+        new.view("plot", lambda path: plot_calibration(result, path))
 
 
 def calibration_view(result: dict[str, Any]) -> Group:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtwcli import files, gates, pages
+from vtwcli.outputs import FOOTER, Outputs
 from vtwcli.plots import BLUE, GREY, new_panels, save_figure
 
 if TYPE_CHECKING:
@@ -213,23 +214,23 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def write_evaluation(
-    result: dict[str, Any], samples: Sequence[Sample], outputs: Mapping[str, Path | None]
+    result: dict[str, Any], samples: Sequence[Sample], outputs: Outputs, trace: str | None = None
 ) -> None:
-    """Write a result and its views; the result comes last, so that it stands for all of them.
+    """Write a result and its views, all or nothing.
 
     Args:
         result: the document of ``evaluate``.
         samples: the evaluated samples in the result's order.
-        outputs: where ``plot``, ``page``, ``markdown`` and ``result`` go; None leaves one out.
+        outputs: where ``result``, ``trace``, ``plot``, ``page`` and ``markdown`` go; None leaves one out.
+        trace: the lines of the trace.
     """
-    if outputs["plot"]:
-        plot_quality(result, outputs["plot"])
-    if outputs["page"]:
-        files.write_text(outputs["page"], html_report(result, samples))
-    if outputs["markdown"]:
-        files.write_text(outputs["markdown"], markdown(result))
-    if outputs["result"]:
-        files.write_text(outputs["result"], files.document(result))
+    with outputs.publish() as new:
+        new.text("result", files.document(result))
+        if trace is not None:
+            new.text("trace", trace)
+        new.text_view("markdown", lambda: f"{markdown(result)}\n{FOOTER}")
+        new.text_view("page", lambda: html_report(result, samples))
+        new.view("plot", lambda path: plot_quality(result, path))
 
 
 def plot_quality(result: dict[str, Any], path: Path) -> None:

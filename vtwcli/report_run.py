@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,37 @@ def _rows(run: Run) -> list[tuple[str, str, str]]:
             seconds = "kept" if not step.runs else f"{record.seconds:.1f} s"
             rows.append((step.name, record.words, seconds))
     return rows
+
+
+def check_summary(also: Path, run: Run) -> None:
+    """Refuse, before long work, a file to which the summary must not be appended.
+
+    Raises:
+        UsageError: a directory, a pipe, a link that leads nowhere, an input, a file of the run, or a place that
+            cannot be written.
+    """
+    from vtwcli import files
+    from vtwcli.errors import UsageError
+    from vtwcli.outputs import check_no_input
+    from vtwcli.pipeline import run_inputs
+    from vtwcli.run import is_run_file
+
+    hint = "choose another --summary"
+    if files.present(also):
+        if also.is_dir():
+            raise UsageError(f"{also} is a directory, not a file", hint)
+        if not also.exists():
+            raise UsageError(f"{also} is a link that leads nowhere", hint)
+        if not (also.is_file() or also.is_char_device()):  # the terminal, or nowhere
+            raise UsageError(f"{also} is not a file", hint)
+        if not os.access(also, os.W_OK):
+            raise UsageError(f"{also}: cannot be written", hint)
+        check_no_input(also, run_inputs(run.recipe, run.file))
+    else:
+        files.check_folder(also)
+    place, folder = also.resolve(), run.folder.resolve()
+    if place.is_relative_to(folder) and is_run_file(place.relative_to(folder).parts[0]):
+        raise UsageError(f"{also} is a file that vtw run writes itself", hint)
 
 
 def write_summary(run: Run, also: Path | None = None) -> None:

@@ -97,7 +97,7 @@ def _line(place: int, entry: Any) -> str:
 def _read(file: Path, key: str) -> dict[int, Any] | None:
     """The entries of one file, or None where they belong to other inputs."""
     try:
-        first, *lines = file.read_text(encoding="utf-8").splitlines() or [""]
+        first, *lines = files.regular(file).read_text(encoding="utf-8").splitlines() or [""]
     except OSError:  # another process put a new one in its place
         return {}
     if first != key:

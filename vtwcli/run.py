@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +18,7 @@ from vtwcli.data.spec import is_path
 from vtwcli.distributed import is_main
 from vtwcli.documents import Section
 from vtwcli.errors import UsageError
+from vtwcli.outputs import is_ours
 from vtwcli.provenance import versions
 from vtwcli.recipe import STEPS, Recipe
 
@@ -49,7 +53,9 @@ FILES: dict[str, dict[str, str]] = {
 
 FORMAT_VERSION: Literal[1] = 1
 KEPT = "nothing changed"
-RUN, RECIPE, SUMMARY = "run.json", "recipe.yaml", "summary.md"
+RUN, RECIPE, SUMMARY, LOCK = "run.json", "recipe.yaml", "summary.md", ".vtw-run.lock"
+STATES = {"calibrate": "calibration.partial.jsonl", "eval": "evaluation.partial.jsonl"}
+"""Where finished samples of an interrupted step are kept."""
 
 
 class Record(Section):
@@ -103,6 +109,45 @@ class Planned:
         return self.why == KEPT
 
 
+def is_run_file(name: str) -> bool:
+    """Whether a run may have made a file or directory of this name at the top of its output directory."""
+    names = {
+        RUN,
+        RECIPE,
+        SUMMARY,
+        LOCK,
+        *(Path(file).parts[0] for step in FILES.values() for file in step.values()),
+    }
+    partial = any(re.fullmatch(rf"\.{re.escape(state)}\.\d+", name) for state in STATES.values())
+    return name in names or partial or files.is_stage(name)
+
+
+@contextmanager
+def alone(run: Run) -> Iterator[None]:
+    """Keep other runs out of the output directory.
+
+    Raises:
+        UsageError: another run is at work there, or was since this one was planned.
+    """
+    if not is_main():
+        yield
+        return
+    busy = UsageError(
+        f"another vtw run is at work in {run.folder}", "wait until it is done, or choose another --output"
+    )
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(files.claimed(run.folder / LOCK, busy))
+        except OSError as error:
+            raise files.cannot_write(run.folder, error) from None
+        if files.signature(run.folder / RUN) != run.seen:
+            raise UsageError(
+                f"another vtw run has changed {run.folder} meanwhile", "run again to go on from there"
+            )
+        files.sweep(run.folder / RUN, everything=True)
+        yield
+
+
 @dataclass
 class Run:
     """A recipe, where its results are, and what is known of them.
@@ -120,6 +165,9 @@ class Run:
         reached: steps of this run that ran or were kept, up to where it stopped.
         gates: judged gates of this run.
         failure: why the run stopped short, or None.
+        file: the recipe's file, which is never written.
+        owned: files in the output directory that an earlier run wrote, or that may be replaced as if it had.
+        seen: which ``run.json`` the plan was made from.
         finished: whether it came to its end; ``passed`` in its document is null until then.
     """
 
@@ -135,6 +183,9 @@ class Run:
     reached: set[str] = field(default_factory=set)
     gates: list[dict[str, Any]] = field(default_factory=list)
     failure: str | None = None
+    file: Path | None = None
+    owned: frozenset[Path] = frozenset()
+    seen: files.Signature | None = None
     finished: bool = False
 
     def document(self) -> dict[str, Any]:
@@ -189,14 +240,18 @@ def seen_from(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def read_run(folder: Path, force: bool) -> tuple[dict[str, Record], set[str]]:
-    """Finished and begun steps of earlier runs in a directory."""
+    """Finished and begun steps of earlier runs in a directory.
+
+    Raises:
+        UsageError: a run file that cannot be read; with ``force`` one of another version has nothing to say.
+    """
     path = folder / RUN
     if not path.exists():
         return {}, set()
     try:
         found = documents.load(path, _RunFile, "run file")
     except UsageError:
-        if force:
+        if force and is_ours(path, "vtw-run"):
             return {}, set()
         raise
     return {name: record for name, record in found.steps.items() if name in STEPS}, set(found.started)

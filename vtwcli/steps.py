@@ -8,8 +8,9 @@ from typing import Any
 
 from vtwcli.distributed import is_main
 from vtwcli.errors import UsageError
+from vtwcli.outputs import Outputs
 from vtwcli.recipe import STEPS, Recipe
-from vtwcli.run import FILES, Run
+from vtwcli.run import FILES, STATES, Run
 from vtwcli.schedule import Schedule
 from vtwcli.schedules import schedule_of
 
@@ -45,7 +46,7 @@ def _calibrate(run: Run) -> dict[str, Any]:
         result = run.analysis.calibration
         assert result is not None
     else:
-        state = run.folder / "calibration.partial.jsonl"
+        state = run.folder / STATES["calibrate"]
         result = calibrate(recipe.model, recipe.data, recipe.calibrate, state=state, rule=recipe.schedule)
     if is_main():
         report_calibrate.write_calibration(result, _outputs(run, "calibrate"))
@@ -79,7 +80,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
         run.recipe.data,
         run.recipe.eval,
         calibration=run.result("calibrate"),
-        state=run.folder / "evaluation.partial.jsonl",
+        state=run.folder / STATES["eval"],
     )
     if is_main():
         report_eval.write_evaluation(result, samples, _outputs(run, "eval"))
@@ -135,6 +136,9 @@ def _verify(run: Run, directory: Path) -> dict[str, Any]:
     return {key: report[key] for key in ("compared_with", "max_logit_difference")}
 
 
+KINDS = {"calibrate": "vtw-calibration", "analyze": "vtw-analysis", "eval": "vtw-evaluation"}
+"""The format of each step's result document."""
+
 RUNNERS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "calibrate": _calibrate,
     "analyze": _analyze,
@@ -143,8 +147,9 @@ RUNNERS: dict[str, Callable[[Run], dict[str, Any]]] = {
 }
 
 
-def _outputs(run: Run, step: str) -> dict[str, Path | None]:
-    return {kind: run.path(step, kind) for kind in FILES[step]}
+def _outputs(run: Run, step: str) -> Outputs:
+    places = {kind: run.path(step, kind) for kind in FILES[step]}
+    return Outputs(places, KINDS[step], force=True, owned=run.owned)
 
 
 def schedule(run: Run) -> tuple[str, Schedule] | None:

@@ -17,6 +17,7 @@ from vtwcli.answers import Answer, Full, compared, schedule_answers
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.export.hf import CALIBRATION, baked_schedule
 from vtwcli.export.manifest import read_manifest
+from vtwcli.files import regular
 from vtwcli.models.inputs import plain_generation
 from vtwcli.models.loading import LoadedModel, choose_device
 from vtwcli.preparation import check_model, load_model
@@ -192,7 +193,7 @@ def choose(
 
 def _carried(file: Path) -> dict[str, Any] | None:
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+        return dict(json.loads(regular(file).read_text(encoding="utf-8"))) if file.exists() else None
     except (OSError, ValueError, TypeError) as error:
         raise NotFoundError(f"{file} is not a readable calibration result: {error}") from error
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vtwcli.files import present
 from vtwcli.options import (
     Attn,
     Data,
@@ -24,6 +25,7 @@ from vtwcli.options import (
     Verbose,
     begin,
     data_of,
+    inputs_here,
     model_of,
     option,
     output_paths,
@@ -35,6 +37,7 @@ from vtwcli.recipe import AnalyzeSection
 
 if TYPE_CHECKING:
     from vtwcli.analyze import Analysis
+    from vtwcli.outputs import Outputs
 
 EXAMPLES = """
 Examples:
@@ -111,10 +114,8 @@ def analyze(
     base = recipe_of(context.params)
     options = section_of(AnalyzeSection, context.params, base.analyze)
     where, specs = model_of(context.params, base), data_of(context.params, base)
-    outputs = outputs_of(where.name, output, as_json, svg)
-    from vtwcli import files
-
-    files.check_free(outputs.values(), force)
+    outputs = outputs_of(where.name, output, as_json, svg, force)
+    outputs.check(inputs_here(context.params, base, where, specs))
 
     from vtwcli.analyze import analyze as run
     from vtwcli.distributed import finish, is_main
@@ -125,15 +126,17 @@ def analyze(
     finish()
 
 
-def outputs_of(model: str, output: Path | None, as_json: bool, svg: bool = False) -> dict[str, Path | None]:
+def outputs_of(
+    model: str, output: Path | None, as_json: bool, svg: bool = False, force: bool = False
+) -> Outputs:
     """Where the result and what goes beside it are written."""
-    if output is not None and (output.is_dir() or not output.suffix):
+    if output is not None and (not output.suffix or (present(output) and output.is_dir())):
         output = output / "analysis.json"
     suffixes = {key: suffix.replace(".png", ".svg") if svg else suffix for key, suffix in BESIDE.items()}
-    return output_paths(model, output, as_json, "analysis", suffixes)
+    return output_paths(model, output, as_json, "analysis", suffixes, force=force)
 
 
-def _publish(analysis: Analysis, outputs: dict[str, Path | None], as_json: bool) -> None:
+def _publish(analysis: Analysis, outputs: Outputs, as_json: bool) -> None:
     from vtwcli import report_analyze, report_analyze_page
 
     report_analyze_page.write_analysis(analysis, outputs)

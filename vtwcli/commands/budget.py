@@ -24,6 +24,7 @@ from vtwcli.options import (
     Verbose,
     begin,
     data_of,
+    inputs_here,
     model_of,
     option,
     output_paths,
@@ -94,13 +95,12 @@ def budget(
     options = section_of(BudgetSection, context.params, base.budget)
     where, specs = model_of(context.params, base), data_of(context.params, base)
     beside = {"schedule": ".schedule.yaml", "plot": ".png"}
-    outputs = output_paths(where.name, output, as_json, "budget", beside, plot)
+    outputs = output_paths(where.name, output, as_json, "budget", beside, plot, force)
     if options.max_flops is None:
         outputs["schedule"] = None
-    from vtwcli import files, report_budget
+    outputs.check(inputs_here(context.params, base, where, specs))
 
-    files.check_free(outputs.values(), force)
-
+    from vtwcli import report_budget
     from vtwcli.budget import budget as run
     from vtwcli.distributed import finish, is_main
 

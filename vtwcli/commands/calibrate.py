@@ -25,6 +25,7 @@ from vtwcli.options import (
     Verbose,
     begin,
     data_of,
+    inputs_here,
     model_of,
     option,
     output_paths,
@@ -103,11 +104,10 @@ def calibrate(
     options = section_of(CalibrateSection, context.params, base.calibrate)
     where, specs = model_of(context.params, base), data_of(context.params, base)
     beside = {"schedule": ".schedule.yaml", "plot": ".png"}
-    outputs = output_paths(where.name, output, as_json, "calibration", beside, plot)
-    from vtwcli import files, report_calibrate
+    outputs = output_paths(where.name, output, as_json, "calibration", beside, plot, force)
+    outputs.check(inputs_here(context.params, base, where, specs))
 
-    files.check_free(outputs.values(), force)
-
+    from vtwcli import report_calibrate
     from vtwcli.calibrate import calibrate as run
     from vtwcli.distributed import finish, is_main
 

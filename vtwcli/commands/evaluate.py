@@ -33,6 +33,7 @@ from vtwcli.options import (
     Verbose,
     begin,
     data_of,
+    inputs_here,
     model_of,
     option,
     output_paths,
@@ -157,10 +158,11 @@ def evaluate(
 
     schedules = schedules_of(context.params, base)
     beside = {"markdown": ".md", "page": ".html", "plot": ".png"}
-    outputs = output_paths(where.name, output, as_json, "evaluation", beside)
-    from vtwcli import files, gates, report_eval
+    outputs = output_paths(where.name, output, as_json, "evaluation", beside, force=force, trace=trace)
+    outputs.check(inputs_here(context.params, base, where, specs))
 
-    files.check_free([*outputs.values(), trace], force)
+    from vtwcli import gates, report_eval
+
     file = base.schedule.file
     calibrated = _calibrated(calibration, schedule or ([Path(file)] if file else []))
     state = state_beside(outputs["result"], options.resume)
@@ -168,11 +170,19 @@ def evaluate(
     from vtwcli.distributed import finish, is_main
     from vtwcli.evaluate import evaluate as run
 
+    lines: list[str] | None = None if trace is None else []
     result, samples = run(
-        where, schedules, specs, options, calibration=calibrated, limits=limits, trace=trace, state=state
+        where,
+        schedules,
+        specs,
+        options,
+        calibration=calibrated,
+        limits=limits,
+        trace=None if lines is None else lines.append,
+        state=state,
     )
     if is_main():
-        report_eval.write_evaluation(result, samples, outputs)
+        report_eval.write_evaluation(result, samples, outputs, None if lines is None else "".join(lines))
         show(result, report_eval.evaluation_view, outputs, as_json)
     finish()
     failed = [gate for gate in result["gates"] if not gate["passed"]]

@@ -27,6 +27,7 @@ from vtwcli.options import (
     TokensThreshold,
     Verbose,
     begin,
+    inputs_here,
     model_of,
     option,
     recipe_of,
@@ -105,6 +106,7 @@ def export(
     where = model_of({**context.params, "dtype": None}, base)
     if output is None:
         raise UsageError("no output directory given", "--output DIR")
+    from vtwcli.export.publish import check_target
     from vtwcli.results import read_calibration, read_evaluation
     from vtwcli.schedules import schedules_of
 
@@ -117,6 +119,7 @@ def export(
         raise UsageError(
             "--push-to-hub goes with --format hf only", "upload ONNX graphs with: hf upload REPO DIR"
         )
+    check_target(output, force, inputs_here(context.params, base, where, ()))
     from vtwcli.export.formats import export as run
 
     manifest = run(

@@ -38,14 +38,16 @@ def init(
     force: Force = False,
 ) -> None:
     """Write a commented starter that shows every option with its default."""
-    from vtwcli import files
+    from vtwcli.outputs import Outputs, inputs_of
     from vtwcli.starter import starter
 
-    files.check_free([output], force)
     if output is None:
         console.result_text(starter(model))
     else:
-        files.write_text(output, starter(model))
+        outputs = Outputs({"result": output}, "recipe", force)
+        outputs.check(inputs_of({"the model": model}))
+        with outputs.publish() as new:
+            new.text("result", starter(model))
         console.note(f"wrote {output}")
 
 

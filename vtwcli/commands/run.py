@@ -69,11 +69,14 @@ def run(
     begin(quiet, verbose)
     from vtwcli import pipeline, report_run
     from vtwcli.distributed import finish, is_main
+    from vtwcli.run import alone
 
     loaded = recipe_of({"recipe": recipe, "sets": sets})
     folder = output or Path(loaded.output or f"vtw-run-{recipe.stem}")
     text = recipe.read_text(encoding="utf-8")
-    work = pipeline.prepare(loaded, folder, text=text, only=only or (), start=start, force=force)
+    work = pipeline.prepare(loaded, folder, text=text, only=only or (), start=start, force=force, file=recipe)
+    if summary is not None:
+        report_run.check_summary(summary, work)
     if dry_run:
         if as_json:
             console.result_text(document(work.document()))
@@ -81,9 +84,14 @@ def run(
             console.result_text(report_run.plan_view(work))
         return
     console.note(report_run.plan_view(work))
-    try:
-        found = pipeline.execute(work)
-    finally:
+    with alone(work):
+        try:
+            found = pipeline.execute(work)
+        except BaseException:
+            if is_main():
+                with console.not_worth_failing("the summary cannot be written"):
+                    report_run.write_summary(work, summary)
+            raise
         if is_main():
             report_run.write_summary(work, summary)
     if is_main():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtwcli.data.rows import first_line
 from vtwcli.data.tasks import BadRow
+from vtwcli.files import regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,7 +44,7 @@ def decode_image(value: Any, column: str, folder: Path | None) -> Image:
         elif isinstance(value, str):
             name = repr(value)
             image = Image.open(
-                _remote(value) if "://" in value else (folder or Path()) / Path(value).expanduser()
+                _remote(value) if "://" in value else regular((folder or Path()) / Path(value).expanduser())
             )
         else:
             raise BadRow(f"column {column!r} holds a {type(value).__name__}, not an image or a path")

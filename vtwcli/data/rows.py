@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from vtwcli.data.tasks import ORGANISATIONS, BadRow, Row
 from vtwcli.documents import nearest
 from vtwcli.errors import NotFoundError
+from vtwcli.files import regular
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _SPLITS = ("test", "validation", "train")  # which split is read when nothing says so
@@ -122,6 +123,10 @@ def _file(path: Path, split: str | None = None) -> Rows:
     suffix = path.suffix.lower()
     if suffix not in _READERS:
         raise NotFoundError(f"{path}: unknown kind of data file {suffix!r}", f"known: {', '.join(SUFFIXES)}")
+    try:
+        regular(path)
+    except OSError as error:
+        raise NotFoundError(f"{path}: cannot be read: {error.strerror}") from None
     rows = _guarded(_READERS[suffix](path), str(path))
     return Rows(rows, str(path), path.parent, False, {"path": str(path), "split": split})
 

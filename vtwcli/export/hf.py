@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 
-from vtwcli import __version__
+from vtwcli import __version__, console
 from vtwcli.errors import GateError, NotFoundError, UsageError
 from vtwcli.export.card import Subject, front_matter, model_card, of_schedule
 from vtwcli.export.manifest import CARD, MANIFEST, read_manifest, save_json, write_manifest
 from vtwcli.export.publish import check_target, publish
 from vtwcli.export.remote import MODELING, auto_map, remote_code
-from vtwcli.export.weights import place_weights
+from vtwcli.export.weights import own_files, place_weights
 from vtwcli.models.checkpoint import COMPANIONS, Checkpoint, first_line, quiet_libraries, resolve
 from vtwcli.models.families import Family
+from vtwcli.outputs import Inputs, inputs_of
 from vtwcli.provenance import versions
 from vtwcli.schedule import Schedule
 
@@ -69,17 +70,17 @@ def export_hf(
         GateError: transformers would not find every weight under the exported class.
         VtwError: the file system refuses.
     """
-    check_target(output, force)
+    check_target(output, force, source_of(model))
     wanted = _dtype(dtype)
     checkpoint = resolve(model) if isinstance(model, str) else model
-    _check_source(checkpoint, output, force)
+    _check_source(checkpoint, force)
     _check_schedule(checkpoint, schedule, calibration)
     if evaluation is not None:
         of_schedule(evaluation, schedule)
     family = checkpoint.family
     code = remote_code(family)
     earlier = _earlier(checkpoint)
-    with publish(output, force) as folder:
+    with publish(output, force, source_of(checkpoint)) as folder:
         weights = place_weights(checkpoint, folder, wanted)
         kind = str(wanted if wanted and weights == "converted" else checkpoint.dtype).removeprefix("torch.")
         _copy_companions(checkpoint, folder)
@@ -103,7 +104,7 @@ def export_hf(
             dtype=kind,
             front=front_matter(checkpoint.path / CARD),
         )
-        picture = PICTURE if calibration is not None else None
+        picture = PICTURE if (folder / PICTURE).exists() else None
         card = model_card(subject, calibration, evaluation, picture)
         (folder / CARD).write_text(card, encoding="utf-8")
         _check_loading(folder, family, code)
@@ -144,8 +145,18 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def _check_source(checkpoint: Checkpoint, output: Path, force: bool) -> None:
-    """Refuse what would not give a faithful copy, or would destroy the model itself."""
+def source_of(model: Any) -> Inputs:
+    """The directory of a model that is exported, which is never where the export goes.
+
+    Args:
+        model: a name, or a checkpoint or loaded model.
+    """
+    place = model if isinstance(model, str) else getattr(getattr(model, "checkpoint", model), "path", None)
+    return inputs_of({"the model": place})
+
+
+def _check_source(checkpoint: Checkpoint, force: bool) -> None:
+    """Refuse what would not give a faithful copy."""
     if checkpoint.trust_remote_code:
         raise UsageError(
             f"{checkpoint.name!r} is to run its own code, and an export runs transformers' class",
@@ -155,9 +166,6 @@ def _check_source(checkpoint: Checkpoint, output: Path, force: bool) -> None:
         raise NotFoundError(
             f"{checkpoint.family.title}: visual tokens cannot be withdrawn: {checkpoint.family.no_withdraw}"
         )
-    target = output.absolute().resolve()
-    if checkpoint.path.resolve().is_relative_to(target):
-        raise UsageError(f"{output} holds the model itself", "choose another output directory")
     if (checkpoint.path / "adapter_config.json").exists():
         raise UsageError(
             f"{checkpoint.name!r} has an adapter beside its weights",
@@ -203,10 +211,9 @@ def _base(checkpoint: Checkpoint, earlier: dict[str, Any] | None) -> tuple[str, 
 
 def _copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
     """Tokenizer, processor, chat template, generation config, licence."""
-    for pattern in COMPANIONS:
-        for file in checkpoint.path.glob(pattern):
-            if file.is_file() and file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, folder / file.name)
+    for file in own_files(checkpoint, COMPANIONS):
+        if file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, folder / file.name)
 
 
 def _config(checkpoint: Checkpoint, schedule: Schedule, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -242,7 +249,8 @@ def _write_record(folder: Path, calibration: dict[str, Any] | None, recipe: str 
         from vtwcli.report_calibrate import plot_calibration
 
         save_json(folder / CALIBRATION, calibration)
-        plot_calibration(calibration, folder / PICTURE)
+        with console.not_worth_failing(f"{PICTURE}: cannot be drawn, and the model is exported without it"):
+            plot_calibration(calibration, folder / PICTURE)
     if recipe is not None:
         (folder / RECIPE).write_text(recipe, encoding="utf-8")
 

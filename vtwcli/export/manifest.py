@@ -10,7 +10,7 @@ from typing import Any
 
 from vtwcli import console
 from vtwcli.errors import GateError, NotFoundError
-from vtwcli.files import document
+from vtwcli.files import document, regular
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -66,7 +66,7 @@ def read_manifest(folder: Path, kind: str = FORMAT) -> dict[str, Any]:
     if not folder.is_dir():
         raise NotFoundError(f"there is no directory {folder}")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(regular(file).read_text(encoding="utf-8"))
         found, version, files = manifest["format"], manifest["format_version"], manifest["files"]
         if not all({"bytes", "sha256"} <= entry.keys() for entry in files.values()):
             raise ValueError("a file has no size or digest")
@@ -90,7 +90,7 @@ def read_manifest(folder: Path, kind: str = FORMAT) -> dict[str, Any]:
 def exported_from(folder: Path) -> str | None:
     """The base model's name in the manifest of an export of any kind; None for any other directory."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(regular(folder / MANIFEST).read_text(encoding="utf-8"))
         return str(manifest["model"]["name"]) if str(manifest["format"]).startswith("vtw-") else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -17,11 +17,13 @@ import torch
 from vtwcli import __version__, console
 from vtwcli.data.sample import Sample
 from vtwcli.errors import UsageError
+from vtwcli.export.hf import source_of
 from vtwcli.export.manifest import file_entries, save_json
 from vtwcli.export.onnx_companions import write_companions
 from vtwcli.export.onnx_source import Source
 from vtwcli.export.publish import check_target, publish
-from vtwcli.models.checkpoint import Checkpoint, quiet_libraries
+from vtwcli.export.weights import own_files
+from vtwcli.models.checkpoint import COMPANIONS, Checkpoint, quiet_libraries
 from vtwcli.models.families import placeholder_ids
 from vtwcli.models.loading import LoadedModel, load, memory_available, memory_needed
 from vtwcli.ort import FORMAT, FORMAT_VERSION, MANIFEST, OnnxModel
@@ -78,13 +80,15 @@ def export_onnx(
         NotFoundError: weights or processor cannot be read.
     """
     _check_options(dtype, opset, quantize)
-    check_target(output, force)
+    check_target(output, force, source_of(model))
     source = Source.of(model)
+    if source.checkpoint is not None:
+        own_files(source.checkpoint, COMPANIONS)  # what is refused must not take the time of an export
     plan = as_schedule(schedule)
     plan.check_depth(source.depth, source.family.first_withdrawal)
     cuts = removals(plan, source.depth)
     began = time.perf_counter()
-    with publish(output, force) as folder:
+    with publish(output, force, source_of(model)) as folder:
         manifest = write_graphs(source, cuts, folder, dtype=dtype, opset=opset, merged=merged)
         manifest["schedule"] = plan.to_dict()
         write_companions(source, manifest, folder)

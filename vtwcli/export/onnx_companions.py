@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtwcli.export.manifest import save_json
+from vtwcli.export.weights import own_files
 from vtwcli.models.checkpoint import LEGAL, quiet_libraries
 from vtwcli.ort import MANIFEST
 
@@ -47,7 +48,7 @@ def write_companions(source: Source, manifest: dict[str, Any], folder: Path) -> 
         generation.save_pretrained(folder)
         config.save_pretrained(folder)
     if source.checkpoint is not None:
-        for file in (file for pattern in LEGAL for file in source.checkpoint.path.glob(pattern)):
+        for file in own_files(source.checkpoint, LEGAL, warn=False):
             shutil.copyfile(file, folder / file.name)
         _keep_video_part(source.checkpoint.path, folder)
     tokenizer = processor.tokenizer

@@ -2,96 +2,156 @@
 
 from __future__ import annotations
 
-import ctypes
+import json
 import os
-import shutil
-import tempfile
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vtwcli.errors import UsageError, VtwError
+from vtwcli import files
+from vtwcli.errors import UsageError
+from vtwcli.export.manifest import MANIFEST
+from vtwcli.files import exchange as _exchange
+from vtwcli.outputs import Inputs, check_holds_no_input
 
 
-def check_target(target: Path, force: bool) -> None:
+def check_target(target: Path, force: bool, inputs: Inputs = ()) -> None:
     """Refuse, before long work, a target that could not be published.
-
-    Raises:
-        UsageError: the target is a file, exists and ``force`` is off, or its parent cannot be written.
-    """
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UsageError(f"{target} exists and is not a directory", "choose another name")
-    if target.exists() and not force:
-        raise UsageError(f"{target} exists already", "choose another name, or --force to replace it")
-    folder = next(parent for parent in target.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"{target}: cannot write in {folder}")
-
-
-@contextmanager
-def publish(target: Path, force: bool) -> Iterator[Path]:
-    """Yield a temporary directory beside ``target`` and rename it to ``target`` when the block ends well.
-
-    After an exception, Ctrl-C and SIGTERM included, the temporary directory is gone and ``target`` is as it was. An
-    existing directory is replaced only with ``force``, and only when the new one is complete.
 
     Args:
         target: the directory to make.
-        force: replace an existing directory.
+        force: replace a directory that ``vtw export`` made, if nothing else is in it.
+        inputs: what is read to make it.
 
     Raises:
-        UsageError: see ``check_target``.
+        UsageError: the target is a file or a link, holds an input or the working directory, exists and is not to be
+            or must not be replaced, or its parent cannot be written.
+    """
+    if files.present(target):
+        if target.is_symlink() or not target.is_dir():
+            raise UsageError(f"{target} exists and is not a directory", "choose another name")
+        check_holds_no_input(target, inputs)
+        if not force:
+            raise UsageError(f"{target} exists already", "choose another name, or --force to replace it")
+        _check_replaceable(target)
+    files.check_folder(target)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuse a directory with anything in it that its own manifest does not list.
+
+    Raises:
+        UsageError: names the first stranger.
+    """
+    hint = "move it away, or choose another name"
+    try:
+        names = sorted(path.name for path in target.iterdir())
+        if not names:
+            return
+        listed = _listed(target)
+        if listed is None:
+            raise UsageError(
+                f"{target} holds {names[0]} and no {MANIFEST} of vtw export, so --force does not replace it",
+                hint,
+            )
+        for place, folders, found in os.walk(target, onerror=_raise):
+            below = Path(place).relative_to(target)
+            for name in sorted([*folders, *found]):
+                path = below / name
+                if not _is_listed(target, path, listed):
+                    raise UsageError(
+                        f"{target} holds {path}, which its {MANIFEST} does not list, so --force does not replace it",
+                        hint,
+                    )
+    except OSError as error:
+        raise UsageError(f"{target} cannot be looked through: {error.strerror or error}", hint) from None
+
+
+def _listed(target: Path) -> set[str] | None:
+    """The files of an exported directory by its manifest, which it lists too; None without one of ours."""
+    file = target / MANIFEST
+    try:
+        if file.is_symlink():
+            return None
+        manifest = json.loads(files.regular(file).read_text(encoding="utf-8"))
+        if not str(manifest["format"]).startswith("vtw-"):
+            return None
+        return {MANIFEST, *manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _is_listed(target: Path, path: Path, listed: set[str]) -> bool:
+    """Whether a file is listed, or a directory is on the way to one; what Python compiled of a listed file is too."""
+    place = target / path
+    if place.is_symlink():
+        return False
+    if place.is_dir():
+        return path.name == "__pycache__" or any(Path(name).is_relative_to(path) for name in listed)
+    if path.parent.name == "__pycache__" and path.suffix == ".pyc":
+        return str(path.parent.parent / f"{path.name.partition('.')[0]}.py") in listed
+    return place.is_file() and str(path) in listed
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+@contextmanager
+def publish(target: Path, force: bool, inputs: Inputs = ()) -> Iterator[Path]:
+    """Yield a temporary directory of the same name and rename it to ``target`` when the block ends well.
+
+    After an exception, Ctrl-C and SIGTERM included, the temporary directory is gone and ``target`` is as it was. An
+    existing directory is replaced only with ``force``, and only when the new one is complete. Where another process
+    took the place meanwhile, the new directory is kept under another name.
+
+    Args:
+        target: the directory to make.
+        force: replace an existing directory, see ``check_target``.
+        inputs: what is read to make it.
+
+    Raises:
+        UsageError: see ``check_target``; or the place was taken meanwhile, and the message says what is where.
         VtwError: the file system refuses.
     """
     target = target.absolute()
-    check_target(target, force)
-    temporary = target.parent / f".{target.name}-{uuid.uuid4().hex[:12]}"
-    try:  # the name comes first, so that a signal at any moment finds it
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        _move(temporary, target, force)
+    files.sweep(target)
+    check_target(target, force, inputs)
+    try:
+        with files.staged(target) as new:
+            made = new / target.name
+            made.mkdir()
+            yield made
+            with files.alone_in([target.parent]):
+                _move(made, target, force, inputs)
     except OSError as error:
-        raise VtwError(f"{target}: cannot write: {error.strerror or error}") from error
-    finally:
-        _remove(temporary)
+        raise files.cannot_write(target, error) from error
 
 
-def _remove(folder: Path) -> None:
+def _move(made: Path, target: Path, force: bool, inputs: Inputs) -> None:
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-    except BaseException:  # a signal in the middle: the work is done first, then it has its way
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        if os.path.lexists(target):
+            check_target(target, force, inputs)
+            if _exchange(made, target):
+                return  # the old directory now stands where the new one was made, and goes with it
+            # Where two directories cannot change places, the old one steps aside and comes back if the rename fails.
+            _step_aside(made, target)
+        else:
+            files.rename_new(made, target)
+    except (FileExistsError, UsageError) as error:
+        aside = files.keep_aside([made], target)
+        reason = error.message if isinstance(error, UsageError) else f"{target} exists already"
+        raise UsageError(
+            f"{reason}; it was made while this command was at work", f"its own result is kept in {aside}"
+        ) from None
 
 
-def _move(temporary: Path, target: Path, force: bool) -> None:
-    if not target.exists():
-        temporary.rename(target)
-        return
-    check_target(target, force)
-    if _exchange(temporary, target):
-        return  # the old directory now stands where the new one was made, and goes with it
-    # Where two directories cannot change places, the old one steps aside and comes back if the rename fails.
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-old-"))
+def _step_aside(made: Path, target: Path) -> None:
+    old = made.parent.parent / "old"
+    target.rename(old)
     try:
-        target.rename(aside / target.name)
-        temporary.rename(target)
+        files.put_in_place([(made.parent, [{"name": made.name, "old": None}])])
     except BaseException:
         if not target.exists():
-            (aside / target.name).rename(target)
+            old.rename(target)
         raise
-    finally:
-        if target.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Let two directories change names in one step (Linux ``renameat2``); False where the system cannot."""
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    try:
-        rename = ctypes.CDLL(None).renameat2
-    except (OSError, AttributeError, TypeError):
-        return False
-    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)

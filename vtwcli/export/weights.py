@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ _CONVERTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 1 << 22  # values converted at a time
 _MIB = 1 << 20
+_READ = ("merges.txt", "vocab.txt")  # text that tokenizers are made of
 
 
 def place_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> str:
@@ -51,6 +53,35 @@ def place_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | Non
             bar.advance()
     _write_index(checkpoint, folder, False)
     return "linked" if all(linked) else "copied"
+
+
+def own_files(checkpoint: Checkpoint, patterns: Sequence[str], warn: bool = True) -> list[Path]:
+    """The files of a model directory that may go into a copy: regular ones that lie inside it.
+
+    Where config.json is a link, so may the others be, into the same directory: the Hub's cache keeps all files of a
+    repository in one. A link to elsewhere is left out with a warning where nothing depends on it (licences, notes),
+    and refused where it is part of the model.
+
+    Raises:
+        NotFoundError: a part of the model lies elsewhere.
+    """
+    within = [checkpoint.path.resolve(), (checkpoint.path / "config.json").resolve().parent]
+    found = {file: None for pattern in patterns for file in sorted(checkpoint.path.glob(pattern))}
+    kept = []
+    for file in found:
+        if not file.is_file():
+            continue
+        place = file.resolve()
+        if any(place.is_relative_to(inside) for inside in within):
+            kept.append(file)
+        elif file.suffix in (".json", ".jinja", ".model") or file.name in _READ:
+            raise NotFoundError(
+                f"{file} is a link to {place}, outside of the model's directory, and is not copied",
+                "put the file itself there, if it belongs to the model",
+            )
+        elif warn:
+            console.warn(f"{file} is a link to {place}, outside of the model's directory: left out")
+    return kept
 
 
 def _link_or_copy(source: Path, target: Path) -> bool:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vtwcli import console
+from vtwcli import console, files
 from vtwcli.errors import NotFoundError
 from vtwcli.models.families import FAMILIES, Family, family_of
 
@@ -481,6 +481,7 @@ def _locate(name: str, patterns: list[str]) -> tuple[Path, str | None]:
         return Path(model_dir()), None
     path = Path(name).expanduser()
     if name and path.is_dir():
+        _check_regular(path)
         return path.resolve(), None
     if path.is_file():
         raise NotFoundError(f"{name!r} is a file; a model is a directory", f"try {str(path.parent)!r}")
@@ -492,6 +493,22 @@ def _locate(name: str, patterns: list[str]) -> tuple[Path, str | None]:
         )
     folder = _snapshot(name, repo, revision or None, patterns)
     return folder, folder.name
+
+
+def _check_regular(folder: Path) -> None:
+    """Refuse a directory with a pipe or a device in it, for which a library that opens it would wait.
+
+    Raises:
+        NotFoundError: names it.
+    """
+    try:
+        for file in [*folder.iterdir(), *folder.glob("*/*.jinja")]:
+            if file.exists():  # a link that leads nowhere is for whoever needs it to complain about
+                files.regular(file)
+    except files.IrregularError as error:
+        raise NotFoundError(f"{file}: cannot be read: {error}") from None
+    except OSError as error:
+        raise NotFoundError(f"{folder}: cannot be read: {error.strerror}") from None
 
 
 def _fetch_weights(checkpoint: Checkpoint) -> None:
