@@ -67,7 +67,8 @@ def main() -> None:
             console.error(error.message, error.hint)
             sys.exit(error.exit_code)
         if console.settings.verbose:
-            raise
+            console.trace(error)
+            sys.exit(1)
         name = type(error).__name__
         console.error(f"unexpected failure: {name}: {' '.join(str(error).split())}", "--verbose shows where")
         sys.exit(1)

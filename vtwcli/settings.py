@@ -14,19 +14,25 @@ from vtwcli.errors import UsageError
 from vtwcli.recipe import STEPS, Recipe
 
 ENVIRONMENT_PREFIX = "VTW_"
+_TRUST = "model.trust_remote_code"
 
 
 def load_recipe(
-    path: Path | None, sets: Iterable[str] = (), environment: Mapping[str, str] | None = None
+    path: Path | None,
+    sets: Iterable[str] = (),
+    environment: Mapping[str, str] | None = None,
+    trusted: bool | None = None,
 ) -> Recipe:
     """The recipe that a command starts from.
 
-    A variable changes a step's options; only the file and ``--set`` make a step part of the recipe.
+    A variable changes a step's options; only the file and ``--set`` make a step part of the recipe. Whether a model's
+    code may run is for the user to say: the file alone, which may be somebody else's, cannot.
 
     Args:
         path: recipe file; None starts from the defaults. Relative paths inside it are relative to it.
         sets: ``KEY=VALUE`` texts of ``--set``, later ones win.
         environment: variables; those that begin with ``VTW_`` and hold ``__`` name a key.
+        trusted: whether ``--trust-remote-code`` was given; None where no model will be opened.
 
     Raises:
         UsageError: naming file, line, column and key, or the override that is wrong.
@@ -54,6 +60,16 @@ def load_recipe(
         origins[dotted] = f"--set {text}"
         from_environment.discard(dotted.partition(".")[0])
     recipe = documents.validate(node, Recipe, name, "recipe", origins)
+    if trusted is False and recipe.model.trust_remote_code and not {"model", _TRUST} & origins.keys():
+        where = documents.position(tuple(_TRUST.split(".")), node)
+        raise UsageError(
+            f"{name}{where}: {_TRUST}: a recipe does not switch this on by itself",
+            "add --trust-remote-code if you trust the code that comes with the model",
+        )
+    if trusted:
+        recipe = recipe.model_copy(
+            update={"model": recipe.model.model_copy(update={"trust_remote_code": True})}
+        )
     for step in from_environment & set(STEPS):
         recipe.model_fields_set.discard(step)
     return recipe if path is None else recipe.relative_to(path.parent)

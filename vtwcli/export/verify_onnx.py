@@ -13,6 +13,8 @@ from vtwcli import console
 from vtwcli.data.sample import Sample
 from vtwcli.errors import GateError, UsageError, VtwError
 from vtwcli.export.manifest import at_hand, check_files, file_totals, read_manifest
+from vtwcli.export.onnx_companions import scripts
+from vtwcli.export.own_code import read_own_code
 from vtwcli.models.checkpoint import Checkpoint, read_config, resolve
 from vtwcli.models.inputs import encode
 from vtwcli.models.loading import LoadedModel, choose_device, load_processor
@@ -21,7 +23,14 @@ from vtwcli.schedule import Schedule
 
 
 def verify_onnx(
-    directory: Path, sample: Sample, *, base: str | None, device: str, dtype: str, steps: int
+    directory: Path,
+    sample: Sample,
+    *,
+    base: str | None,
+    device: str,
+    dtype: str,
+    steps: int,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Check a directory of ONNX graphs, from its digests to what they generate.
 
@@ -53,6 +62,8 @@ def verify_onnx(
     auto = "cuda" if has_device("cuda") else "cpu"
     exported = OnnxModel(directory, auto if device == "auto" else choose_device(device).type)
     files = check_files(directory, manifest)
+    if not trust_remote_code:  # none of it runs here, but it is not to be called verified either
+        read_own_code(directory, scripts(), {})
     for graph in manifest["graphs"]:
         _check_graph(directory, graph)
     schedule = Schedule.from_dict(manifest["schedule"], "the manifest's schedule")
