@@ -11,9 +11,11 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_before_validator_function
 
 from vtwcli.errors import UsageError
 
@@ -39,35 +41,44 @@ class InvalidDocument(UsageError):
         super().__init__(first.message, hint)
 
 
+def all_problems(error: UsageError) -> Sequence[UsageError]:
+    """Each thing that is wrong with a document, of the error that reading it raised."""
+    return error.problems if isinstance(error, InvalidDocument) else [error]
+
+
+def _without_truth(schema: Any, cls: type[BaseModel]) -> Any:
+    """A schema of pydantic in which whole and other numbers are not read from true and false."""
+    if isinstance(schema, list):
+        return [_without_truth(one, cls) for one in schema]
+    if not isinstance(schema, dict) or schema.get("cls", cls) is not cls:
+        return schema  # another class has seen to itself
+    if schema.get("type") in ("int", "float") or 1 in schema.get("expected", ()):
+        return no_info_before_validator_function(_no_truth, schema)
+    return {key: one if key == "metadata" else _without_truth(one, cls) for key, one in schema.items()}
+
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
 class Numbers(BaseModel):
     """Base of documents in which true and false are no numbers."""
 
-    @field_validator("*", mode="before")
+    # schemas are built on first use: help pages read the fields only
+    model_config = ConfigDict(defer_build=True)
+
     @classmethod
-    def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
-        values = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(one, bool) for one in values):
-            kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
-            if kinds & {int, float} and not kinds & {bool, Any}:
-                raise ValueError("must be a number, not true or false")
-        return value
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    """The types that an annotation is made of; of a literal number its type."""
-    inner = get_args(annotation)
-    return {
-        annotation,
-        *(type(one) for one in inner if type(one) is int),
-        *(kind for one in inner for kind in _kinds(one)),
-    } - {1, 0}
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema: CoreSchema = _without_truth(handler(source), cls)
+        return schema
 
 
 class Section(Numbers):
     """Base of the documents that people write: unknown keys are errors and values never change."""
 
-    # schemas are built on first use: help pages read the fields only
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def read(path: Path, kind: str) -> Any:
@@ -93,22 +104,33 @@ def read(path: Path, kind: str) -> Any:
 
 def parse(text: str, name: str, kind: str) -> Any:
     """Like ``read``, for text that is at hand already; ``name`` stands for the file in messages."""
+    if len(text) > _LARGE and text.lstrip()[:1] in ("{", "["):
+        try:
+            return parse_json(text, name)
+        except ValueError as error:  # of what is not too long for it YAML tells the line
+            if len(text) > _MOST_YAML:
+                raise UsageError(f"{name}: not valid JSON: {error}") from None
     hint = f"the {kind} must be one YAML document"
-    node: Any = None
-    written = len(text) > _LARGE and text.lstrip()[:1] in ("{", "[")
     try:
-        if written:
-            try:
-                node = json.loads(text, object_pairs_hook=_unique)
-            except ValueError as error:  # of what is not too long for it YAML tells the line
-                if len(text) > _MOST_YAML:
-                    raise UsageError(f"{name}: not valid JSON: {error}") from None
-                written = False
-        if not written:
-            node = _yaml(text, name, hint)
+        node = _yaml(text, name, hint)
     except RecursionError:
         raise UsageError(f"{name}: {_TOO_DEEP}", hint) from None
     _check_size(node, node, (), {}, name, _MOST_VALUES + len(text))
+    return node
+
+
+def parse_json(text: str, name: str) -> Any:
+    """JSON without line numbers.
+
+    Raises:
+        ValueError: not JSON, or a key is there twice.
+        UsageError: too deep, or a number that is too large.
+    """
+    try:
+        node = json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise UsageError(f"{name}: {_TOO_DEEP}") from None
+    _check_size(node, node, (), {}, name, len(text))
     return node
 
 
@@ -203,7 +225,8 @@ def _misshapen(name: str, path: Location, document: Any, problem: str) -> UsageE
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
     return found
 
 

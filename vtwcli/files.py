@@ -55,10 +55,12 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text in one step."""
-    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Write UTF-8 text in one step; a lone surrogate, which UTF-8 lacks, is spelled out as ``\\ud800``."""
+    data = text.encode("utf-8", "backslashreplace")
+    write(path, lambda temporary: temporary.write_bytes(data))
 
 
 def document(result: Any) -> str:
     """A result as JSON text, as files hold it and ``--json`` prints it."""
-    return json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate as JSON spells it

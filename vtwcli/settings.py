@@ -75,6 +75,46 @@ def load_recipe(
     return recipe if path is None else recipe.relative_to(path.parent)
 
 
+def check_recipe(path: Path) -> tuple[str, list[UsageError]]:
+    """Look at a recipe file and at the schedule that it names, and at nothing else.
+
+    Returns:
+        The recipe's steps in words, and everything that is wrong, in order; a recipe that is wrong has no steps.
+    """
+    from vtwcli.schedule import Schedule
+    from vtwcli.schedules import schedule_of
+    from vtwcli.steps import step_problems, steps_of
+
+    problems: list[UsageError] = []
+    recipe = None
+    try:
+        recipe = load_recipe(path)
+    except UsageError as error:
+        problems += documents.all_problems(error)
+    try:
+        if recipe is not None:
+            schedule_of(recipe.schedule)
+        elif isinstance(file := _schedule_file(path), str):
+            Schedule.from_file(path.parent / file)
+    except UsageError as error:
+        problems += documents.all_problems(error)
+    if recipe is None:
+        return "", problems
+    problems += step_problems(recipe, str(path))
+    has_steps = bool(recipe.model_fields_set & STEPS.keys())
+    if problems:
+        return "", problems
+    return ", ".join(steps_of(recipe, str(path))) if has_steps else "no step for vtw run", []
+
+
+def _schedule_file(path: Path) -> Any:
+    """The schedule that a recipe names which is not valid otherwise; None where there is none to be found."""
+    try:
+        return documents.read(path, "recipe")["schedule"]["file"]
+    except (UsageError, KeyError, TypeError, IndexError):
+        return None
+
+
 def _assign(node: Any, dotted: str, value: str, origin: str) -> None:
     """Put a YAML value at a dotted key, making the sections on the way."""
     *sections, last = dotted.split(".")

@@ -48,10 +48,14 @@ def read_own_code(directory: Path, own: Mapping[str, str], code_map: Mapping[str
                 data != own[name].encode("utf-8")
                 and hashlib.sha256(data).hexdigest() not in RELEASED.get(name, ())
             ):
-                compiled = "is compiled code, which" if "__pycache__" in file.parts else "is code that"
+                if "__pycache__" in file.parts:
+                    raise UsageError(
+                        f"{file} is compiled code, which nobody can tell from other, so nothing of {directory} is run",
+                        "remove it; Python makes it anew",
+                    )
                 raise UsageError(
-                    f"{file} {compiled} vtw export did not write, so nothing of {directory} is run",
-                    "remove it" if compiled.startswith("is compiled") else _HINT,
+                    f"{file} is not the code that this version of vtwcli exports, so nothing of {directory} is run",
+                    _HINT,
                 )
             found[name] = data
         elif file.name.endswith("config.json"):
