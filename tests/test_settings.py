@@ -105,7 +105,7 @@ def test_paths_are_relative_to_the_recipe(write, tmp_path):
         ("calibrate: {policy: best}", [], {}, ":1:13: calibrate.policy: input should be 'paper', 'sustained'"),
         ("calibrate: 3", [], {}, ":1:1: calibrate: input should be a valid dictionary"),
         ("- 1", [], {}, "a recipe must be a mapping of keys to values, not list"),
-        ("data: ['demo:limit=x']", [], {}, "data: data source 'demo:limit=x': limit: Input should be a valid integer"),
+        ("data: ['demo:limit=x']", [], {}, ":1:8: data.0: data source 'demo:limit=x': limit: Input should be"),
         ("{}", ["calibrate.etta=3"], {}, "--set calibrate.etta=3: calibrate.etta: unknown key 'etta'"),
         ("{}", ["calibrate.eta"], {}, "--set calibrate.eta: not KEY=VALUE"),
         ("calibrate: {eta: 1}", ["calibrate.eta.x=1"], {}, "--set calibrate.eta.x=1: 'eta' is not a section"),

@@ -109,8 +109,6 @@ def test_converted_weights_are_compared_with_the_base_rounded_alike(tiny_dir, tm
 def test_an_edited_card_and_further_files_are_told(copy):
     (copy / "README.md").write_text("my words")
     (copy / ".gitattributes").write_text("")
-    (copy / "__pycache__").mkdir()
-    (copy / "__pycache__" / "vtw_pruning.cpython-311.pyc").touch()
     report = verify(copy, device="cpu", max_new_tokens=1)
     assert report["files"]["edited"] == ["README.md"]
     assert report["files"]["unlisted"] == [".gitattributes"]

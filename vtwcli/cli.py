@@ -72,7 +72,9 @@ def main() -> None:
             console.error(error.message, error.hint)
             sys.exit(error.exit_code)
         if console.settings.verbose:
-            raise
+            if not (isinstance(error, OSError) and error.filename is None and _is_full()):
+                console.trace(error)
+                sys.exit(1)
         if isinstance(error, OSError) and error.filename is None and _is_full():
             console.lose_stdout(error)  # help pages are not printed by this package
             _end_unwritten(error)

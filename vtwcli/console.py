@@ -1,7 +1,8 @@
 """What a user sees: results on stdout, progress and words on stderr.
 
 Colour and moving bars appear on a terminal only; ``NO_COLOR`` is respected by rich. Without a terminal,
-long work prints a plain line now and then, so a CI log stays readable.
+long work prints a plain line now and then, so a CI log stays readable. Whatever is printed may come from data, models
+and file names: it is shown as it is, never obeyed, and what the stream's encoding lacks is spelled out.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any
+
+from vtwcli.text import fitting, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
 _PLAIN_INTERVAL_S = 15.0
+_LONGEST = 2000  # characters of a message
 _NO_TERMINAL_WIDTH = 400  # characters; tables of a log or a pipe keep all their columns
 ESCAPE = "vtwcli.escape"
 """Name of the error handler that writes what an encoding lacks as JSON does, ``\\u2588``."""
@@ -56,19 +61,38 @@ def prepare_streams() -> None:
 
 def stdout() -> Console:
     """A console for results: as wide as the terminal; without one nothing is cut, and there is no colour."""
-    from rich.console import Console
-
     if sys.stdout.isatty():
-        return Console(file=sys.stdout, highlight=False)
+        return _screen()(file=sys.stdout)
     width = None if "COLUMNS" in os.environ else _NO_TERMINAL_WIDTH
-    return Console(file=sys.stdout, highlight=False, emoji=False, soft_wrap=True, width=width)
+    return _screen()(file=sys.stdout, soft_wrap=True, width=width)
 
 
 def stderr() -> Console:
     """A console for progress and words."""
-    from rich.console import Console
+    return _screen()(file=sys.stderr, soft_wrap=not sys.stderr.isatty())
 
-    return Console(file=sys.stderr, highlight=False, emoji=False, soft_wrap=not sys.stderr.isatty())
+
+@cache
+def _screen() -> type[Console]:
+    """The class of the consoles: rich's own, with text as it is."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Screen(Console):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+        def render_str(self, text: str, **options: Any) -> Any:
+            return super().render_str(fitting(text, self.encoding), **options)
+
+        def render(self, renderable: Any, options: Any = None) -> Any:
+            for segment in super().render(renderable, options):
+                if segment.control:
+                    yield segment
+                else:
+                    yield Segment(fitting(segment.text, self.encoding), segment.style)
+
+    return Screen
 
 
 def result(renderable: Any) -> None:
@@ -80,7 +104,11 @@ def result(renderable: Any) -> None:
 
 
 def result_text(text: str) -> None:
-    """Write text to stdout exactly as it is, for JSON and other machine formats."""
+    """Write text to stdout, not wrapped and without colour, for JSON and other machine formats.
+
+    What is spelled out is so in JSON's own way, so that a document stays the same document.
+    """
+    text = fitting(text, sys.stdout.encoding)
     _to_stdout(lambda: sys.stdout.write(text if text.endswith("\n") else text + "\n"))
 
 
@@ -108,7 +136,7 @@ def lose_stdout(error: OSError) -> None:
 
 def _to_stderr(text: str, style: str | None = None) -> None:
     with suppress(OSError):  # words that cannot be told must not end the work
-        stderr().print(text, style=style, markup=False)
+        stderr().print(text, style=style)
 
 
 def note(text: str) -> None:
@@ -125,7 +153,7 @@ def detail(text: str) -> None:
 
 def warn(text: str) -> None:
     """A warning on stderr; shown under ``--quiet`` too."""
-    _to_stderr(f"warning: {text}", "yellow")
+    _to_stderr(f"warning: {one_line(text, _LONGEST)}", "yellow")
 
 
 @contextmanager
@@ -144,9 +172,17 @@ def not_worth_failing(what: str) -> Iterator[None]:
 
 def error(message: str, hint: str | None = None) -> None:
     """The one line (and a hint) with which a command fails."""
-    _to_stderr(f"error: {message}", "bold red")
+    _to_stderr(f"error: {one_line(message, _LONGEST)}", "bold red")
     if hint:
-        _to_stderr(f"  {hint}")
+        _to_stderr(f"  {one_line(hint, _LONGEST)}")
+
+
+def trace(error: BaseException) -> None:
+    """Where an unexpected failure came from."""
+    import traceback
+
+    with suppress(OSError):
+        sys.stderr.write(fitting("".join(traceback.format_exception(error)), sys.stderr.encoding))
 
 
 class Task:
@@ -204,7 +240,7 @@ def progress(description: str, total: int | None = None) -> Iterator[Task]:
             return Text(_memory(), style="dim")
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

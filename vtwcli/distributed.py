@@ -10,19 +10,42 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from vtwcli.errors import VtwError
+from vtwcli.errors import UsageError, VtwError
 
 T = TypeVar("T")
+_LAUNCHER = "a launcher such as torchrun sets it; without one, unset it"
 
 
 def rank() -> int:
-    """This process's number, 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    """This process's number, 0 without a launcher.
+
+    Raises:
+        UsageError: a launcher's variables that do not fit together.
+    """
+    number, count = _variable("RANK", 0), size()
+    if number >= count:
+        raise UsageError(f"RANK is {number}, but WORLD_SIZE is {count}", _LAUNCHER)
+    return number
 
 
 def size() -> int:
     """Number of processes of this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _variable("WORLD_SIZE", 1, least=1)
+
+
+def local_size() -> int:
+    """Number of processes of this run on this machine."""
+    return _variable("LOCAL_WORLD_SIZE", 1, least=1)
+
+
+def _variable(name: str, default: int, least: int = 0) -> int:
+    """A number that a launcher gives."""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
+        raise UsageError(
+            f"the environment variable {name} is {text!r}, not a number from {least} on", _LAUNCHER
+        )
+    return int(text)
 
 
 def is_main() -> bool:
@@ -36,7 +59,7 @@ def local_device(device: str) -> str:
         import torch
 
         if torch.cuda.is_available():
-            return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+            return f"cuda:{_variable('LOCAL_RANK', 0) % torch.cuda.device_count()}"
     return device
 
 
@@ -86,7 +109,13 @@ def _start() -> None:
     from torch import distributed
 
     if not distributed.is_initialized():
-        distributed.init_process_group("gloo")  # results are small Python objects, also beside CUDA work
+        try:
+            distributed.init_process_group("gloo")  # results are small Python objects, also beside CUDA work
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(
+                f"the {size()} processes of this run do not find each other: {reason}", _LAUNCHER
+            ) from error
 
 
 def finish() -> None:

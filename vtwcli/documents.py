@@ -9,25 +9,77 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_before_validator_function
 
 from vtwcli.errors import UsageError
 from vtwcli.files import regular
 
 Model = TypeVar("Model", bound=BaseModel)
 _LARGE = 50_000  # characters; larger JSON is read by the fast reader, which keeps no line numbers
+_MOST_YAML = 200_000  # characters; the YAML reader takes seconds for them
+_MOST_BYTES = 1 << 30
+_MOST_VALUES = 100_000  # that aliases may stand for, besides what is written out
+_LARGEST = 2**63 - 1
+_DEEPEST = 100  # levels of lists and mappings inside each other
 Location = tuple[str | int, ...]
 
 
-class Section(BaseModel):
-    """Base of the documents that people write: unknown keys are errors and values never change."""
+class InvalidDocument(UsageError):
+    """A document that is not what it should be; ``problems`` are all that were found, in the order of the document."""
+
+    def __init__(self, problems: Sequence[UsageError]) -> None:
+        first, *others = self.problems = list(problems)
+        hint = first.hint
+        if others:
+            count = f"{len(others)} more problem{'s' if len(others) > 1 else ''} in this document"
+            hint = f"{hint} {count}" if hint else count
+        super().__init__(first.message, hint)
+
+
+def all_problems(error: UsageError) -> Sequence[UsageError]:
+    """Each thing that is wrong with a document, of the error that reading it raised."""
+    return error.problems if isinstance(error, InvalidDocument) else [error]
+
+
+def _without_truth(schema: Any, cls: type[BaseModel]) -> Any:
+    """A schema of pydantic in which whole and other numbers are not read from true and false."""
+    if isinstance(schema, list):
+        return [_without_truth(one, cls) for one in schema]
+    if not isinstance(schema, dict) or schema.get("cls", cls) is not cls:
+        return schema  # another class has seen to itself
+    if schema.get("type") in ("int", "float") or 1 in schema.get("expected", ()):
+        return no_info_before_validator_function(_no_truth, schema)
+    return {key: one if key == "metadata" else _without_truth(one, cls) for key, one in schema.items()}
+
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+class Numbers(BaseModel):
+    """Base of documents in which true and false are no numbers."""
 
     # schemas are built on first use: help pages read the fields only
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+    model_config = ConfigDict(defer_build=True)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema: CoreSchema = _without_truth(handler(source), cls)
+        return schema
+
+
+class Section(Numbers):
+    """Base of the documents that people write: unknown keys are errors and values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def read(path: Path, kind: str) -> Any:
@@ -40,43 +92,142 @@ def read(path: Path, kind: str) -> Any:
         UsageError: unreadable file, or text that is not YAML, with line and column.
     """
     try:
-        text = regular(path).read_text(encoding="utf-8")
+        with regular(path).open("rb") as stream:
+            data = stream.read(_MOST_BYTES + 1)
+        text = data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise UsageError(f"{path}: cannot read the {kind}: {reason}") from None
+    if len(data) > _MOST_BYTES:
+        raise UsageError(f"{path}: cannot read the {kind}: it is larger than {_MOST_BYTES >> 20} MiB")
     return parse(text, str(path), kind)
 
 
 def parse(text: str, name: str, kind: str) -> Any:
     """Like ``read``, for text that is at hand already; ``name`` stands for the file in messages."""
+    if len(text) > _LARGE and text.lstrip()[:1] in ("{", "["):
+        try:
+            return parse_json(text, name)
+        except ValueError as error:  # of what is not too long for it YAML tells the line
+            if len(text) > _MOST_YAML:
+                raise UsageError(f"{name}: not valid JSON: {error}") from None
+    hint = f"the {kind} must be one YAML document"
+    try:
+        node = _yaml(text, name, hint)
+    except RecursionError:
+        raise UsageError(f"{name}: {_TOO_DEEP}", hint) from None
+    _check_size(node, node, (), {}, name, _MOST_VALUES + len(text))
+    return node
+
+
+def parse_json(text: str, name: str) -> Any:
+    """JSON without line numbers.
+
+    Raises:
+        ValueError: not JSON, or a key is there twice.
+        UsageError: too deep, or a number that is too large.
+    """
+    try:
+        node = json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise UsageError(f"{name}: {_TOO_DEEP}") from None
+    _check_size(node, node, (), {}, name, len(text))
+    return node
+
+
+def _yaml(text: str, name: str, hint: str) -> Any:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-    if len(text) > _LARGE and text.lstrip()[:1] in ("{", "["):
-        try:
-            return json.loads(text, object_pairs_hook=_unique)
-        except (ValueError, RecursionError):
-            pass  # YAML tells the line
+    if len(text) > _MOST_YAML:
+        raise UsageError(
+            f"{name}: YAML of {len(text):,} characters is too long, {_MOST_YAML:,} are taken", hint
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an anchor that is used again is fine
+            _check_aliases(text, name)
             return YAML(typ="rt").load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         problem = " ".join((error.problem or "not valid YAML").split())
-        raise UsageError(f"{place}: {problem}", f"the {kind} must be one YAML document") from None
-    except (YAMLError, ValueError, RecursionError, AttributeError, TypeError, KeyError, IndexError) as error:
+        raise UsageError(f"{place}: {problem}", hint) from None
+    except (YAMLError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(
-            f"{name}: not valid YAML: {reason}", f"the {kind} must be one YAML document"
-        ) from None
+        raise UsageError(f"{name}: not valid YAML: {reason}", hint) from None
+    except (AttributeError, TypeError, KeyError, IndexError):  # the reader's own trouble with odd documents
+        raise UsageError(f"{name}: not valid YAML: a key, an anchor or a tag cannot be read", hint) from None
+
+
+def _check_aliases(text: str, name: str) -> None:
+    """Refuse an alias inside of what it names, which the reader would turn into nothing."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
+
+    if "&" not in text or "*" not in text:
+        return
+    inside: list[str | None] = []
+    for event in YAML(typ="rt").parse(text):
+        if isinstance(event, CollectionStartEvent):
+            inside.append(event.anchor)
+        elif isinstance(event, CollectionEndEvent):
+            inside.pop()
+        elif isinstance(event, AliasEvent) and event.anchor in inside:
+            mark = event.start_mark
+            raise UsageError(
+                f"{name}:{mark.line + 1}:{mark.column + 1}: *{event.anchor} lies in what it names"
+            )
+
+
+_TOO_DEEP = f"lists and mappings lie more than {_DEEPEST} levels deep inside each other"
+
+
+def _check_size(
+    node: Any,
+    document: Any,
+    path: Location,
+    known: dict[int, tuple[int, int]],
+    name: str,
+    most: int,
+) -> tuple[int, int]:
+    """How many values a node stands for, aliases followed, and how many levels deep they go.
+
+    Args:
+        known: what was found of nodes, by identity; an alias is the node that it names.
+
+    Raises:
+        UsageError: too many or too deep, with the place and the key.
+    """
+    if not isinstance(node, dict | list):
+        if isinstance(node, int) and not -_LARGEST <= node <= _LARGEST:
+            raise _misshapen(name, path, document, f"a whole number beyond {_LARGEST}")
+        return 1, 0
+    if id(node) not in known:
+        if len(path) >= _DEEPEST:
+            raise _misshapen(name, path[:3], document, _TOO_DEEP)
+        count, levels = 1, 0
+        for key, inner in node.items() if isinstance(node, dict) else enumerate(node):
+            more, deeper = _check_size(inner, document, (*path, key), known, name, most)
+            count, levels = count + more, max(levels, deeper + 1)
+            if count > most:
+                raise _misshapen(name, (*path, key), document, f"aliases stand for more than {most:,} values")
+        known[id(node)] = count, levels
+    if len(path) + known[id(node)][1] > _DEEPEST:
+        raise _misshapen(name, path[:3], document, _TOO_DEEP)
+    return known[id(node)]
+
+
+def _misshapen(name: str, path: Location, document: Any, problem: str) -> UsageError:
+    key = ".".join(str(part) for part in path) or "document"
+    return UsageError(f"{name}{position(path, document)}: {key}: {problem}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
     return found
 
 
@@ -105,7 +256,7 @@ def validate(
         origins: dotted keys whose values did not come from the document, and where they did come from.
 
     Raises:
-        UsageError: the first thing that is wrong, with its place; others are counted.
+        InvalidDocument: what is wrong, with its place.
     """
     if not isinstance(node, dict):
         found = "an empty file" if node is None else type(plain(node)).__name__
@@ -113,7 +264,7 @@ def validate(
     try:
         return model.model_validate(plain(node))
     except ValidationError as error:
-        raise UsageError(*describe(error, node, model, name, origins or {})) from None
+        raise InvalidDocument(_problems(error, node, model, name, origins or {})) from None
 
 
 def load(path: Path, model: type[Model], kind: str) -> Model:
@@ -121,38 +272,45 @@ def load(path: Path, model: type[Model], kind: str) -> Model:
     return validate(read(path, kind), model, str(path), kind)
 
 
-def describe(
+def _problems(
     error: ValidationError, node: Any, model: type[BaseModel], name: str, origins: Mapping[str, str]
-) -> tuple[str, str | None]:
-    """Message and hint for the first of a validation's errors."""
-    first, *others = error.errors(include_url=False)
-    names_a_key = first["type"] in ("extra_forbidden", "missing")
-    location = _in_document(first["loc"], node, names_a_key)
-    key = ".".join(str(part) for part in location) or "document"
-    hint = None
-    if first["type"] == "extra_forbidden":
+) -> list[UsageError]:
+    """A validation's errors as messages, in the order of the document; one for each place."""
+    found: dict[Location, tuple[tuple[int, ...], UsageError]] = {}
+    for one in error.errors(include_url=False):
+        location, message, hint = _described(one, node, model)
+        key = ".".join(str(part) for part in location) or "document"
+        origin = origins.get(key)
+        where = origin or f"{name}{position(location, node)}"
+        at = () if origin else tuple(int(part) for part in position(location, node).split(":")[1:])
+        found.setdefault(location, (at, UsageError(f"{where}: {key}: {message}", hint)))
+    return [problem for _, problem in sorted(found.values(), key=lambda entry: entry[0])]
+
+
+def _described(one: Any, node: Any, model: type[BaseModel]) -> tuple[Location, str, str | None]:
+    """Of one of a validation's errors the place in the document, the message and the hint."""
+    location = _in_document(one["loc"], node, one["type"] in ("extra_forbidden", "missing"))
+    if one["type"] == "extra_forbidden":
         near = nearest(str(location[-1]), _known_keys(model, location[:-1]))
-        message = f"unknown key {str(location[-1])!r}"
-        hint = f"did you mean {near!r}?" if near else None
-    elif first["type"] == "missing":
-        message = "this key is required"
-    elif first["type"] == "union_tag_not_found":
-        message = f"the key {first['ctx']['discriminator']} is required"
-    elif first["type"] == "union_tag_invalid":
-        tag = first["ctx"]["discriminator"].strip("'")
-        message = f"unknown {tag} {first['ctx']['tag']!r}, must be one of {first['ctx']['expected_tags']}"
-        location = (*location, tag)
-        key = ".".join(str(part) for part in location)
-    else:
-        message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
-        message = message[:1].lower() + message[1:]
-        if isinstance(first["input"], str | int | float | bool):
-            message += f", got {first['input']!r}"
-    if others:
-        count = f"{len(others)} more problem{'s' if len(others) > 1 else ''} in this document"
-        hint = f"{hint} {count}" if hint else count
-    place = origins.get(key) or f"{name}{_place(location, node)}"
-    return f"{place}: {key}: {message}", hint
+        return location, f"unknown key {str(location[-1])!r}", f"did you mean {near!r}?" if near else None
+    if one["type"] == "missing":
+        return location, "this key is required", None
+    if one["type"] == "union_tag_not_found":
+        return location, f"the key {one['ctx']['discriminator']} is required", None
+    if one["type"] == "union_tag_invalid":
+        tag = one["ctx"]["discriminator"].strip("'")
+        message = f"unknown {tag} {one['ctx']['tag']!r}, must be one of {one['ctx']['expected_tags']}"
+        return (*location, tag), message, None
+    message = one["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
+    message = message[:1].lower() + message[1:]
+    if isinstance(one["input"], str | int | float | bool):
+        message += f", got {_short(one['input'])}"
+    return location, message, None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:100]}... ({len(text):,} characters)"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -179,7 +337,7 @@ def _in_document(location: Location, node: Any, names_a_key: bool) -> Location:
     return tuple(kept)
 
 
-def _place(location: Location, document: Any) -> str:
+def position(location: Location, document: Any) -> str:
     """``:line:column`` of the deepest part of ``location`` that exists in the document."""
     place, node = "", document
     for part in location:

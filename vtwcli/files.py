@@ -415,4 +415,5 @@ def cannot_write(path: Path, error: OSError) -> VtwError:
 
 def document(result: Any) -> str:
     """A result as JSON text, as files hold it and ``--json`` prints it."""
-    return json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate as JSON spells it

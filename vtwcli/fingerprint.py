@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ _PIECE = 4096  # of larger files the beginning, the middle and the end of every 
 def digest(value: Any) -> str:
     """Of plain JSON values, 16 hexadecimal digits."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def file_digest(file: Path) -> str:
@@ -68,7 +69,7 @@ def _files(checkpoint: Checkpoint) -> str:
         if not file.is_file() or file.name.startswith("."):
             continue
         size = file.stat().st_size
-        sha256.update(f"{file.name}:{size}:".encode())
+        sha256.update(os.fsencode(file.name) + f":{size}:".encode())
         if size <= _WHOLE:
             sha256.update(file_digest(file).encode())
         else:
@@ -77,7 +78,9 @@ def _files(checkpoint: Checkpoint) -> str:
         for name, tensor in sorted(checkpoint.tensors.items()):
             if tensor.file not in large:
                 continue
-            sha256.update(f"{name}:{tensor.dtype}:{tensor.shape}:{tensor.start}:".encode())
+            sha256.update(
+                f"{name}:{tensor.dtype}:{tensor.shape}:{tensor.start}:".encode("utf-8", "surrogatepass")
+            )
             with tensor.file.open("rb") as stream:
                 for offset in (0, tensor.nbytes // 2, max(0, tensor.nbytes - _PIECE)):
                     stream.seek(tensor.start + offset)

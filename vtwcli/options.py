@@ -40,7 +40,8 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
 
     from vtwcli.settings import load_recipe
 
-    return load_recipe(given.get("recipe"), given.get("sets") or (), os.environ)
+    trusted = bool(given.get("trust_remote_code"))
+    return load_recipe(given.get("recipe"), given.get("sets") or (), os.environ, trusted)
 
 
 def section_of(section: type[Section], given: dict[str, Any], base: Section) -> Any:

@@ -31,7 +31,7 @@ def is_export(directory: str | Path) -> bool:
     file = Path(directory) / MANIFEST
     try:
         return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8"))["format"] == FORMAT)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -123,7 +123,9 @@ class OnnxModel:
                 raise ValueError("another format or version")
             self._graphs = {graph["role"]: graph for graph in self.manifest["graphs"]}
             self.decoders = [graph for graph in self.manifest["graphs"] if graph["layers"] is not None]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if any(Path(graph["file"]).name != graph["file"] for graph in self.manifest["graphs"]):
+                raise ValueError("a graph lies outside the directory")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise NotFoundError(f"{self.directory} is no exported ONNX model: {error}") from error
         self.device = device
         self._threads = threads

@@ -7,6 +7,7 @@ import html
 from collections.abc import Sequence
 
 from vtwcli.outputs import GENERATOR
+from vtwcli.text import visible
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -23,6 +24,11 @@ dt {{ color: #6b6b6b }} dd {{ margin: 0; white-space: pre-wrap }}
 """
 
 
+def text(value: str) -> str:
+    """Text from data and models as text of a page."""
+    return html.escape(visible(value))
+
+
 def page(title: str, style: str, body: Sequence[str]) -> str:
     """One page without anything from elsewhere.
 
@@ -31,9 +37,7 @@ def page(title: str, style: str, body: Sequence[str]) -> str:
         style: rules of its own.
         body: pieces of HTML.
     """
-    return _PAGE.format(
-        title=html.escape(title), generator=GENERATOR, style=style.strip(), body="\n".join(body)
-    )
+    return _PAGE.format(title=text(title), generator=GENERATOR, style=style.strip(), body="\n".join(body))
 
 
 def png_uri(png: bytes) -> str:
@@ -45,6 +49,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of plain text."""
 
     def cells(tag: str, values: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}>{text(value)}</{tag}>" for value in values) + "</tr>"
 
     return f"<table>{cells('th', header)}{''.join(cells('td', row) for row in rows)}</table>"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from vtwcli.data.spec import DataSpec, is_path
 from vtwcli.documents import Section
@@ -258,6 +258,14 @@ STEPS: dict[str, tuple[str, ...]] = {
 }
 
 
+def _short_source(value: Any) -> Any:
+    """The command line's form of a data source, ``gqa:limit=3``."""
+    try:
+        return DataSpec.parse(value) if isinstance(value, str) else value
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+
+
 class Recipe(Section):
     """One file from model to verified artefact; every part has a default.
 
@@ -266,7 +274,7 @@ class Recipe(Section):
     """
 
     model: ModelSection = ModelSection()
-    data: tuple[DataSpec, ...] = ()
+    data: tuple[Annotated[DataSpec, BeforeValidator(_short_source)], ...] = ()
     calibrate: CalibrateSection = CalibrateSection()
     analyze: AnalyzeSection = AnalyzeSection()
     schedule: ScheduleSection = ScheduleSection()
@@ -292,16 +300,6 @@ class Recipe(Section):
     @classmethod
     def _short_model(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
-
-    @field_validator("data", mode="before")
-    @classmethod
-    def _short_data(cls, value: Any) -> Any:
-        if not isinstance(value, list | tuple):
-            return value
-        try:
-            return [DataSpec.parse(one) if isinstance(one, str) else one for one in value]
-        except UsageError as error:
-            raise ValueError(str(error)) from None
 
     def relative_to(self, folder: Path) -> Recipe:
         """The same recipe with paths as seen from the working directory; in its file they are relative to it.

@@ -5,7 +5,6 @@ The page has the words, plots and tables, and images under heat maps of what is 
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Sequence
 from functools import partial
 from io import BytesIO
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtwcli import files, pages
 from vtwcli.outputs import Outputs
-from vtwcli.plots import save_figure
+from vtwcli.plots import draw, save_figure
 from vtwcli.report_analyze import HEADER, PLOTS, STAGES, explanation, plot, rows, sentences, stage_of
 from vtwcli.schedule import Schedule
 
@@ -137,12 +136,12 @@ def page(analysis: Analysis) -> str:
     result = analysis.result
     title = f"{result['model']['name']}: what its layers do with vision"
     body = [
-        f"<h1>{html.escape(title)}</h1>",
-        "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in sentences(result)) + "</ul>",
+        f"<h1>{pages.text(title)}</h1>",
+        "<ul>" + "".join(f"<li>{pages.text(line)}</li>" for line in sentences(result)) + "</ul>",
         *(_picture(partial(plot, result, name), name) for name in PLOTS),
         "<h2>By layer</h2>",
         pages.table(HEADER, rows(result)),
-        f"<p>{html.escape(explanation(result))}</p>",
+        f"<p>{pages.text(explanation(result))}</p>",
         "<h2>By task</h2>",
         pages.table(
             ["task", "samples", "shallow", "middle", "deep"],
@@ -159,8 +158,7 @@ def page(analysis: Analysis) -> str:
         schedule = result["schedules"][name]
         if schedule:
             lean = {key: value for key, value in schedule.items() if key != "provenance"}
-            text = html.escape(Schedule.from_dict(lean).to_yaml())
-            body.append(f"<h2>{words}</h2><pre>{text}</pre>")
+            body.append(f"<h2>{words}</h2><pre>{pages.text(Schedule.from_dict(lean).to_yaml())}</pre>")
     maps = {shown["sample"]: shown for shown in result["maps"]}
     chosen = list(maps) or list(range(min(len(result["samples"]), result["options"]["maps"])))
     if chosen:
@@ -185,7 +183,7 @@ def _article(analysis: Analysis, number: int, shown: dict[str, Any] | None) -> s
         ("tokens", f"{row['prefix']} + {row['visual']} visual + {row['suffix']}"),
         ("VisiPruner", rule),
     ]
-    parts = ["<dl>" + "".join(f"<dt>{key}</dt><dd>{html.escape(text)}</dd>" for key, text in facts) + "</dl>"]
+    parts = ["<dl>" + "".join(f"<dt>{key}</dt><dd>{pages.text(text)}</dd>" for key, text in facts) + "</dl>"]
     for i, image in enumerate(analysis.samples[number].images):
         if shown is not None:
             parts.append(_picture(partial(heat_map, result, shown, image, i), f"heat maps of image {i + 1}"))
@@ -211,15 +209,13 @@ def _span(part: Sequence[int]) -> str:
     return "-" if behind <= first else str(first) if behind == first + 1 else f"{first}-{behind - 1}"
 
 
-def _picture(draw: Callable[[], Any], words: str) -> str:
+def _picture(make: Callable[[], Any], words: str) -> str:
     buffer = BytesIO()
     try:
-        draw().savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    except (
-        Exception
-    ) as error:  # drawing raises whatever the text of data leads it to; the page has more to say
-        return f"<p>{html.escape(words)}: this picture cannot be drawn ({type(error).__name__})</p>"
-    return f'<img alt="{html.escape(words)}" src="{pages.png_uri(buffer.getvalue())}">'
+        draw(make(), buffer, format="png", dpi=120, metadata={"Software": None})
+    except Exception as error:  # drawing raises whatever data leads it to; the page has more to say
+        return f"<p>{pages.text(words)}: this picture cannot be drawn ({type(error).__name__})</p>"
+    return f'<img alt="{pages.text(words)}" src="{pages.png_uri(buffer.getvalue())}">'
 
 
 _STYLE = """

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtwcli import files, gates, pages
+from vtwcli import files, gates, pages, text
 from vtwcli.outputs import FOOTER, Outputs
 from vtwcli.plots import BLUE, GREY, new_panels, save_figure
 
@@ -151,7 +150,7 @@ def sentences(result: dict[str, Any]) -> list[str]:
     if about.get("baseline", about["name"]) != about["name"]:
         graphs = ", ONNX graphs; torch runs the full model" if about["backend"] == "onnx" else ""
         found.append(f"full is {about['baseline']}; it is compared with {about['name']}{graphs}.")
-    text = (
+    meaning = (
         "95 % interval: paired bootstrap; p: McNemar's test. KL(pruned ‖ full) in nats; top-1: tokens whose first "
         "choice is the full model's; same: whole answers; apart at: mean token at which the others part."
     )
@@ -164,7 +163,7 @@ def sentences(result: dict[str, Any]) -> list[str]:
         f"FLOPs: of the prefill by the convention {cost['convention']}, at {cost['visual_tokens']:.0f} visual + "
         f"{cost['text_tokens']:.0f} text tokens ({shares}). KV cache: behind the prompt."
     )
-    found += [text, work]
+    found += [meaning, work]
     if result.get("run", {}).get("latency"):
         found.append(
             "TTFT, TPOT: median ± half the interquartile range, interleaved. memory: the prefill's peak above what is "
@@ -199,16 +198,10 @@ def _further_numbers(result: dict[str, Any]) -> list[str]:
 def markdown(result: dict[str, Any]) -> str:
     """The tables in Markdown, for a model card or a job's summary page."""
 
-    def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-        return "\n".join(
-            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-        )
-
     parts = [
-        f"## {result['model']['name']}: full against pruned",
-        *(table(*one) for one in tables(result)),
-        *sentences(result),
+        f"## {text.markdown(result['model']['name'])}: full against pruned",
+        *(text.table(*one) for one in tables(result)),
+        *(text.paragraph(words) for words in sentences(result)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -270,9 +263,9 @@ def html_report(result: dict[str, Any], samples: Sequence[Sample]) -> str:
         samples: the evaluated samples in the result's order, for their images.
     """
     body = [
-        f"<h1>{html.escape(result['model']['name'])}: full against pruned</h1>",
+        f"<h1>{pages.text(result['model']['name'])}: full against pruned</h1>",
         *(pages.table(*one) for one in tables(result)),
-        *(f"<p>{html.escape(words)}</p>" for words in sentences(result)),
+        *(f"<p>{pages.text(words)}</p>" for words in sentences(result)),
     ]
     for name in result["schedules"]:
         differing = [
@@ -282,7 +275,7 @@ def html_report(result: dict[str, Any], samples: Sequence[Sample]) -> str:
         ]
         differing.sort(key=lambda entry: (-entry[0], entry[1]))
         total = len(result["samples"])
-        body.append(f"<h2>{html.escape(name)}: {len(differing)} of {total} answers differ</h2>")
+        body.append(f"<h2>{pages.text(name)}: {len(differing)} of {total} answers differ</h2>")
         if len(differing) > _MOST_SAMPLES:
             body.append(f"<p>The {_MOST_SAMPLES} with the largest KL:</p>")
         for kl, i, row in differing[:_MOST_SAMPLES]:
@@ -294,7 +287,7 @@ def html_report(result: dict[str, Any], samples: Sequence[Sample]) -> str:
                 ("reference", " / ".join(row["references"]) or "-"),
                 ("mean KL", f"{kl:.3g} nats"),
             ]
-            said = "".join(f"<dt>{key}</dt><dd>{html.escape(value)}</dd>" for key, value in lines)
+            said = "".join(f"<dt>{key}</dt><dd>{pages.text(value)}</dd>" for key, value in lines)
             body.append(f"<article>{images}<dl>{said}</dl></article>")
     return pages.page(result["model"]["name"], _STYLE, body)
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtwcli import gates
+from vtwcli import gates, text
 
 if TYPE_CHECKING:
     from vtwcli.run import Run
@@ -63,23 +63,21 @@ def verdict(run: Run) -> str:
 
 def markdown(run: Run) -> str:
     """The summary for a job's page, with the evaluation's tables."""
-    rows = [["step", "result", "time"], ["---", "---", "---"]]
-    rows += [[name, words.replace("|", "\\|"), seconds] for name, words, seconds in _rows(run)]
     parts = [
-        f"## {run.model['name']}: {'passed' if run.failure is None else 'FAILED'}",
-        "\n".join("| " + " | ".join(row) + " |" for row in rows),
+        f"## {text.markdown(run.model['name'])}: {'passed' if run.failure is None else 'FAILED'}",
+        text.table(["step", "result", "time"], _rows(run), numbers=False),
     ]
     if run.gates:
-        parts.append("\n".join(f"- {gates.sentence(gate)}" for gate in run.gates))
+        parts.append("\n".join(f"- {text.paragraph(gates.sentence(gate))}" for gate in run.gates))
     if run.failure is not None:
-        parts.append(f"Stopped: {run.failure}.")
+        parts.append(text.paragraph(f"Stopped: {run.failure}."))
     if "eval" in run.reached and "eval" in run.records:
         from vtwcli import report_eval
 
         evaluation = run.result("eval")
         if evaluation is not None:
             parts.append(report_eval.markdown(evaluation).replace("## ", "### ", 1).strip())
-    parts.append(f"{inputs(run)[0].upper()}{inputs(run)[1:]}.")
+    parts.append(text.paragraph(f"{inputs(run)[0].upper()}{inputs(run)[1:]}."))
     return "\n\n".join(parts) + "\n"
 
 
@@ -136,11 +134,11 @@ def write_summary(run: Run, also: Path | None = None) -> None:
     from vtwcli.errors import VtwError
     from vtwcli.run import SUMMARY
 
-    text = markdown(run)
-    files.write_text(run.folder / SUMMARY, text)
+    summary = markdown(run)
+    files.write_text(run.folder / SUMMARY, summary)
     if also is not None:
         try:
             with also.open("a", encoding="utf-8") as stream:
-                stream.write(text)
+                stream.write(summary)
         except OSError as error:
             raise VtwError(f"{also}: cannot write: {error.strerror or error}") from None

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from vtwcli import documents
 from vtwcli.errors import UsageError
@@ -22,7 +22,7 @@ FORMAT_VERSION: Literal[1] = 1
 Start = Annotated[int, Field(ge=0)] | Literal["auto"]
 
 
-class _Strict(BaseModel):
+class _Strict(documents.Numbers):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 

@@ -24,14 +24,27 @@ def steps_of(recipe: Recipe, name: str = "the recipe") -> list[str]:
     wanted = [step for step in STEPS if step in recipe.model_fields_set]
     if not wanted:
         raise UsageError(f"{name} has no step to run", f"add a section, it may be empty: {', '.join(STEPS)}")
-    if "export" in wanted and "calibrate" not in wanted and not recipe.schedule.names_one:
-        raise UsageError(
-            f"{name}: export: there is no schedule for it",
-            "add the section calibrate, or schedule with file, layer or method",
-        )
-    if "eval" not in wanted and any(limit is not None for _, limit in recipe.gates):
-        raise UsageError(f"{name}: gates: there is nothing that they judge", "add the section eval")
+    if problems := step_problems(recipe, name):
+        raise problems[0]
     return wanted
+
+
+def step_problems(recipe: Recipe, name: str = "the recipe") -> list[UsageError]:
+    """What keeps the steps of a recipe, where it has any, from running."""
+    wanted = recipe.model_fields_set & STEPS.keys()
+    problems = []
+    if "export" in wanted and "calibrate" not in wanted and not recipe.schedule.names_one:
+        problems.append(
+            UsageError(
+                f"{name}: export: there is no schedule for it",
+                "add the section calibrate, or schedule with file, layer or method",
+            )
+        )
+    if wanted and "eval" not in wanted and any(limit is not None for _, limit in recipe.gates):
+        problems.append(
+            UsageError(f"{name}: gates: there is nothing that they judge", "add the section eval")
+        )
+    return problems
 
 
 def _calibrate(run: Run) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -14,14 +13,14 @@ from torch import Tensor
 
 from vtwcli import costs, distributed, ort
 from vtwcli.answers import Answer, Full, compared, schedule_answers
-from vtwcli.errors import NotFoundError, UsageError
+from vtwcli.errors import UsageError
 from vtwcli.export.hf import CALIBRATION, baked_schedule
 from vtwcli.export.manifest import read_manifest
-from vtwcli.files import regular
 from vtwcli.models.inputs import plain_generation
 from vtwcli.models.loading import LoadedModel, choose_device
 from vtwcli.preparation import check_model, load_model
 from vtwcli.recipe import EvalSection, ModelSection
+from vtwcli.results import read_calibration
 from vtwcli.runtime import pruned
 from vtwcli.schedule import Schedule
 
@@ -179,7 +178,8 @@ def choose(
     checkpoint, carried, named = check_model(model), None, list(schedules)
     if not named and (baked := baked_schedule(checkpoint.config)) is not None:
         named = [(EXPORTED, baked)]
-        carried = _carried(checkpoint.path / CALIBRATION)
+        file = checkpoint.path / CALIBRATION
+        carried = read_calibration(file) if file.exists() else None
     if not named:
         raise UsageError(
             "nothing to compare with the full model", "give --schedule FILE, --layer K or --layers"
@@ -189,13 +189,6 @@ def choose(
     if any(name == FULL for name, _ in named):
         raise UsageError(f"a schedule cannot be called {FULL!r}, as the full model is", "rename its file")
     return named, carried
-
-
-def _carried(file: Path) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(regular(file).read_text(encoding="utf-8"))) if file.exists() else None
-    except (OSError, ValueError, TypeError) as error:
-        raise NotFoundError(f"{file} is not a readable calibration result: {error}") from error
 
 
 def open_variants(

@@ -25,6 +25,7 @@ from vtwcli.options import (
     Sets,
     ShallowMidLayer,
     TokensThreshold,
+    Trust,
     Verbose,
     begin,
     inputs_here,
@@ -80,6 +81,7 @@ def export(
     ] = None,
     recipe: RecipeFile = None,
     sets: Sets = None,
+    trust_remote_code: Trust = None,
     push_to_hub: Annotated[
         str | None,
         typer.Option("--push-to-hub", metavar="REPO", help="Upload the directory (hf), private by default."),

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vtwcli import console
+from vtwcli.errors import UsageError
 from vtwcli.files import document
 from vtwcli.options import Force
 
@@ -57,20 +58,22 @@ def check(
 ) -> None:
     """Say whether recipes are valid, and which steps they have; exit code 2 when one is not.
 
-    Looks at the files alone, and at a schedule that one names: not at the
-    environment, the model or the data.
+    Tells every problem of every file. Looks at the files alone, and at a
+    schedule that one names: not at the environment, the model or the data.
     """
-    from vtwcli.recipe import STEPS
-    from vtwcli.schedules import schedule_of
-    from vtwcli.settings import load_recipe
-    from vtwcli.steps import steps_of
+    from vtwcli.settings import check_recipe
 
+    wrong = False
     for path in recipes:
-        loaded = load_recipe(path)
-        schedule_of(loaded.schedule)
-        sections = [name for name in STEPS if name in loaded.model_fields_set]
-        steps = ", ".join(steps_of(loaded, str(path))) if sections else "no step for vtw run"
-        console.result_text(f"{path}: valid: {steps}")
+        words, problems = check_recipe(path)
+        for problem in problems:
+            console.error(problem.message, problem.hint)
+        if problems:
+            wrong = True
+        else:
+            console.result_text(f"{path}: valid: {words}")
+    if wrong:
+        raise typer.Exit(UsageError.exit_code)
 
 
 @app.command("schema")

@@ -10,7 +10,7 @@ import typer
 from vtwcli import console
 from vtwcli.errors import GateError
 from vtwcli.files import document
-from vtwcli.options import Force, Json, Quiet, Sets, Verbose, begin, recipe_of
+from vtwcli.options import Force, Json, Quiet, Sets, Trust, Verbose, begin, recipe_of
 
 EXAMPLES = """
 Examples:
@@ -35,6 +35,7 @@ def run(
         typer.Option("--from", metavar="STEP", help="Run this step and those behind it again."),
     ] = None,
     sets: Sets = None,
+    trust_remote_code: Trust = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -71,7 +72,7 @@ def run(
     from vtwcli.distributed import finish, is_main
     from vtwcli.run import alone
 
-    loaded = recipe_of({"recipe": recipe, "sets": sets})
+    loaded = recipe_of({"recipe": recipe, "sets": sets, "trust_remote_code": trust_remote_code})
     folder = output or Path(loaded.output or f"vtw-run-{recipe.stem}")
     text = recipe.read_text(encoding="utf-8")
     work = pipeline.prepare(loaded, folder, text=text, only=only or (), start=start, force=force, file=recipe)

@@ -14,7 +14,7 @@ def sample_fingerprint(sample: Sample) -> str:
     """SHA-256 of what a sample says: prompt, references, and its images' sizes and RGB pixels; not its id."""
     digest = hashlib.sha256()
     for part in (sample.prompt, *sample.references):
-        digest.update(f"{len(part)}:{part}".encode())
+        digest.update(f"{len(part)}:{part}".encode("utf-8", "surrogatepass"))
     for image in sample.images:
         digest.update(str(image.size).encode() + image.tobytes())
     return digest.hexdigest()

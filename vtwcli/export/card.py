@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from vtwcli import __version__
+from vtwcli import __version__, documents, text
 from vtwcli.errors import UsageError
 from vtwcli.flops import CONVENTIONS, TextShape, kv_bytes, prefill_cost
 from vtwcli.models.families import Family
@@ -31,7 +33,7 @@ class Subject:
         schedule: what was baked in.
         weights: ``linked``, ``copied`` or ``converted``.
         dtype: of the weights, for people.
-        front: front matter of the base model's card.
+        front: what is carried along of the base model's card, see ``front_matter``.
     """
 
     name: str
@@ -43,7 +45,7 @@ class Subject:
     schedule: Schedule
     weights: str
     dtype: str
-    front: dict[str, Any]
+    front: dict[str, str | list[str]]
 
 
 def model_card(
@@ -63,7 +65,7 @@ def model_card(
     shape = TextShape.from_config(subject.config)
     parts = [
         _front_matter(subject),
-        f"# {subject.name}\n\n{_opening(subject)}",
+        f"# {text.markdown(subject.name)}\n\n{_opening(subject)}",
         f"## What was pruned\n\n{_pruned(subject, shape.layers)}",
     ]
     if subject.schedule.is_static:
@@ -83,18 +85,23 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def front_matter(card: Path) -> dict[str, Any]:
-    """The front matter of a model card; empty where there is none or it is not YAML."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
+def front_matter(card: Path) -> dict[str, str | list[str]]:
+    """What is carried along of a model card's front matter; nothing where there is none or it is not YAML."""
     try:
-        text = card.read_text(encoding="utf-8")
-        found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, flags=re.DOTALL)
-        data = YAML(typ="safe", pure=True).load(found.group(1)) if found else None
-    except (OSError, UnicodeDecodeError, YAMLError, ValueError):
+        found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8"), flags=re.DOTALL)
+        data = documents.plain(documents.parse(found.group(1), str(card), "front matter")) if found else None
+    except (OSError, UnicodeDecodeError, UsageError):
         return {}
-    return data if isinstance(data, dict) else {}
+    if not isinstance(data, dict):
+        return {}
+    carried: dict[str, str | list[str]] = {}
+    for key in _CARRIED:
+        value = data.get(key)
+        if isinstance(value, str):
+            carried[key] = text.one_line(value)
+        elif isinstance(value, list) and all(isinstance(one, str) for one in value):
+            carried[key] = [text.one_line(one) for one in value]
+    return carried
 
 
 def describe(action: Action, layers: int) -> str:
@@ -156,30 +163,22 @@ def _selection(select: Select) -> str:
 
 
 def _front_matter(subject: Subject) -> str:
-    from io import StringIO
-
-    from ruamel.yaml import YAML
-
     data: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": ["visual-token-withdrawal", "token-pruning", "vtwcli"],
     }
     if subject.on_hub:
-        data["base_model"] = subject.base
-    data |= {key: subject.front[key] for key in _CARRIED if key in subject.front}
-    out = StringIO()
-    yaml = YAML()
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.dump(data, out)
-    return f"---\n{out.getvalue()}---"
+        data["base_model"] = text.one_line(subject.base)
+    data |= subject.front
+    return f"---\n{documents.to_yaml(data)}---"
 
 
 def _base(subject: Subject) -> str:
     if not subject.on_hub:
-        return f"`{subject.base}`"
-    link = f"[{subject.base}](https://huggingface.co/{subject.base})"
-    return f"{link} at revision `{subject.revision}`" if subject.revision else link
+        return text.code(subject.base)
+    link = f"[{text.markdown(subject.base)}](https://huggingface.co/{quote(subject.base)})"
+    return f"{link} at revision {text.code(subject.revision)}" if subject.revision else link
 
 
 def _opening(subject: Subject) -> str:
@@ -195,7 +194,7 @@ def _opening(subject: Subject) -> str:
 
 def _pruned(subject: Subject, layers: int) -> str:
     lines = [f"- {describe(action, layers)}" for action in subject.schedule.actions]
-    return "\n".join([*(lines or ["Nothing."]), "", "```yaml", subject.schedule.to_yaml().rstrip(), "```"])
+    return "\n".join([*(lines or ["Nothing."]), "", text.code_block(subject.schedule.to_yaml(), "yaml")])
 
 
 def _savings(schedule: Schedule, shape: TextShape) -> str:
@@ -217,7 +216,7 @@ def _calibration(result: dict[str, Any], schedule: Schedule, picture: str | None
     from vtwcli.report_calibrate import calibration_sentence
 
     samples = sum(task["samples"] for task in result["tasks"].values())
-    parts = [f"Calibrated on {samples} samples. {calibration_sentence(result)}"]
+    parts = [text.paragraph(f"Calibrated on {samples} samples. {calibration_sentence(result)}")]
     chosen = (result.get("schedule") or {}).get("actions")
     if chosen != schedule.to_dict()["actions"]:
         parts[0] += " The schedule above is not the one that this calibration chose."
@@ -225,10 +224,12 @@ def _calibration(result: dict[str, Any], schedule: Schedule, picture: str | None
         parts.append(f"![What withdrawing visual tokens changes, by layer]({picture})")
     k = result["withdrawal_layer"]
     if k is not None and k < result["num_layers"]:
-        rows = ["| task | samples | KL at K (nats) | top-1 agreement |", "|---|---:|---:|---:|"]
-        for name, task in result["tasks"].items():
-            rows.append(f"| {name} | {task['samples']} | {task['kl'][k]:.2e} | {task['agreement'][k]:.1%} |")
-        parts += ["\n".join(rows), "KL(pruned ‖ full) of the next-token distributions, mean over samples."]
+        rows = [
+            [name, str(task["samples"]), f"{task['kl'][k]:.2e}", f"{task['agreement'][k]:.1%}"]
+            for name, task in result["tasks"].items()
+        ]
+        table = text.table(["task", "samples", "KL at K (nats)", "top-1 agreement"], rows)
+        parts += [table, "KL(pruned ‖ full) of the next-token distributions, mean over samples."]
     return "\n\n".join(parts)
 
 
@@ -251,13 +252,12 @@ def of_schedule(evaluation: dict[str, Any], schedule: Schedule) -> dict[str, Any
 
 
 def _loading(subject: Subject) -> str:
-    return f"""```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
+    code = f"""from transformers import AutoModelForImageTextToText, AutoProcessor
 
-path = "{subject.name}"  # this directory, or its Hub id
+path = {json.dumps(subject.name)}  # this directory, or its Hub id
 model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(path)
-```
+processor = AutoProcessor.from_pretrained(path)"""
+    return f"""{text.code_block(code, "python")}
 
 With `trust_remote_code=True` the model is pruned, in `generate` and in `pipeline("image-text-to-text")`; the code is
 `modeling_vtw.py` and `vtw_pruning.py`, which need torch and transformers only. Without the flag the same files load as
@@ -268,5 +268,6 @@ flag and saved again loses the two code files, so load it with the flag before s
 def _licence(subject: Subject) -> str:
     stated = subject.front.get("license_name") or subject.front.get("license")
     if stated:
-        return f"The base model's licence (`{stated}`) applies to these weights; its terms are carried along."
+        said = text.code(stated if isinstance(stated, str) else ", ".join(stated))
+        return f"The base model's licence ({said}) applies to these weights; its terms are carried along."
     return "The base model's files state no licence. Whatever applies to the base model applies to these weights."

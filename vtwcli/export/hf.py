@@ -18,6 +18,7 @@ from vtwcli import __version__, console
 from vtwcli.errors import GateError, NotFoundError, UsageError
 from vtwcli.export.card import Subject, front_matter, model_card, of_schedule
 from vtwcli.export.manifest import CARD, MANIFEST, read_manifest, save_json, write_manifest
+from vtwcli.export.own_code import drop_code_map, without_code_map
 from vtwcli.export.publish import check_target, publish
 from vtwcli.export.remote import MODELING, auto_map, remote_code
 from vtwcli.export.weights import own_files, place_weights
@@ -214,6 +215,8 @@ def _copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
     for file in own_files(checkpoint, COMPANIONS):
         if file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
             shutil.copyfile(file, folder / file.name)
+            if file.name.endswith("config.json"):
+                without_code_map(folder / file.name)
 
 
 def _config(checkpoint: Checkpoint, schedule: Schedule, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -225,6 +228,7 @@ def _config(checkpoint: Checkpoint, schedule: Schedule, dtype: torch.dtype | Non
         _set_dtype(config, str(dtype).removeprefix("torch."))
     config["architectures"] = [checkpoint.family.architecture]
     # A code map of the base model would send transformers to code that it has a class for, and that is not copied.
+    drop_code_map(config)
     config["auto_map"] = auto_map(checkpoint.family)
     config["vtw"] = {
         "schedule": schedule.to_dict(),

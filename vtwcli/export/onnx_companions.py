@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtwcli.export.manifest import save_json
+from vtwcli.export.own_code import without_code_map
 from vtwcli.export.weights import own_files
 from vtwcli.models.checkpoint import LEGAL, quiet_libraries
 from vtwcli.ort import MANIFEST
@@ -33,20 +34,19 @@ def write_companions(source: Source, manifest: dict[str, Any], folder: Path) -> 
     Raises:
         NotFoundError: the model has no processor.
     """
-    from vtwcli import ort
-
     processor, generation, config = (
         source.processor(),
         source.generation_config(),
         copy.deepcopy(source.config),
     )
-    for name in ("vtw", "auto_map"):  # of a model that was exported before; no code comes along here
-        if hasattr(config, name):
-            delattr(config, name)
+    if hasattr(config, "vtw"):  # of a model that was exported before
+        del config.vtw
     with quiet_libraries():
         processor.save_pretrained(folder)
         generation.save_pretrained(folder)
         config.save_pretrained(folder)
+    for file in folder.glob("*config.json"):
+        without_code_map(file)
     if source.checkpoint is not None:
         for file in own_files(source.checkpoint, LEGAL, warn=False):
             shutil.copyfile(file, folder / file.name)
@@ -63,9 +63,17 @@ def write_companions(source: Source, manifest: dict[str, Any], folder: Path) -> 
     }
     manifest["prompt"] = _prompts(processor)
     manifest["how_to"] = _how_to(manifest)
-    shutil.copyfile(Path(ort.__file__), folder / "vtw_ort.py")
-    shutil.copyfile(Path(__file__).with_name("run_onnx.py"), folder / "run_onnx.py")
+    for name, text in scripts().items():
+        (folder / name).write_text(text, encoding="utf-8")
     save_json(folder / MANIFEST, manifest)
+
+
+def scripts() -> dict[str, str]:
+    """File name -> text of the Python files beside the graphs: the runtime and its example script."""
+    from vtwcli import ort
+
+    own = {"vtw_ort.py": Path(ort.__file__), "run_onnx.py": Path(__file__).with_name("run_onnx.py")}
+    return {name: file.read_text(encoding="utf-8") for name, file in own.items()}
 
 
 def _keep_video_part(path: Path, folder: Path) -> None:

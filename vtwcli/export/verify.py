@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,8 @@ from vtwcli.data.sample import Sample
 from vtwcli.errors import GateError, NotFoundError, UsageError
 from vtwcli.export.hf import DTYPES
 from vtwcli.export.manifest import at_hand, check_files, file_totals, read_manifest
-from vtwcli.export.remote import remote_code
+from vtwcli.export.own_code import read_own_code
+from vtwcli.export.remote import auto_map, remote_code
 from vtwcli.models.checkpoint import first_line, quiet_libraries, resolve
 from vtwcli.models.families import FAMILIES
 from vtwcli.models.inputs import encode
@@ -53,10 +57,10 @@ def verify(
 ) -> dict[str, Any]:
     """Check an exported directory, from its digests to what it generates; ONNX graphs in ``verify_onnx``.
 
-    In order: every file against the manifest; loading as a user does, with ``trust_remote_code=True``; a greedy
-    answer about an image; that visual tokens are gone where the schedule says so; and that tokens and logits are
-    those of the base model under the runtime of this package. Where the base is not at hand, the directory's own
-    weights take its place, loaded as the plain model.
+    In order: every file against the manifest; all code in it against what this tool writes; loading as a user does,
+    with ``trust_remote_code=True``; a greedy answer about an image; that visual tokens are gone where the schedule
+    says so; and that tokens and logits are those of the base model under the runtime of this package. Where the base
+    is not at hand, the directory's own weights take its place, loaded as the plain model.
 
     Args:
         directory: what ``export_hf`` made.
@@ -65,7 +69,7 @@ def verify(
         device: as for ``load``.
         dtype: as for ``load``.
         max_new_tokens: length of the answer.
-        trust_remote_code: run the directory's code also where it is not this version's own, byte for byte.
+        trust_remote_code: run the directory's code also where it is not this tool's own, byte for byte.
 
     Returns:
         The report: ``directory``, ``model``, ``schedule``, ``files``, ``smoke``, ``compared_with``,
@@ -74,16 +78,24 @@ def verify(
     Raises:
         GateError: a check failed; the message says which.
         NotFoundError: not an export, or it or the base cannot be read.
-        UsageError: the code in the directory is not this version's, and is not trusted.
+        UsageError: some code in the directory is not this tool's, and is not trusted; then nothing of it ran.
     """
     sample = _sample(image)
     if ort.is_export(directory):
         from vtwcli.export.verify_onnx import verify_onnx
 
-        return verify_onnx(directory, sample, base=base, device=device, dtype=dtype, steps=max_new_tokens)
+        return verify_onnx(
+            directory,
+            sample,
+            base=base,
+            device=device,
+            dtype=dtype,
+            steps=max_new_tokens,
+            trust_remote_code=trust_remote_code,
+        )
     manifest = read_manifest(directory)
     files = check_files(directory, manifest)
-    _check_code(directory, manifest, trust_remote_code)
+    checked = None if trust_remote_code else _own_code(directory, manifest)
     loaded, name = _reference(directory, manifest, base, device, dtype)
     schedule = Schedule.from_dict(manifest["schedule"], "the manifest's schedule")
     encoded = encode(loaded, sample)
@@ -92,7 +104,8 @@ def verify(
     spread = len(set(getattr(loaded.model, "hf_device_map", {}).values())) > 1
     del loaded
     gc.collect()  # two models of this size may not fit together
-    model = _load_exported(directory, manifest, "auto" if spread else place, kind)
+    with _only_checked(directory, checked) as source:
+        model = _load_exported(source, directory, manifest, "auto" if spread else place, kind)
     with console.progress("generating"):
         got = _generate(model, encoded.inputs, max_new_tokens)
     visual_tokens = int(encoded.visual.sum())
@@ -156,20 +169,33 @@ def _reference(
     return loaded, name
 
 
-def _check_code(directory: Path, manifest: dict[str, Any], trusted: bool) -> None:
-    """The directory's code may run if it is what this version writes, or if the user says so."""
+def _own_code(directory: Path, manifest: dict[str, Any]) -> dict[str, bytes]:
     family = FAMILIES.get(manifest["model"]["model_type"])
     if family is None:
         raise NotFoundError(
             f"{directory}: unknown family {manifest['model']['model_type']!r}", "update vtwcli"
         )
-    for name, text in remote_code(family).items():
-        file = directory / name
-        if not trusted and (not file.is_file() or file.read_bytes() != text.encode("utf-8")):
-            raise UsageError(
-                f"{file} is not the code that this version of vtwcli exports, so it is not run",
-                "read it, then add --trust-remote-code; or export again",
-            )
+    return read_own_code(directory, remote_code(family), auto_map(family))
+
+
+@contextmanager
+def _only_checked(directory: Path, checked: dict[str, bytes] | None) -> Iterator[Path]:
+    """A place that holds the weights and what was checked, as it was then; the directory itself where it is trusted.
+
+    Loading from the directory would run whatever lies there by then.
+    """
+    if checked is None:
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="vtw-verify-") as place:
+        folder = Path(place) / (directory.resolve().name or "export")  # transformers caches code by this name
+        folder.mkdir()
+        for name, data in checked.items():
+            (folder / name).write_bytes(data)
+        for pattern in ("*.safetensors", "*.safetensors.index.json"):
+            for file in directory.resolve().glob(pattern):
+                (folder / file.name).symlink_to(file)
+        yield folder
 
 
 def _expected(
@@ -182,9 +208,9 @@ def _expected(
 
 
 def _load_exported(
-    directory: Path, manifest: dict[str, Any], device: torch.device | str, dtype: torch.dtype
+    source: Path, directory: Path, manifest: dict[str, Any], device: torch.device | str, dtype: torch.dtype
 ) -> Any:
-    """The model as a user loads it.
+    """The model as a user loads it, from ``source``.
 
     Raises:
         GateError: it does not load, not wholly, or not pruned.
@@ -197,10 +223,11 @@ def _load_exported(
     try:
         with quiet_libraries(), console.progress("loading"):
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                directory,
+                source,
                 dtype=dtype,
                 trust_remote_code=True,
                 local_files_only=True,
+                use_safetensors=True,
                 output_loading_info=True,
                 **options,
             )

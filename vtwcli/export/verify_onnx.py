@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 
 from vtwcli import console
 from vtwcli.data.sample import Sample
-from vtwcli.errors import GateError, UsageError, VtwError
+from vtwcli.errors import GateError, NotFoundError, UsageError, VtwError
 from vtwcli.export.manifest import at_hand, check_files, file_totals, read_manifest
-from vtwcli.models.checkpoint import Checkpoint, read_config, resolve
+from vtwcli.export.onnx_companions import scripts
+from vtwcli.export.own_code import read_own_code
+from vtwcli.models.checkpoint import Checkpoint, first_line, read_config, resolve
 from vtwcli.models.inputs import encode
 from vtwcli.models.loading import LoadedModel, choose_device, load_processor
 from vtwcli.ort import FORMAT, OnnxModel, has_device
@@ -21,7 +24,14 @@ from vtwcli.schedule import Schedule
 
 
 def verify_onnx(
-    directory: Path, sample: Sample, *, base: str | None, device: str, dtype: str, steps: int
+    directory: Path,
+    sample: Sample,
+    *,
+    base: str | None,
+    device: str,
+    dtype: str,
+    steps: int,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Check a directory of ONNX graphs, from its digests to what they generate.
 
@@ -53,16 +63,21 @@ def verify_onnx(
     auto = "cuda" if has_device("cuda") else "cpu"
     exported = OnnxModel(directory, auto if device == "auto" else choose_device(device).type)
     files = check_files(directory, manifest)
+    if not trust_remote_code:  # none of it runs here, but it is not to be called verified either
+        read_own_code(directory, scripts(), {})
     for graph in manifest["graphs"]:
         _check_graph(directory, graph)
     schedule = Schedule.from_dict(manifest["schedule"], "the manifest's schedule")
-    smoke = _smoke(exported, schedule, sample, steps)
+    with _running(directory):
+        smoke = _smoke(exported, schedule, sample, steps)
     name = base or at_hand(manifest["model"])
     if name is None:
         console.note(
             f"the base model {manifest['model']['name']} is not here to compare with; name it with --base"
         )
     exported.release()
+    with _running(directory):
+        parity = _parity(directory, manifest, schedule, sample, name, steps)
     return {
         "directory": str(directory),
         "model": manifest["model"],
@@ -71,9 +86,19 @@ def verify_onnx(
         "graphs": [graph["file"] for graph in manifest["graphs"]],
         "smoke": smoke,
         "compared_with": name,
-        "parity": _parity(directory, manifest, schedule, sample, name, steps),
+        "parity": parity,
         "device": exported.device,
     }
+
+
+@contextmanager
+def _running(directory: Path) -> Iterator[None]:
+    """Tell of graphs that do not do what the manifest says, whatever they raise for it."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise GateError(f"{directory}: the graphs do not run as the manifest says: {reason}") from error
 
 
 def _check_graph(directory: Path, graph: Mapping[str, Any]) -> None:
@@ -151,7 +176,11 @@ def _parity(
     from vtwcli.export import onnx
 
     if name is None:
-        kept: dict[str, Any] = json.loads((directory / onnx.PARITY).read_text(encoding="utf-8"))
+        file = directory / onnx.PARITY
+        try:
+            kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise NotFoundError(f"{file} cannot be read: {first_line(error)}") from error
         return kept
     source = onnx.Source.of(resolve(name))
     wanted = manifest["model"]["model_type"]

@@ -22,7 +22,7 @@ import torch
 
 from vtwcli import console, files
 from vtwcli.errors import NotFoundError
-from vtwcli.models.families import FAMILIES, Family, family_of
+from vtwcli.models.families import FAMILIES, Family, family_of, supported
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -294,12 +294,16 @@ def _missing(model: PreTrainedModel, found: Iterable[str]) -> list[str]:
 def quiet_libraries(bars: bool = False) -> Iterator[None]:
     """Hold back the warnings of transformers and huggingface_hub unless ``--verbose``; errors come through.
 
+    Transformers does not ask on the terminal whether a directory's code may run: --trust-remote-code has said it.
+
     Args:
         bars: leave their progress bars on.
     """
     from huggingface_hub.utils import logging as hub
+    from transformers import dynamic_module_utils
     from transformers.utils import logging
 
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     if console.settings.verbose:
         yield
         return
@@ -417,15 +421,14 @@ def read_config(path: Path, name: str, trust_remote_code: bool = False) -> tuple
         raise NotFoundError(f"{name!r} is not a model directory: it has no config.json") from error
     except (OSError, ValueError, AttributeError) as error:
         raise NotFoundError(f"{file} is not a readable model config: {error}", _DOWNLOAD_AGAIN) from error
-    supported = f"supported families: {', '.join(sorted(FAMILIES))}; the README says how to add one"
     if model_type not in FAMILIES:
         if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             raise NotFoundError(
-                f"{name!r} is of the family {model_type!r}, which is not supported", supported
+                f"{name!r} is of the family {model_type!r}, which is not supported", supported()
             )
         raise NotFoundError(
             f"{name!r} is not a vision-language model that transformers knows: its model type is {model_type!r}",
-            supported,
+            supported(),
         )
     family = FAMILIES[model_type]
     if architectures and family.architecture not in architectures and not trust_remote_code:

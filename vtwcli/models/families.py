@@ -345,6 +345,12 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def supported() -> str:
+    """The hint of an error: the families that something can be withdrawn from."""
+    names = sorted(name for name, row in FAMILIES.items() if not row.no_withdraw)
+    return f"supported families: {', '.join(names)}; the README says how to add one"
+
+
 def family_of(config: Any) -> Family:
     """The row for a transformers config, with what depends on the config filled in.
 
@@ -359,7 +365,7 @@ def family_of(config: Any) -> Family:
     if row is None:
         raise NotFoundError(
             f"model type {model_type!r} is not a supported vision-language family",
-            f"supported: {', '.join(sorted(FAMILIES))}; the README says how to add a family",
+            supported(),
         )
     if row.deepstack:
         value = config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vtwcli import distributed
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.models.checkpoint import Checkpoint, first_line, quiet_libraries, resolve
 from vtwcli.models.families import Family, placeholder_ids
@@ -185,7 +185,7 @@ def memory_available(device: torch.device, spread: bool = False) -> int:
     import psutil
 
     free = min(int(psutil.virtual_memory().available), _cgroup_available())
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free // distributed.local_size()
 
 
 def fits(
