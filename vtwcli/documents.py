@@ -26,7 +26,7 @@ class Section(BaseModel):
     """Base of the documents that people write: unknown keys are errors and values never change."""
 
     # schemas are built on first use: help pages read the fields only
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 def read(path: Path, kind: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -151,7 +150,8 @@ def _all_answers(
             else:
                 batches = _batches(full, variants, [samples[place] for place in part])
                 with plain_generation(full):
-                    whole = full_answers(full, batches[0], options.max_new_tokens)
+                    names = [samples[place].id for place in part]
+                    whole = full_answers(full, batches[0], options.max_new_tokens, names)
                 columns = [whole.answers] + [
                     variant.answers(batch, whole, options.max_new_tokens)
                     for variant, batch in zip(variants, batches[1:], strict=True)
@@ -188,7 +188,7 @@ def _trace(
     for sample, (whole, *rows) in zip(samples, answers, strict=True):
         for variant, answer in zip(variants, rows, strict=True):
             line = {"id": sample.id, "task": sample.task, "schedule": variant.name}
-            lines.append(json.dumps(line | spent(shape, answer, whole, size), ensure_ascii=False) + "\n")
+            lines.append(files.document(line | spent(shape, answer, whole, size), indent=None))
     return "".join(lines)
 
 

@@ -59,6 +59,26 @@ def write_text(path: Path, text: str) -> None:
     write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def document(result: Any) -> str:
-    """A result as JSON text, as files hold it and ``--json`` prints it."""
-    return json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+def document(result: Any, indent: int | None = 1) -> str:
+    """A result as JSON text, as files hold it and ``--json`` prints it; a line where ``indent`` is None.
+
+    Raises:
+        VtwError: it holds a number that is NaN or infinite, which JSON has no word for; names the key.
+    """
+    try:
+        return json.dumps(result, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError:
+        raise VtwError(
+            f"{_not_a_number(result)} is not a finite number, so the result is not written"
+        ) from None
+
+
+def _not_a_number(node: Any, name: str = "") -> str:
+    """The dotted key of the first number that is NaN or infinite; empty where there is none."""
+    if isinstance(node, float):
+        return name if node - node else ""
+    items = (
+        node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
+    )
+    found = (_not_a_number(value, f"{name}.{key}".lstrip(".")) for key, value in items)
+    return next(filter(None, found), "")

@@ -140,7 +140,11 @@ def prepare(
         encode(loaded, sample, None if ids is None else ids[:-1])
         for sample, ids in zip(samples, answers, strict=True)
     ]
-    return encoded, [SweepItem(one.inputs, _rows(one)) for one in encoded]
+    items = [
+        SweepItem(one.inputs, _rows(one), name=f"sample {sample.id!r}")
+        for one, sample in zip(encoded, samples, strict=True)
+    ]
+    return encoded, items
 
 
 def _answers(

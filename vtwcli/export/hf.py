@@ -17,7 +17,7 @@ import torch
 from vtwcli import __version__
 from vtwcli.errors import GateError, NotFoundError, UsageError
 from vtwcli.export.card import Subject, front_matter, model_card, of_schedule
-from vtwcli.export.manifest import CARD, MANIFEST, read_manifest, save_json, write_manifest
+from vtwcli.export.manifest import CARD, MANIFEST, read_manifest, save_json, save_settings, write_manifest
 from vtwcli.export.publish import check_target, publish
 from vtwcli.export.remote import MODELING, auto_map, remote_code
 from vtwcli.export.weights import place_weights
@@ -84,7 +84,7 @@ def export_hf(
         kind = str(wanted if wanted and weights == "converted" else checkpoint.dtype).removeprefix("torch.")
         _copy_companions(checkpoint, folder)
         config = _config(checkpoint, schedule, wanted if weights == "converted" else None)
-        save_json(folder / "config.json", config)
+        save_settings(folder / "config.json", config)
         for name, text in code.items():
             (folder / name).write_text(text, encoding="utf-8")
         _write_record(folder, calibration, recipe)

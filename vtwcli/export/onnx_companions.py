@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtwcli.export.manifest import save_json
+from vtwcli.export.manifest import save_json, save_settings
 from vtwcli.models.checkpoint import LEGAL, quiet_libraries
 from vtwcli.ort import MANIFEST
 
@@ -74,7 +74,7 @@ def _keep_video_part(path: Path, folder: Path) -> None:
     elif (path / _PROCESSOR).is_file():
         settings = json.loads((path / _PROCESSOR).read_text(encoding="utf-8"))
         if "video_processor" in settings:
-            save_json(folder / _VIDEO, settings["video_processor"])
+            save_settings(folder / _VIDEO, settings["video_processor"])
 
 
 def _prompts(processor: Any) -> dict[str, str] | None:

@@ -48,7 +48,12 @@ def parity(
     whole = [encode(loaded, sample, ids) for sample, ids in zip(samples, forced, strict=True)]
     reference = torch_logits(loaded, cut, whole)
     logits = onnx_logits(exported, prompts, [ids.numpy() for ids in forced])
-    return merge([compare(theirs, ours) for theirs, ours in zip(reference, logits, strict=True)])
+    return merge(
+        [
+            compare(theirs, ours, f"sample {sample.id!r}")
+            for theirs, ours, sample in zip(reference, logits, samples, strict=True)
+        ]
+    )
 
 
 @torch.no_grad()

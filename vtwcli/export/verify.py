@@ -16,6 +16,7 @@ from vtwcli.errors import GateError, NotFoundError, UsageError
 from vtwcli.export.hf import DTYPES
 from vtwcli.export.manifest import at_hand, check_files, file_totals, read_manifest
 from vtwcli.export.remote import remote_code
+from vtwcli.finite import is_distribution, not_finite
 from vtwcli.models.checkpoint import first_line, quiet_libraries, resolve
 from vtwcli.models.families import FAMILIES
 from vtwcli.models.inputs import encode
@@ -252,15 +253,20 @@ def _check_gone(got: Answer, present: list[int], schedule: Schedule, text: int, 
 
 def _check_same(got: Answer, wanted: Answer, dtype: torch.dtype, name: str) -> float:
     """The largest difference of a logit while the answers agree."""
-    if not bool(got.logits.isfinite().all()):
-        raise GateError("the exported model's logits are not finite")
+    for answer, whose in ((got, "the exported model"), (wanted, name)):
+        if not bool(is_distribution(answer.logits).all()):
+            error = not_finite(whose, "the logits are", dtype)
+            raise GateError(error.message, error.hint)
     if got.tokens.tolist() != wanted.tokens.tolist():
         raise GateError(
             f"the exported model generates {got.tokens.tolist()}, but {name} generates {wanted.tokens.tolist()}"
         )
-    difference = float((got.logits - wanted.logits).abs().max())
-    bound = _TOLERANCE.get(dtype, 1e-2) * float(wanted.logits.abs().max())
-    if difference > bound:
+    apart = torch.where(
+        got.logits == wanted.logits, 0.0, got.logits - wanted.logits
+    )  # -inf less -inf is no number
+    difference = float(apart.abs().max())
+    bound = _TOLERANCE.get(dtype, 1e-2) * float(wanted.logits[wanted.logits.isfinite()].abs().max())
+    if not difference <= bound:
         raise GateError(
             f"the exported model's logits differ from those of {name} by {difference:.2e}, more than {bound:.2e}"
         )
