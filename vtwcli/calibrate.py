@@ -12,6 +12,7 @@ from typing import Any, get_args
 import numpy as np
 
 from vtwcli import calibrate_visipruner, console, distributed, policies
+from vtwcli.data.drawing import sample_content
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import DataMix
 from vtwcli.data.spec import DataSpec
@@ -95,7 +96,7 @@ def calibrate(
             keep(place, vars(measured))
         return done
 
-    with kept(state, _key(loaded, mix, options)) as finished:
+    with kept(state, _key(loaded, source, options), [sample_content(one) for one in samples]) as finished:
         measured = distributed.gathered(partial(work, *finished))
     result = assemble(loaded, source, mix, options, measured)
     timing["total"] = time.perf_counter() - started
@@ -289,8 +290,9 @@ def _warn_if_wide(interval: tuple[int, int] | None, samples: int) -> None:
         )
 
 
-def _key(loaded: LoadedModel, mix: DataMix, options: CalibrateSection) -> str:
-    """What kept samples depend on."""
+def _key(loaded: LoadedModel, source: LayerSource, options: CalibrateSection) -> str:
+    """What kept samples depend on besides their own content."""
     shaping = options.model_dump(include={"positions", "answers", "max_new_tokens"})
     model = (loaded.name, loaded.revision, str(loaded.dtype), stamp(loaded.path))
-    return key_of(model, list(mix.sources), shaping, versions())
+    how = (loaded.device.type, source.together, source.eager)
+    return key_of("calibration", model, how, shaping, versions())

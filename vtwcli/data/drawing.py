@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import json
 import random
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
 
 from vtwcli.data.sample import Sample
 
@@ -18,6 +20,13 @@ def sample_fingerprint(sample: Sample) -> str:
     for image in sample.images:
         digest.update(str(image.size).encode() + image.tobytes())
     return digest.hexdigest()
+
+
+def sample_content(sample: Sample) -> str:
+    """SHA-256 of all there is to a sample but its id: also its task, its metric, choices and further columns."""
+    others = {one.name for one in fields(sample)} - {"id", "images", "prompt", "references"}
+    rest = json.dumps({name: getattr(sample, name) for name in others}, sort_keys=True, default=repr)
+    return hashlib.sha256(f"{sample_fingerprint(sample)}:{rest}".encode()).hexdigest()
 
 
 def ranges(places: Sequence[int]) -> str:

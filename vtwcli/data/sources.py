@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vtwcli import console
-from vtwcli.data.drawing import Drawing, ranges
+from vtwcli.data.drawing import Drawing, ranges, sample_content
 from vtwcli.data.images import decode_image
 from vtwcli.data.metrics import METRICS
 from vtwcli.data.rows import SUFFIXES, Rows, joined, open_hub, open_local
@@ -181,8 +181,8 @@ def _read(spec: DataSpec, drawing: Drawing, skip_bad: bool) -> dict[str, Any]:
         reason = f"; {skipped} rows skipped, the last because: {complaint.message}" if complaint else ""
         raise NotFoundError(f"{rows.where}: no samples{reason}")
     digest = hashlib.sha256()
-    for place, content, _ in chosen:
-        digest.update(f"{place}:{content}\n".encode())
+    for place, _, sample in chosen:
+        digest.update(f"{place}:{sample_content(sample)}\n".encode())
     whole = "first" if most is not None and seen == most else "all"
     draw = "first rows" if spec.order == "first" else f"seeded draw from {whole} {seen} rows"
     return {

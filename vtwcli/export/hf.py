@@ -20,7 +20,7 @@ from vtwcli.export.card import Subject, front_matter, model_card, of_schedule
 from vtwcli.export.manifest import CARD, MANIFEST, read_manifest, save_json, save_settings, write_manifest
 from vtwcli.export.publish import check_target, publish
 from vtwcli.export.remote import MODELING, auto_map, remote_code
-from vtwcli.export.weights import place_weights
+from vtwcli.export.weights import check_finite, place_weights
 from vtwcli.models.checkpoint import COMPANIONS, Checkpoint, first_line, quiet_libraries, resolve
 from vtwcli.models.families import Family
 from vtwcli.provenance import versions
@@ -46,8 +46,8 @@ def export_hf(
     """Write a model directory with ``schedule`` baked in.
 
     ``AutoModelForImageTextToText.from_pretrained(output, trust_remote_code=True)`` loads it pruned, without this
-    package; without the flag it loads as the plain model. Weights are linked or copied as they are, or converted a
-    few MiB at a time; they are never loaded.
+    package; without the flag it loads as the plain model. Weights are read once to see that they are finite, then
+    linked or copied as they are, or converted, a few MiB at a time; they are never loaded.
 
     Args:
         model: a directory, Hub id or ``demo``, or what ``resolve`` made of it.
@@ -65,7 +65,8 @@ def export_hf(
 
     Raises:
         UsageError: a schedule or type that does not fit the model, or an output that would be overwritten.
-        NotFoundError: the model cannot be found or read, or nothing can be withdrawn from its family.
+        NotFoundError: the model cannot be found or read, its weights are not finite, or nothing can be withdrawn
+            from its family.
         GateError: transformers would not find every weight under the exported class.
         VtwError: the file system refuses.
     """
@@ -79,6 +80,7 @@ def export_hf(
     family = checkpoint.family
     code = remote_code(family)
     earlier = _earlier(checkpoint)
+    check_finite(checkpoint)
     with publish(output, force) as folder:
         weights = place_weights(checkpoint, folder, wanted)
         kind = str(wanted if wanted and weights == "converted" else checkpoint.dtype).removeprefix("torch.")
