@@ -2,17 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from tests.test_cli import vtw
-from vtwcli.calibrate import calibrate
-from vtwcli.data.spec import DataSpec
-from vtwcli.evaluate import evaluate
-from vtwcli.recipe import CalibrateSection, EvalSection, ModelSection
 from vtwcli.resume import kept, key_of, stamp
-
 
 ROWS = [f"row {i}" for i in range(4)]
 
@@ -45,7 +37,10 @@ def test_a_torn_line_is_not_read_and_not_kept(tmp_path):
     whole = file.read_text()
     file.write_text(whole + '["row 1", "b')
     interrupted(tmp_path / "k", "key", {2: "c"})
-    assert [json.loads(line) for line in file.read_text().splitlines()[1:]] == [["row 0", "a"], ["row 2", "c"]]
+    assert [json.loads(line) for line in file.read_text().splitlines()[1:]] == [
+        ["row 0", "a"],
+        ["row 2", "c"],
+    ]
     file.write_text("")
     with kept(tmp_path / "k", "key", ROWS) as (known, _):
         assert known == {}

@@ -261,6 +261,12 @@ def _result(
     table, scores = {}, np.full((len(mix.samples), 1 + len(variants)), np.nan)
     for task, rows in by_task.items():
         table[task] = _task(mix.samples, rows, answers, variants, options, scores)
+    few = [f"{name}: {row['judged']}" for name, row in table.items() if 0 < row["judged"] < judge.FEWEST]
+    if few and options.bootstrap and distributed.is_main():
+        console.warn(
+            f"too few samples for a 95 % interval of the difference ({', '.join(few)}); at least {judge.FEWEST} "
+            "distinct samples of a task are needed, with a larger --limit or more data"
+        )
     documents = {
         variant.name: _schedule_row(full, number, variant, table, answers, costs)
         for number, variant in enumerate(variants, 1)

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from vtwcli import __version__
+from vtwcli import __version__, console
 from vtwcli.errors import GateError, NotFoundError, UsageError
 from vtwcli.export.card import Subject, front_matter, model_card, of_schedule
+from vtwcli.export.generation import clean_files, sentences
 from vtwcli.export.manifest import CARD, MANIFEST, read_manifest, save_json, save_settings, write_manifest
 from vtwcli.export.publish import check_target, publish
 from vtwcli.export.remote import MODELING, auto_map, remote_code
@@ -86,6 +87,9 @@ def export_hf(
         kind = str(wanted if wanted and weights == "converted" else checkpoint.dtype).removeprefix("torch.")
         _copy_companions(checkpoint, folder)
         config = _config(checkpoint, schedule, wanted if weights == "converted" else None)
+        changed = clean_files(folder, config, schedule)
+        for sentence in sentences(changed):
+            console.warn(sentence)
         save_settings(folder / "config.json", config)
         for name, text in code.items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -104,6 +108,7 @@ def export_hf(
             weights=weights,
             dtype=kind,
             front=front_matter(checkpoint.path / CARD),
+            changed=sentences(changed),
         )
         picture = PICTURE if calibration is not None else None
         card = model_card(subject, calibration, evaluation, picture)
@@ -118,6 +123,7 @@ def export_hf(
                 "schedule": schedule.to_dict(),
                 "weights": weights,
                 "dtype": kind,
+                "changed": changed,
             },
         )
 

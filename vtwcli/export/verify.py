@@ -13,6 +13,7 @@ from torch import Tensor
 from vtwcli import console, ort
 from vtwcli.data.sample import Sample
 from vtwcli.errors import GateError, NotFoundError, UsageError
+from vtwcli.export.generation import REFUSED
 from vtwcli.export.hf import DTYPES
 from vtwcli.export.manifest import at_hand, check_files, file_totals, read_manifest
 from vtwcli.export.remote import remote_code
@@ -93,8 +94,13 @@ def verify(
     del loaded
     gc.collect()  # two models of this size may not fit together
     model = _load_exported(directory, manifest, "auto" if spread else place, kind)
-    with console.progress("generating"):
-        got = _generate(model, encoded.inputs, max_new_tokens)
+    try:
+        with console.progress("generating"):
+            got = _generate(model, encoded.inputs, max_new_tokens)
+    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError, IndexError, KeyError) as error:
+        raise GateError(
+            f"{directory} loads, but does not generate: {first_line(error)}", "export it again"
+        ) from error
     visual_tokens = int(encoded.visual.sum())
     text_tokens = encoded.prompt_length - visual_tokens
     trace = model.vtw_pruning.trace  # none where the schedule never acts
@@ -178,7 +184,8 @@ def _expected(
     from vtwcli.runtime import pruned
 
     with pruned(loaded.model, schedule), console.progress("generating with the runtime"):
-        return _generate(loaded.model, inputs, max_new_tokens)
+        # the base may ask for what a schedule refuses and the export has taken out
+        return _generate(loaded.model, inputs, max_new_tokens, **dict.fromkeys(REFUSED))
 
 
 def _load_exported(
@@ -218,7 +225,7 @@ def _load_exported(
 
 
 @torch.no_grad()
-def _generate(model: Any, inputs: dict[str, Tensor], max_new_tokens: int) -> Answer:
+def _generate(model: Any, inputs: dict[str, Tensor], max_new_tokens: int, **settings: Any) -> Answer:
     with quiet_libraries():
         output = model.generate(
             **inputs,
@@ -227,6 +234,7 @@ def _generate(model: Any, inputs: dict[str, Tensor], max_new_tokens: int) -> Ans
             num_beams=1,
             return_dict_in_generate=True,
             output_logits=True,
+            **settings,
         )
     return Answer(
         tokens=output.sequences[0, inputs["input_ids"].shape[1] :].cpu(),

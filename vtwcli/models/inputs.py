@@ -66,6 +66,7 @@ def encode(
     prompt_length = int(inputs["input_ids"].shape[1])
     visual = visual_mask(inputs["input_ids"][0], loaded.placeholder_ids)
     if answer_ids is not None:
+        _check_ids(loaded, [sample], answer_ids[None])
         inputs = append(loaded, inputs, answer_ids)
         visual = torch.cat([visual, visual.new_zeros(answer_ids.shape[0])])
     _check_length(loaded, [sample], int(visual.shape[0]))
@@ -225,11 +226,16 @@ def answer_of(loaded: LoadedModel, ids: list[int]) -> list[int]:
 
 @contextmanager
 def plain_generation(loaded: LoadedModel) -> Iterator[None]:
-    """The library's own generation defaults for a while, with the model's special tokens."""
+    """The library's own generation defaults for a while, with the model's special tokens.
+
+    So there is no static cache either, which a schedule cannot shorten, whatever the checkpoint asks for.
+    """
     from transformers import GenerationConfig
 
     model, before = loaded.model, loaded.model.generation_config
-    pad = before.pad_token_id if before.pad_token_id is not None else loaded.processor.tokenizer.pad_token_id
+    pads = (before.pad_token_id, loaded.processor.tokenizer.pad_token_id, *end_ids(loaded))
+    # fed to rows that have ended, whatever it is: an id that the embedding does not have, such as -1, will not do
+    pad = next((token for token in pads if token is not None and 0 <= token < loaded.embedding_rows), 0)
     model.generation_config = GenerationConfig(
         bos_token_id=before.bos_token_id, eos_token_id=before.eos_token_id, pad_token_id=pad
     )
@@ -317,6 +323,7 @@ def _process(
         raise NotFoundError(
             f"the processor cannot encode sample {_names(samples)}: {first_line(error)}"
         ) from error
+    _check_ids(loaded, samples, encoded["input_ids"])
     encoded.pop("labels", None)  # PaliGemma's processor makes some even where there is nothing to learn
     inputs = {
         name: value.to(loaded.device, loaded.dtype if value.is_floating_point() else None)
@@ -331,6 +338,30 @@ def _process(
                 "the processor and the model's config disagree about the image placeholder",
             )
     return inputs
+
+
+def _check_ids(loaded: LoadedModel, samples: Sequence[Sample], ids: Tensor) -> None:
+    """Refuse token ids [B, S] that the embedding has no row for, as the model itself would.
+
+    Raises:
+        NotFoundError: naming the sample, the token, its id and the file that it comes from.
+    """
+    rows = loaded.embedding_rows
+    outside = (ids < 0) | (ids >= rows)
+    if loaded.family.placeholder_apart:
+        outside &= ids != loaded.config.image_token_id
+    if not bool(outside.any()):
+        return
+    row, place = outside.nonzero()[0].tolist()
+    token = int(ids[row, place])
+    text = loaded.processor.tokenizer.convert_ids_to_tokens(token)
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    file = next((loaded.path / name for name in names if (loaded.path / name).is_file()), loaded.path)
+    raise NotFoundError(
+        f"sample {samples[row].id!r}: the token {text!r} has the id {token} in {file}, but the model embeds the ids "
+        f"0..{rows - 1} only",
+        "the tokenizer and the weights come from different models, or a token was added without its embedding",
+    )
 
 
 def _check_length(loaded: LoadedModel, samples: Sequence[Sample], length: int) -> None:
