@@ -49,12 +49,10 @@ def clean_files(folder: Path, config: dict[str, Any], schedule: Schedule) -> dic
             file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     text = config.get("text_config")
     parts = {"": config, "text_config.": text if isinstance(text, dict) else {}}
-    found = {
-        f"{prefix}{name}": value
-        for prefix, part in parts.items()
-        for name, value in clean(part, schedule).items()
-    }
-    return changed | ({"config.json": found} if found else {})
+    for prefix, part in parts.items():
+        for name, value in clean(part, schedule).items():
+            changed.setdefault("config.json", {})[f"{prefix}{name}"] = value
+    return changed
 
 
 def sentences(changed: dict[str, dict[str, Any]]) -> list[str]:

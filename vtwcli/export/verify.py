@@ -234,6 +234,7 @@ def _generate(model: Any, inputs: dict[str, Tensor], max_new_tokens: int, **sett
             num_beams=1,
             return_dict_in_generate=True,
             output_logits=True,
+            use_cache=True,  # also where the settings leave it out: what it holds is looked at
             **settings,
         )
     return Answer(
