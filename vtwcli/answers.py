@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from vtwcli.errors import UsageError
+from vtwcli.finite import divergence, log_probabilities, sample_name
 from vtwcli.flops import DEFAULT_CONVENTION, Convention, TextShape, kv_bytes, prefill_cost
-from vtwcli.models.inputs import end_ids
+from vtwcli.models.inputs import answer_of, greedy
 from vtwcli.models.loading import LoadedModel
 from vtwcli.runtime import PruningError, Trace, pruned
 from vtwcli.schedule import Keep, Schedule, Withdraw
@@ -95,26 +96,29 @@ class Full:
         answers: one per row.
         tokens: what was generated, [B, R]; behind the end of an answer padding.
         logits: raw, of each generated token, [B, R, V].
+        names: what the rows' samples are called in messages.
     """
 
     answers: list[Answer]
     tokens: Tensor
     logits: Tensor
+    names: Sequence[str] = ()
 
 
 @torch.no_grad()
-def full_answers(loaded: LoadedModel, batch: dict[str, Tensor], max_new_tokens: int) -> Full:
-    """What the model says as it is; ``batch`` is padded on the left."""
-    width, depth = batch["input_ids"].shape[1], len(loaded.layers)
+def full_answers(
+    loaded: LoadedModel, batch: dict[str, Tensor], max_new_tokens: int, names: Sequence[str] = ()
+) -> Full:
+    """What the model says as it is; ``batch`` is padded on the left, ``names`` are its samples'."""
+    depth = len(loaded.layers)
     texts = [int(x) for x in _text_counts(loaded, batch)]
     visual = [int(m) - t for m, t in zip(batch["attention_mask"].sum(1), texts, strict=True)]
-    out = _generate(loaded, batch, max_new_tokens)
-    tokens = out.sequences[:, width:]
+    tokens, logits = greedy(loaded, batch, max_new_tokens, names)
     answers = []
     for row, v, t in zip(tokens.tolist(), visual, texts, strict=True):
-        ids = _ended(loaded, row)
+        ids = answer_of(loaded, row)
         answers.append(_answer(loaded, ids, [0.0] * len(ids), [True] * len(ids), [v] * depth, t))
-    return Full(answers, tokens, torch.stack(out.logits, dim=1))
+    return Full(answers, tokens, logits, names)
 
 
 @torch.no_grad()
@@ -138,17 +142,17 @@ def schedule_answers(
     Raises:
         UsageError: a schedule that cannot be executed on this model.
     """
-    width = batch["input_ids"].shape[1]
     said = None
     try:
         with pruned(loaded.model, schedule) as handle:
             if free:
-                said = _generate(loaded, batch, max_new_tokens).sequences[:, width:].tolist()
-            forced = _generate(loaded, batch, full.tokens.shape[1], full.tokens.to(loaded.device))
+                said = greedy(loaded, batch, max_new_tokens, full.names)[0].tolist()
+            length = full.tokens.shape[1]
+            _, forced = greedy(loaded, batch, length, full.names, full.tokens.to(loaded.device))
             trace = handle.trace
     except PruningError as error:
         raise UsageError(f"schedule {name}: {error}") from None
-    found = compared(loaded, full, torch.stack(forced.logits, dim=1), said)
+    found = compared(loaded, full, forced, said)
     for b, answer in enumerate(found):
         layers = answer.visual_per_layer if trace is None else trace.samples[b]["visual_per_layer"]
         found[b] = replace(
@@ -173,11 +177,12 @@ def compared(
     found = []
     for b, whole in enumerate(full.answers):
         length = len(whole.ids)
-        p = forced[b, :length].double().log_softmax(-1)
-        q = full.logits[b, :length].to(p.device).double().log_softmax(-1)
-        kl = (p.exp() * (p - q)).sum(-1).tolist()
+        name = sample_name(full.names, b)
+        p = log_probabilities(forced[b, :length], name)
+        q = log_probabilities(full.logits[b, :length], name).to(p.device)
+        kl = divergence(p, q, name).tolist()
         agree = (p.argmax(-1) == q.argmax(-1)).tolist()
-        ids = [] if said is None else _ended(loaded, said[b])
+        ids = [] if said is None else answer_of(loaded, said[b])
         found.append(_answer(loaded, ids, kl, agree, whole.visual_per_layer, whole.text_tokens))
     return found
 
@@ -192,37 +197,6 @@ def _actions(schedule: Schedule, trace: Trace | None, row: int) -> list[dict[str
         if isinstance(action, Keep):
             found[-1]["kept"] = None if trace is None else trace.samples[row]["kept"][number]
     return found
-
-
-def _generate(
-    loaded: LoadedModel, batch: dict[str, Tensor], tokens: int, forced: Tensor | None = None
-) -> Any:
-    """Greedy generation with the raw logits of each step; ``forced`` [B, R] replaces the choice of each token."""
-    width = batch["input_ids"].shape[1]
-
-    def force(ids: Tensor, scores: Tensor) -> Tensor:
-        assert forced is not None
-        wanted = forced[:, ids.shape[1] - width, None].to(scores.device)
-        return torch.full_like(scores, -torch.inf).scatter(1, wanted, 0.0)
-
-    extra: dict[str, Any] = {}
-    if forced is not None:
-        extra = {"logits_processor": [force], "min_new_tokens": tokens}
-    return loaded.model.generate(
-        **batch,
-        max_new_tokens=tokens,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **extra,
-    )
-
-
-def _ended(loaded: LoadedModel, ids: list[int]) -> list[int]:
-    """Tokens up to and with the first end token."""
-    ends = set(end_ids(loaded))
-    stop = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
-    return ids[:stop]
 
 
 def _text_counts(loaded: LoadedModel, batch: dict[str, Tensor]) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from vtwcli import calibrate_visipruner, console, distributed, policies
+from vtwcli import calibrate_visipruner, console, distributed, judge, policies
+from vtwcli.data.drawing import sample_content
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import DataMix
 from vtwcli.data.spec import DataSpec
@@ -95,7 +96,7 @@ def calibrate(
             keep(place, vars(measured))
         return done
 
-    with kept(state, _key(loaded, mix, options)) as finished:
+    with kept(state, _key(loaded, source, options), [sample_content(one) for one in samples]) as finished:
         measured = distributed.gathered(partial(work, *finished))
     result = assemble(loaded, source, mix, options, measured)
     timing["total"] = time.perf_counter() - started
@@ -195,7 +196,8 @@ def assemble(
     chosen = rule(options.policy)
     k = policies.choose(chosen, used, used_agree, tasks)
     interval = policies.bootstrap(chosen, used, used_agree, tasks, options.bootstrap, options.seed)
-    _warn_if_wide(interval, len(tasks))
+    if options.bootstrap and distributed.is_main():
+        _warn_if_uncertain(interval, tasks, options.policy)
     best = policies.compromise(chosen, used, tasks)
     by_task = policies.per_task(rule("sustained"), used, tasks)
     names = np.asarray(tasks)
@@ -281,16 +283,26 @@ def _cost(loaded: LoadedModel, measured: Sequence[Measured], depth: int) -> dict
     }
 
 
-def _warn_if_wide(interval: tuple[int, int] | None, samples: int) -> None:
-    if interval and interval[1] - interval[0] > WIDE_INTERVAL and distributed.is_main():
+def _warn_if_uncertain(interval: tuple[int, int] | None, tasks: Sequence[str], policy: Policy) -> None:
+    """Say so where there are too few samples for an interval, or it is wide."""
+    count = "1 sample leaves" if len(tasks) == 1 else f"{len(tasks)} samples leave"
+    if interval is None:
+        each = policy == "worst-task"
+        few = [f"{task}: {tasks.count(task)}" for task in dict.fromkeys(tasks)]
         console.warn(
-            f"{samples} samples leave K uncertain (95 % interval {interval[0]}..{interval[1]}); "
-            "a larger --limit narrows it"
+            f"{count} K uncertain, and are too few for a 95 % interval ({', '.join(few)}); at least "
+            f"{judge.FEWEST} distinct samples {'of each task' if each else 'are needed'}, "
+            "with a larger --limit or more data"
+        )
+    elif interval[1] - interval[0] > WIDE_INTERVAL:
+        console.warn(
+            f"{count} K uncertain (95 % interval {interval[0]}..{interval[1]}); a larger --limit narrows it"
         )
 
 
-def _key(loaded: LoadedModel, mix: DataMix, options: CalibrateSection) -> str:
-    """What kept samples depend on."""
+def _key(loaded: LoadedModel, source: LayerSource, options: CalibrateSection) -> str:
+    """What kept samples depend on besides their own content."""
     shaping = options.model_dump(include={"positions", "answers", "max_new_tokens"})
     model = (loaded.name, loaded.revision, str(loaded.dtype), stamp(loaded.path))
-    return key_of(model, list(mix.sources), shaping, versions())
+    how = (loaded.device.type, source.together, source.eager)
+    return key_of("calibration", model, how, shaping, versions())

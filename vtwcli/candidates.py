@@ -114,7 +114,7 @@ def _mine(
         for at in range(0, len(mine), batch_size):
             part = mine[at : at + batch_size]
             batch = encode_batch(loaded, [sample for _, sample in part])
-            full = full_answers(loaded, batch, max_new_tokens)
+            full = full_answers(loaded, batch, max_new_tokens, [sample.id for _, sample in part])
             columns = [full.answers]
             for one in candidates:
                 columns.append(

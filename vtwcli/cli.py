@@ -71,13 +71,12 @@ def main() -> None:
         if isinstance(error, VtwError):
             console.error(error.message, error.hint)
             sys.exit(error.exit_code)
-        if console.settings.verbose:
-            if not (isinstance(error, OSError) and error.filename is None and _is_full()):
-                console.trace(error)
-                sys.exit(1)
         if isinstance(error, OSError) and error.filename is None and _is_full():
             console.lose_stdout(error)  # help pages are not printed by this package
             _end_unwritten(error)
+        if console.settings.verbose:
+            console.trace(error)
+            sys.exit(1)
         name = type(error).__name__
         console.error(f"unexpected failure: {name}: {' '.join(str(error).split())}", "--verbose shows where")
         sys.exit(1)

@@ -79,7 +79,7 @@ class Numbers(BaseModel):
 class Section(Numbers):
     """Base of the documents that people write: unknown keys are errors and values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def read(path: Path, kind: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from vtwcli import console, distributed, files, gates, judge
 from vtwcli.answers import Answer, flops_ratio, full_answers, kv_ratio, spent
 from vtwcli.costs import latencies, peak_of
 from vtwcli.data import metrics
+from vtwcli.data.drawing import sample_content
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import DataMix, default_data
 from vtwcli.data.spec import DataSpec
@@ -79,7 +79,7 @@ def evaluate(
     full, variants = open_variants(model, schedules, options)
     _warn_if_calibrated_on(mix, variants)
     timing = {"load": time.perf_counter() - began}
-    with kept(state, _key(full, variants, mix, options)) as finished:
+    with kept(state, _key(full, variants, options), _contents(mix.samples, options.batch_size)) as finished:
         answers = distributed.gathered(
             partial(_all_answers, full, variants, mix.samples, options, timing, *finished)
         )
@@ -120,13 +120,23 @@ def _warn_if_calibrated_on(mix: DataMix, variants: Sequence[Variant]) -> None:
             )
 
 
-def _key(full: LoadedModel, variants: Sequence[Variant], mix: DataMix, options: EvalSection) -> str:
-    """What kept samples depend on; batches too, because padding changes the last digits."""
-    model = (full.name, full.revision, str(full.dtype), str(full.device), stamp(full.path))
+def _contents(samples: Sequence[Sample], batch_size: int) -> list[str]:
+    """What each sample's answers depend on: its batch, because padding changes the last digits, and its row in it."""
+    parts = [samples[at : at + batch_size] for at in range(0, len(samples), batch_size)]
+    digests = [key_of([sample_content(sample) for sample in part]) for part in parts]
+    return [
+        f"{digest}:{row}" for digest, part in zip(digests, parts, strict=True) for row in range(len(part))
+    ]
+
+
+def _key(full: LoadedModel, variants: Sequence[Variant], options: EvalSection) -> str:
+    """What kept samples depend on besides what is in their batch."""
+    attention = full.config.get_text_config()._attn_implementation
+    model = (full.name, full.revision, str(full.dtype), full.device.type, attention, stamp(full.path))
     own = [(variant.folder, str(variant.dtype), stamp(variant.folder)) for variant in variants[:1]]
     named = [(variant.name, type(variant).__name__, variant.schedule.to_dict()) for variant in variants]
     shaping = options.model_dump(include={"max_new_tokens", "batch_size"})
-    return key_of(model, own, named, list(mix.sources), shaping, versions())
+    return key_of("evaluation", model, own, named, shaping, versions())
 
 
 def _all_answers(
@@ -153,7 +163,8 @@ def _all_answers(
             else:
                 batches = _batches(full, variants, [samples[place] for place in part])
                 with plain_generation(full):
-                    whole = full_answers(full, batches[0], options.max_new_tokens)
+                    names = [samples[place].id for place in part]
+                    whole = full_answers(full, batches[0], options.max_new_tokens, names)
                 columns = [whole.answers] + [
                     variant.answers(batch, whole, options.max_new_tokens)
                     for variant, batch in zip(variants, batches[1:], strict=True)
@@ -190,7 +201,7 @@ def _trace(
     for sample, (whole, *rows) in zip(samples, answers, strict=True):
         for variant, answer in zip(variants, rows, strict=True):
             line = {"id": sample.id, "task": sample.task, "schedule": variant.name}
-            lines.append(json.dumps(line | spent(shape, answer, whole, size), ensure_ascii=False) + "\n")
+            lines.append(files.document(line | spent(shape, answer, whole, size), indent=None))
     return "".join(lines)
 
 
@@ -252,6 +263,12 @@ def _result(
     table, scores = {}, np.full((len(mix.samples), 1 + len(variants)), np.nan)
     for task, rows in by_task.items():
         table[task] = _task(mix.samples, rows, answers, variants, options, scores)
+    few = [f"{name}: {row['judged']}" for name, row in table.items() if 0 < row["judged"] < judge.FEWEST]
+    if few and options.bootstrap and distributed.is_main():
+        console.warn(
+            f"too few samples for a 95 % interval of the difference ({', '.join(few)}); at least {judge.FEWEST} "
+            "distinct samples of a task are needed, with a larger --limit or more data"
+        )
     documents = {
         variant.name: _schedule_row(full, number, variant, table, answers, costs)
         for number, variant in enumerate(variants, 1)

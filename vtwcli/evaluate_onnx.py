@@ -54,9 +54,11 @@ def generated(
     return [[int(token) for token in row] for row in tokens]
 
 
-def forced_logits(exported: OnnxModel, batch: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+def forced_logits(
+    exported: OnnxModel, batch: Mapping[str, Tensor], tokens: Tensor, names: Sequence[str] = ()
+) -> Tensor:
     """Raw logits [B, R, V], float32, from which each of the full model's ``tokens`` [B, R] would be chosen."""
-    return torch.from_numpy(onnx_steps(exported, batch, tokens.cpu().numpy()))
+    return torch.from_numpy(onnx_steps(exported, batch, tokens.cpu().numpy(), names))
 
 
 def generation_time(exported: OnnxModel, batch: Mapping[str, Tensor], tokens: int) -> float:

@@ -413,7 +413,27 @@ def cannot_write(path: Path, error: OSError) -> VtwError:
     return VtwError(f"{path}: cannot write: {error.strerror or error}")
 
 
-def document(result: Any) -> str:
-    """A result as JSON text, as files hold it and ``--json`` prints it."""
-    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+def document(result: Any, indent: int | None = 1) -> str:
+    """A result as JSON text, as files hold it and ``--json`` prints it; a line where ``indent`` is None.
+
+    Raises:
+        VtwError: it holds a number that is NaN or infinite, which JSON has no word for; names the key.
+    """
+    try:
+        text = json.dumps(result, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError:
+        raise VtwError(
+            f"{_not_a_number(result)} is not a finite number, so the result is not written"
+        ) from None
     return text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate as JSON spells it
+
+
+def _not_a_number(node: Any, name: str = "") -> str:
+    """The dotted key of the first number that is NaN or infinite; empty where there is none."""
+    if isinstance(node, float):
+        return name if node - node else ""
+    items = (
+        node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
+    )
+    found = (_not_a_number(value, f"{name}.{key}".lstrip(".")) for key, value in items)
+    return next(filter(None, found), "")

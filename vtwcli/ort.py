@@ -26,6 +26,19 @@ _TYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "bool
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
+class NotFinite(NotFoundError):
+    """Logits that are NaN or infinite.
+
+    Attributes:
+        row: of the batch.
+        what: what they are, without the row.
+    """
+
+    def __init__(self, row: int, what: str) -> None:
+        super().__init__(f"row {row} of the batch: {what}")
+        self.row, self.what = row, what
+
+
 def is_export(directory: str | Path) -> bool:
     """Whether a directory holds an export to ONNX; nothing but its manifest is read."""
     file = Path(directory) / MANIFEST
@@ -229,6 +242,7 @@ class OnnxModel:
 
         Raises:
             UsageError: placeholders that do not match the images, or a prompt that is too long.
+            NotFinite: logits that are not finite.
         """
         hidden, tokens = self.prompt(inputs)
         state = State({}, tokens.next_position())
@@ -294,7 +308,20 @@ class OnnxModel:
             for name in [name for name in out if name.startswith("present.")]:
                 state.cache[name.replace("present.", "past_key_values.")] = out.pop(name)
             hidden = out[graph["outputs"][0]["name"]]
-        return out["logits"].numpy()[:, 0].astype(np.float32)
+        logits: np.ndarray = out["logits"].numpy()[:, 0].astype(np.float32)
+        self._check_finite(logits, state)
+        return logits
+
+    def _check_finite(self, logits: np.ndarray, state: State) -> None:
+        """Refuse logits that give no distribution; -inf alone is a token that the model never gives."""
+        bad = np.flatnonzero(~np.isfinite(logits.max(-1)))
+        if not len(bad):
+            return
+        row, kind = int(bad[0]), {"fp16": "float16"}.get(self.manifest["dtype"], "float32")
+        caches = ((int(name.split(".")[1]), value.numpy()[row]) for name, value in state.cache.items())
+        layers = [layer for layer, entries in caches if not np.isfinite(entries[:, -1]).all()]
+        place = f", from what layer {min(layers)} reads on" if layers else ""
+        raise NotFinite(row, f"the graphs' logits are not finite in {kind} (NaN or infinity){place}")
 
     def feeds(
         self,

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vtwcli.judge import enough
 from vtwcli.recipe import Policy
 
 Curves = NDArray[np.float64]
@@ -92,9 +93,10 @@ def bootstrap(
 ) -> tuple[int, int] | None:
     """The 2.5 % and 97.5 % quantiles of K over resampled samples, drawn with replacement within each task.
 
-    A resample in which no layer qualifies counts as L. None when ``resamples`` is 0.
+    A resample in which no layer qualifies counts as L. None when ``resamples`` is 0, or where there are too few
+    samples for an interval (``enough``); the policy ``worst-task`` needs them in each task.
     """
-    if resamples == 0:
+    if resamples == 0 or not enough(tasks, each=rule.policy == "worst-task"):
         return None
     generator = np.random.default_rng(seed)
     names = np.asarray(tasks)

@@ -14,7 +14,7 @@ from vtwcli.data.sources import DataMix, default_data, load_data
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.models.checkpoint import Checkpoint, resolve
-from vtwcli.models.inputs import Encoded, answer_ids, encode, generate_answers
+from vtwcli.models.inputs import Encoded, answer_ids, encode, end_ids, generate_answers
 from vtwcli.models.layers import LayerSource, Resident
 from vtwcli.models.loading import LoadedModel, fits, load
 from vtwcli.models.streaming import Streamed
@@ -25,7 +25,7 @@ from vtwcli.sweep import SweepItem
 def load_model(model: ModelSection, *, weights: bool = True) -> LoadedModel:
     """The model with its processor on this process's device; see ``models.loading.load``."""
     with console.progress(f"loading {model.name}"):
-        return load(
+        loaded = load(
             model.name,
             device=distributed.local_device(model.device),
             dtype=model.dtype,
@@ -33,6 +33,13 @@ def load_model(model: ModelSection, *, weights: bool = True) -> LoadedModel:
             trust_remote_code=model.trust_remote_code,
             weights=weights,
         )
+    ends, rows = end_ids(loaded), loaded.embedding_rows
+    if ends and not any(0 <= token < rows for token in ends) and distributed.is_main():
+        console.warn(
+            f"the end tokens of {model.name} ({', '.join(map(str, ends))}, in generation_config.json or config.json) "
+            f"lie outside the embedding (ids 0..{rows - 1}), so no answer ever ends by itself"
+        )
+    return loaded
 
 
 def open_model(model: ModelSection) -> tuple[LoadedModel, LayerSource]:
@@ -84,6 +91,9 @@ def read_samples(
     mix = load_data(specs, limit=options.limit, seed=options.seed, skip_bad=options.skip_bad, exclude=exclude)
     if mix.skipped:
         console.warn(f"skipped {mix.skipped} unreadable samples")
+    if duplicates := sum(source["duplicates"] for source in mix.sources):
+        rows = "1 row equals another" if duplicates == 1 else f"{duplicates} rows equal others"
+        console.warn(f"{rows} in image, question, answer and task; equal rows count once")
     return mix
 
 
@@ -140,7 +150,11 @@ def prepare(
         encode(loaded, sample, None if ids is None else ids[:-1])
         for sample, ids in zip(samples, answers, strict=True)
     ]
-    return encoded, [SweepItem(one.inputs, _rows(one)) for one in encoded]
+    items = [
+        SweepItem(one.inputs, _rows(one), name=f"sample {sample.id!r}")
+        for one, sample in zip(encoded, samples, strict=True)
+    ]
+    return encoded, items
 
 
 def _answers(

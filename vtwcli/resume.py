@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from typing import Any
 from vtwcli import console, distributed, files
 
 Keep = Callable[[int, Any], None]
+_FORMAT = "entries by content"  # files of another form belong to other inputs
 
 
 def key_of(*parts: Any) -> str:
     """What kept samples depend on, as a digest; another key makes them worthless."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([_FORMAT, *parts], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def stamp(folder: Path) -> list[tuple[str, int, int]]:
@@ -26,44 +27,50 @@ def stamp(folder: Path) -> list[tuple[str, int, int]]:
 
 
 @contextmanager
-def kept(state: Path | None, key: str) -> Iterator[tuple[dict[int, Any], Keep]]:
+def kept(state: Path | None, key: str, contents: Sequence[str]) -> Iterator[tuple[dict[int, Any], Keep]]:
     """Yield what an interrupted run finished, by place, and a function that keeps one more.
 
     Each process writes a file of its own, with one JSON line per sample behind a line with the key; a torn last line
-    is ignored. All processes read the files of all, so that a run may go on with another number of them. When the
-    block ends well the files are gone; after an exception they stay.
+    is ignored. A line names its sample's content and not its place: a row that was edited is computed again, and rows
+    in another order keep their own. All processes read the files of all, so that a run may go on with another number
+    of them. When the block ends well the files are gone; after an exception they stay.
 
     Args:
         state: names the files; None keeps nothing.
-        key: see ``key_of``.
+        key: see ``key_of``; of everything but the samples.
+        contents: by place, a digest of what the sample's entry depends on.
     """
     if state is None:
         yield {}, lambda place, entry: None
         return
     mine = _file(state, distributed.rank())
-    known: dict[int, Any] = {}
-    earlier: set[int] = set()
+    known: dict[str, Any] = {}
+    earlier: set[str] = set()
     others = 0
+    wanted = set(contents)
     for file in _files(state):
         entries = _read(file, key)
         if entries is None:
             others += 1
         else:
+            others += bool(entries.keys() - wanted)
+            entries = {content: entry for content, entry in entries.items() if content in wanted}
             known |= entries
             if distributed.size() == 1 or _written_before(file):  # not by another process of this run
                 earlier |= set(entries)
     if earlier:
-        console.note(f"resuming: {len(earlier)} samples are done already")
+        done = sum(content in earlier for content in contents)
+        console.note(f"resuming: {done} samples are done already")
     elif others:
         console.note("the interrupted run had other inputs; starting anew")
     files.write_text(mine, "\n".join([key, *(_line(*entry) for entry in known.items())]) + "\n")
     with mine.open("a", encoding="utf-8") as stream:
 
         def keep(place: int, entry: Any) -> None:
-            stream.write(_line(place, entry) + "\n")
+            stream.write(_line(contents[place], entry) + "\n")
             stream.flush()
 
-        yield known, keep
+        yield {place: known[content] for place, content in enumerate(contents) if content in known}, keep
     mine.unlink(missing_ok=True)
     if distributed.is_main():
         for file in _files(state):  # of processes that this run no longer has
@@ -90,23 +97,23 @@ def _written_before(file: Path) -> bool:
         return False
 
 
-def _line(place: int, entry: Any) -> str:
-    return json.dumps([place, entry])
+def _line(content: str, entry: Any) -> str:
+    return json.dumps([content, entry])
 
 
-def _read(file: Path, key: str) -> dict[int, Any] | None:
-    """The entries of one file, or None where they belong to other inputs."""
+def _read(file: Path, key: str) -> dict[str, Any] | None:
+    """The entries of one file by content, or None where they belong to other inputs."""
     try:
         first, *lines = files.regular(file).read_text(encoding="utf-8").splitlines() or [""]
     except OSError:  # another process put a new one in its place
         return {}
     if first != key:
         return None
-    entries: dict[int, Any] = {}
+    entries: dict[str, Any] = {}
     for line in lines:
         try:
-            place, entry = json.loads(line)
+            content, entry = json.loads(line)
         except ValueError:
             break
-        entries[place] = entry
+        entries[content] = entry
     return entries

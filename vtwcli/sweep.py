@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vtwcli.console import peak_resident
 from vtwcli.errors import UsageError
+from vtwcli.finite import divergence, log_probabilities
 from vtwcli.models.layers import Capture, LayerSource, Resident
 from vtwcli.walk import AttentionRows, Intervention, LayerView, Probe, Walk, as_bool, explicit, readable
 
@@ -45,11 +46,13 @@ class SweepItem:
             pixels and so on. B is 1, or the rows are padded to one length.
         rows: positions in the padded sequence, long [B, R]; the distribution is that of the token behind each.
         valid: which entries of ``rows`` count, bool [B, R]; None means all.
+        name: what the item is called in messages.
     """
 
     inputs: Mapping[str, Tensor]
     rows: Tensor
     valid: Tensor | None = None
+    name: str = "a sample"
 
     def kept(self, row: int) -> Tensor:
         """Which of the row's positions count, bool [R]."""
@@ -126,6 +129,7 @@ def sweep(
         UsageError: an intervention behind the last layer, a compared row that is no text token, or a family that
             cannot be swept.
         VtwError: a layer that does not behave as a decoder layer with a key/value cache.
+        NotFoundError: hidden states, logits or a KL that are not finite; names the sample, the layer and the type.
     """
     _check(interventions, source.depth)
     if source.family.no_sweep:
@@ -137,8 +141,9 @@ def sweep(
     for numbers in [everything] if source.together else [range(i, i + 1) for i in everything]:
         walks: list[Walk] = []
         for i, seen in zip(numbers, source.captures([items[i].inputs for i in numbers]), strict=True):
-            _check_rows(items[i], seen)
-            walks.append(Walk(i, seen, items[i].rows, interventions, probes, source.eager))
+            item = items[i]
+            _check_rows(item, seen)
+            walks.append(Walk(i, seen, item.rows, interventions, probes, source.eager, item.name))
         for d, layer in enumerate(source.layers()):
             for walk in walks:
                 walk.step(d, layer)
@@ -184,13 +189,13 @@ def naive(
         (seen,) = source.captures([item.inputs])
         _check_rows(item, seen)
         masks = [as_bool(kwargs.get("attention_mask")) for kwargs in seen.kwargs]
-        full = [_log_softmax(x) for x in _rerun(source, item, seen, masks, None)]
+        full = [log_probabilities(x, item.name) for x in _rerun(source, item, seen, masks, None)]
         shape = (len(interventions), item.rows.shape[1])
         kl = torch.zeros(len(full), *shape, dtype=torch.float64)
         agree = torch.ones(len(full), *shape, dtype=torch.bool)
         for i, one in enumerate(interventions):
             for b, logits in enumerate(_rerun(source, item, seen, masks, one)):
-                kl[b, i], agree[b, i] = _compare(_log_softmax(logits), full[b])
+                kl[b, i], agree[b, i] = _compare(log_probabilities(logits, item.name), full[b], item.name)
         seconds = (time.perf_counter() - began) / len(full)
         for b in range(len(full)):
             keep = item.kept(b).cpu()
@@ -266,7 +271,7 @@ def _results(
     for b in range(len(walk.rows)):
         began = time.perf_counter()
         keep = item.kept(b).to(walk.rows.device)
-        full = _log_softmax(head(walk.hidden[b, keep]))  # [R, V]
+        full = log_probabilities(head(walk.hidden[b, keep]), item.name)  # [R, V]
         kl = torch.zeros(interventions, len(full), dtype=torch.float64)
         agree = torch.ones(interventions, len(full), dtype=torch.bool)
         chunk = max(1, _CHUNK_LOGITS // max(1, full.numel()))
@@ -274,9 +279,10 @@ def _results(
             there = group.find(walk.rows)[1][b, keep]  # rows that were not reached are the full model's
             for start in range(0, group.begun, chunk):
                 part = slice(start, min(start + chunk, group.begun))
-                streams = group.hidden[b, part][:, keep]  # [M, R, D]
-                pruned = _log_softmax(head(streams.flatten(0, 1))).unflatten(0, streams.shape[:2])
-                distance, same = _compare(pruned, full)
+                # [M, R, D]; of rows that were not reached there is nothing sensible in the group
+                streams = torch.where(there[:, None], group.hidden[b, part][:, keep], walk.hidden[b, keep])
+                logits = head(streams.flatten(0, 1)).unflatten(0, streams.shape[:2])
+                distance, same = _compare(log_probabilities(logits, item.name), full, item.name)
                 numbers = torch.tensor(group.numbers[part])
                 kl[numbers] = torch.where(there.to(distance.device), distance, 0.0).cpu()
                 agree[numbers] = (same | ~there.to(same.device)).cpu()
@@ -286,14 +292,9 @@ def _results(
         yield ItemResult(walk.number, b, kl, agree, top1, *counts, seconds, peak_memory())
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    """Log-probabilities in float64, on the CPU where a device has no float64."""
-    return (logits.cpu() if logits.device.type == "mps" else logits).double().log_softmax(-1)
-
-
-def _compare(pruned: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
+def _compare(pruned: Tensor, full: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """KL(pruned ‖ full), and whether the most likely token is the same, from log-probabilities [..., R, V]."""
-    return (pruned.exp() * (pruned - full)).sum(-1), pruned.argmax(-1) == full.argmax(-1)
+    return divergence(pruned, full, name), pruned.argmax(-1) == full.argmax(-1)
 
 
 def _counts(visual: Tensor, attended: Tensor) -> tuple[int, int, int]:

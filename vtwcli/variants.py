@@ -117,8 +117,9 @@ class Graphs:
     def answers(self, batch: Batch, full: Full, max_new_tokens: int) -> list[Answer]:
         from vtwcli.evaluate_onnx import forced_logits, generated
 
+        forced = forced_logits(self.exported, batch, full.tokens, full.names)
         said = generated(self.exported, batch, max_new_tokens)
-        found = compared(self.inputs, full, forced_logits(self.exported, batch, full.tokens), said)
+        found = compared(self.inputs, full, forced, said)
         return [
             replace(
                 one,

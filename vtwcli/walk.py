@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from vtwcli.errors import UsageError, VtwError
+from vtwcli.finite import check_hidden
 from vtwcli.models.layers import Capture, cache_argument
 
 _KINDS = ("withdraw", "mute", "freeze")
@@ -368,11 +369,15 @@ class Walk:
         interventions: what to try.
         probes: called with a ``LayerView`` at every layer.
         eager: whether the layers' attention takes additive masks only.
+        name: what the batch is called in messages.
 
     Attributes:
         hidden: the full stream, [B, S, D]; behind the last layer [B, R, D] at the compared rows.
         groups: the streams of the interventions, for kinds that reach any row.
         seconds: time spent here.
+
+    Raises:
+        NotFoundError: hidden states that are not finite; names the batch, the layer and the type.
     """
 
     def __init__(
@@ -383,9 +388,12 @@ class Walk:
         interventions: Sequence[Intervention],
         probes: Sequence[Probe],
         eager: bool,
+        name: str = "the batch",
     ) -> None:
         began = time.perf_counter()
         _check_arguments(capture)
+        self.name = name
+        check_hidden(capture.hidden, capture.attended, name, "the embeddings of text and images are")
         self.number, self.capture, self.probes, self.eager = number, capture, probes, eager
         self.hidden = capture.hidden
         self.rows = rows.to(self.hidden.device)
@@ -407,6 +415,8 @@ class Walk:
         added = self.capture.added.get(d)
         if added is not None:
             self.hidden = self.hidden + added
+            where = f"what the model adds before layer {d} is"
+            check_hidden(self.hidden, self.capture.attended, self.name, where)
         for group in self.groups:
             self._begin(group, d, added)
         if d == self.depth - 1:
@@ -415,6 +425,7 @@ class Walk:
             keys, values = self._full(d, layer)
             for group in self.groups:
                 self._advance(group, d, layer, keys, values)
+                self._check(group.hidden[:, : group.begun], group.valid[:, None], d, group)
         self.seconds += time.perf_counter() - began
 
     def attention(self, view: LayerView, rows: Tensor) -> AttentionRows:
@@ -451,6 +462,11 @@ class Walk:
             group.hidden[:, group.begun] = entry
             group.begun += 1
 
+    def _check(self, hidden: Tensor, read: Tensor, d: int, group: Group | None = None) -> None:
+        """See ``finite.check_hidden``; ``hidden`` is the output of layer ``d``, of the full stream or of a group."""
+        stream = "" if group is None else f", with visual tokens changed ({group.kind}),"
+        check_hidden(hidden, read, self.name, f"the output of layer {d}{stream} is")
+
     def _mask(self, d: int) -> Tensor | None:
         return self._masks[id(self.capture.kwargs[d].get("attention_mask"))]
 
@@ -464,6 +480,7 @@ class Walk:
             return keys, values
 
         self.hidden = _run(layer, entry, self.capture.kwargs[d], keep)
+        self._check(self.hidden, self.capture.attended, d)
         keys, values = kept
         if self.probes:
             self._probe(d, layer, entry, take(self.hidden, self.rows), keys, values)
@@ -487,9 +504,13 @@ class Walk:
         allowed = readable(self._mask(d), self.rows, entry.shape[1])
         kwargs = self._row_kwargs(d, self.rows, 1, allowed)
         self.hidden = _run(layer, take(entry, self.rows), kwargs, lambda *_: (keys, values))
+        attended = self.capture.attended.gather(1, self.rows)
+        self._check(self.hidden, attended, d)
         self._probe(d, layer, entry, self.hidden, keys, values)
         for group in self.groups:
-            self._advance(group, d, layer, keys, values, group.find(self.rows)[0])
+            place, there = group.find(self.rows)
+            self._advance(group, d, layer, keys, values, place)
+            self._check(group.hidden[:, : group.begun], (there & attended)[:, None], d, group)
 
     def _row_kwargs(self, d: int, rows: Tensor, times: int, allowed: Tensor) -> dict[str, Any]:
         """The layer's arguments for ``times`` copies of ``rows`` [B, Q] under a bool mask [B, times*Q, n]."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import json
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields
 
 from vtwcli.data.sample import Sample
 
@@ -18,6 +20,17 @@ def sample_fingerprint(sample: Sample) -> str:
     for image in sample.images:
         digest.update(str(image.size).encode() + image.tobytes())
     return digest.hexdigest()
+
+
+def sample_content(sample: Sample, fingerprint: str | None = None) -> str:
+    """SHA-256 of all there is to a sample but its id: also its task, its metric, choices and further columns.
+
+    Args:
+        fingerprint: ``sample_fingerprint`` of it, if it is known already.
+    """
+    others = {one.name for one in fields(sample)} - {"id", "images", "prompt", "references"}
+    rest = json.dumps({name: getattr(sample, name) for name in others}, sort_keys=True, default=repr)
+    return hashlib.sha256(f"{fingerprint or sample_fingerprint(sample)}:{rest}".encode()).hexdigest()
 
 
 def ranges(places: Sequence[int]) -> str:
@@ -34,12 +47,19 @@ def ranges(places: Sequence[int]) -> str:
 class Drawing:
     """Draws samples while rows stream by: per task the ``limit`` rows with the smallest keys are kept.
 
-    Keys are random for a shuffled draw, which makes it uniform over the rows seen, and row numbers otherwise.
+    Keys are random for a shuffled draw, which makes it uniform over the rows seen, and row numbers otherwise. A row
+    that is equal to a kept one in everything (image, question, answers, task) says nothing new, so it counts once.
     A row is only decoded once its key is small enough, about ``limit * (1 + log(rows / limit))`` times.
     """
 
     def __init__(
-        self, limit: int | None, seed: int, *, first: bool = False, exclude: Collection[str] = ()
+        self,
+        limit: int | None,
+        seed: int,
+        *,
+        first: bool = False,
+        exclude: Collection[str] = (),
+        known: Mapping[str, str] | None = None,
     ) -> None:
         """
         Args:
@@ -47,10 +67,13 @@ class Drawing:
             seed: of the random keys.
             first: take the first rows instead.
             exclude: fingerprints of samples that are passed over.
+            known: what other sources have given already, content (``sample_content``) to id.
         """
         self.limit, self.seed, self.exclude = limit, seed, frozenset(exclude)
         self.kept: dict[str, list[tuple[float, int, str, Sample]]] = {}  # a heap each, largest key first
         self.excluded = 0  # samples passed over so far
+        self.duplicates = 0  # rows that are equal to one that is kept, and count once
+        self._contents = dict(known or {})  # of what is kept, to its id
         self._first = first
         self._random = random.Random(seed)
 
@@ -68,11 +91,19 @@ class Drawing:
         if crowded and -kept[0][0] <= key:
             return
         sample = make()
-        content = sample_fingerprint(sample)
-        if content in self.exclude:
+        fingerprint = sample_fingerprint(sample)
+        if fingerprint in self.exclude:
             self.excluded += 1
             return
-        (heapq.heapreplace if crowded else heapq.heappush)(kept, (-key, -place, content, sample))
+        content = sample_content(sample, fingerprint)
+        if self._contents.get(content, sample.id) != sample.id:  # the same row twice is for the mix to refuse
+            self.duplicates += 1
+            return
+        if crowded:
+            _, _, gone, other = kept[0]
+            del self._contents[sample_content(other, gone)]
+        self._contents[content] = sample.id
+        (heapq.heapreplace if crowded else heapq.heappush)(kept, (-key, -place, fingerprint, sample))
 
     def chosen(self) -> list[tuple[int, str, Sample]]:
         """(row number, fingerprint, sample) of the kept rows in reading order."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vtwcli import console
-from vtwcli.data.drawing import Drawing, ranges
+from vtwcli.data.drawing import Drawing, ranges, sample_content
 from vtwcli.data.images import decode_image
 from vtwcli.data.metrics import METRICS
 from vtwcli.data.rows import SUFFIXES, Rows, joined, open_hub, open_local
@@ -58,7 +58,8 @@ class DataMix:
         fingerprints: content hash of each sample, in the same order (``sample_fingerprint``).
         sources: per source its ``source``, ``tasks`` (name to number of samples), where it was read
             (``repository``, ``config``, ``revision`` or ``path``; ``split``), ``choice`` (how samples were drawn),
-            ``rows`` (0-based row numbers used, as ranges), ``skipped`` and ``fingerprint`` (over ids and contents).
+            ``rows`` (0-based row numbers used, as ranges), ``skipped``, ``duplicates`` (rows that were passed over
+            because they equal one that is used) and ``fingerprint`` (over ids and contents).
         skipped: unreadable rows left out, over all sources.
         excluded: samples that came up and were passed over because they were not wanted.
     """
@@ -100,10 +101,13 @@ def load_data(
     prints: list[str] = []
     sources: list[dict[str, Any]] = []
     excluded = 0
+    contents: dict[str, str] = {}
     for spec in specs:
-        drawing = Drawing(spec.limit or limit, seed, first=spec.order == "first", exclude=exclude)
+        first = spec.order == "first"
+        drawing = Drawing(spec.limit or limit, seed, first=first, exclude=exclude, known=contents)
         record = _read(spec, drawing, skip_bad)
         chosen = drawing.chosen()
+        contents |= {sample_content(sample, fingerprint): sample.id for _, fingerprint, sample in chosen}
         known = {sample.id for sample in samples}
         for _, _, sample in chosen:
             if sample.id in known:
@@ -175,14 +179,19 @@ def _read(spec: DataSpec, drawing: Drawing, skip_bad: bool) -> dict[str, Any]:
             f"{rows.where}: all {drawing.excluded} samples are among those to leave out",
             "they were calibrated on: give more data, or calibrate on fewer with a smaller limit",
         )
+    if not chosen and drawing.duplicates:
+        raise NotFoundError(
+            f"{rows.where}: all {drawing.duplicates} rows equal rows of another source of the mix",
+            "leave it out",
+        )
     if bare := [task for task, kept in drawing.kept.items() if not kept and drawing.excluded]:
         console.warn(f"{rows.where}: no samples besides those to leave out for {', '.join(bare)}")
     if not chosen:
         reason = f"; {skipped} rows skipped, the last because: {complaint.message}" if complaint else ""
         raise NotFoundError(f"{rows.where}: no samples{reason}")
     digest = hashlib.sha256()
-    for place, content, _ in chosen:
-        digest.update(f"{place}:{content}\n".encode())
+    for place, fingerprint, sample in chosen:
+        digest.update(f"{place}:{sample_content(sample, fingerprint)}\n".encode())
     whole = "first" if most is not None and seen == most else "all"
     draw = "first rows" if spec.order == "first" else f"seeded draw from {whole} {seen} rows"
     return {
@@ -192,6 +201,7 @@ def _read(spec: DataSpec, drawing: Drawing, skip_bad: bool) -> dict[str, Any]:
         **rows.record,
         "rows": ranges([place for place, _, _ in chosen]),
         "skipped": skipped,
+        "duplicates": drawing.duplicates,
         "fingerprint": digest.hexdigest(),
     }
 

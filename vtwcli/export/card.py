@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Subject:
         weights: ``linked``, ``copied`` or ``converted``.
         dtype: of the weights, for people.
         front: what is carried along of the base model's card, see ``front_matter``.
+        changed: what the export took out of the base model's generation settings, in sentences.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Subject:
     weights: str
     dtype: str
     front: dict[str, str | list[str]]
+    changed: Sequence[str] = ()
 
 
 def model_card(
@@ -252,6 +255,7 @@ def of_schedule(evaluation: dict[str, Any], schedule: Schedule) -> dict[str, Any
 
 
 def _loading(subject: Subject) -> str:
+    changed = "".join(f"\n\n- {text.markdown(sentence)}." for sentence in subject.changed)
     code = f"""from transformers import AutoModelForImageTextToText, AutoProcessor
 
 path = {json.dumps(subject.name)}  # this directory, or its Hub id
@@ -262,7 +266,7 @@ processor = AutoProcessor.from_pretrained(path)"""
 With `trust_remote_code=True` the model is pruned, in `generate` and in `pipeline("image-text-to-text")`; the code is
 `modeling_vtw.py` and `vtw_pruning.py`, which need torch and transformers only. Without the flag the same files load as
 the unpruned model. A model that was loaded pruned stays so through `save_pretrained`; one that was loaded without the
-flag and saved again loses the two code files, so load it with the flag before saving."""
+flag and saved again loses the two code files, so load it with the flag before saving.{changed}"""
 
 
 def _licence(subject: Subject) -> str:

@@ -17,11 +17,12 @@ import torch
 from vtwcli import __version__, console
 from vtwcli.errors import GateError, NotFoundError, UsageError
 from vtwcli.export.card import Subject, front_matter, model_card, of_schedule
-from vtwcli.export.manifest import CARD, MANIFEST, read_manifest, save_json, write_manifest
+from vtwcli.export.generation import clean_files, sentences
+from vtwcli.export.manifest import CARD, MANIFEST, read_manifest, save_json, save_settings, write_manifest
 from vtwcli.export.own_code import drop_code_map, without_code_map
 from vtwcli.export.publish import check_target, publish
 from vtwcli.export.remote import MODELING, auto_map, remote_code
-from vtwcli.export.weights import own_files, place_weights
+from vtwcli.export.weights import check_finite, own_files, place_weights
 from vtwcli.models.checkpoint import COMPANIONS, Checkpoint, first_line, quiet_libraries, resolve
 from vtwcli.models.families import Family
 from vtwcli.outputs import Inputs, inputs_of
@@ -48,8 +49,8 @@ def export_hf(
     """Write a model directory with ``schedule`` baked in.
 
     ``AutoModelForImageTextToText.from_pretrained(output, trust_remote_code=True)`` loads it pruned, without this
-    package; without the flag it loads as the plain model. Weights are linked or copied as they are, or converted a
-    few MiB at a time; they are never loaded.
+    package; without the flag it loads as the plain model. Weights are read once to see that they are finite, then
+    linked or copied as they are, or converted, a few MiB at a time; they are never loaded.
 
     Args:
         model: a directory, Hub id or ``demo``, or what ``resolve`` made of it.
@@ -67,7 +68,8 @@ def export_hf(
 
     Raises:
         UsageError: a schedule or type that does not fit the model, or an output that would be overwritten.
-        NotFoundError: the model cannot be found or read, or nothing can be withdrawn from its family.
+        NotFoundError: the model cannot be found or read, its weights are not finite, or nothing can be withdrawn
+            from its family.
         GateError: transformers would not find every weight under the exported class.
         VtwError: the file system refuses.
     """
@@ -81,12 +83,16 @@ def export_hf(
     family = checkpoint.family
     code = remote_code(family)
     earlier = _earlier(checkpoint)
+    check_finite(checkpoint)
     with publish(output, force, source_of(checkpoint)) as folder:
         weights = place_weights(checkpoint, folder, wanted)
         kind = str(wanted if wanted and weights == "converted" else checkpoint.dtype).removeprefix("torch.")
         _copy_companions(checkpoint, folder)
         config = _config(checkpoint, schedule, wanted if weights == "converted" else None)
-        save_json(folder / "config.json", config)
+        changed = clean_files(folder, config, schedule)
+        for sentence in sentences(changed):
+            console.warn(sentence)
+        save_settings(folder / "config.json", config)
         for name, text in code.items():
             (folder / name).write_text(text, encoding="utf-8")
         _write_record(folder, calibration, recipe)
@@ -104,6 +110,7 @@ def export_hf(
             weights=weights,
             dtype=kind,
             front=front_matter(checkpoint.path / CARD),
+            changed=sentences(changed),
         )
         picture = PICTURE if (folder / PICTURE).exists() else None
         card = model_card(subject, calibration, evaluation, picture)
@@ -118,6 +125,7 @@ def export_hf(
                 "schedule": schedule.to_dict(),
                 "weights": weights,
                 "dtype": kind,
+                "changed": changed,
             },
         )
 

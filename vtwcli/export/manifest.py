@@ -71,6 +71,11 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 def save_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write a document of an exported directory that people may read."""
+    path.write_text(document(data, indent=2), encoding="utf-8")
+
+
+def save_settings(path: Path, data: Mapping[str, Any]) -> None:
+    """Write settings of the base model, which may hold the Infinity that transformers writes and reads."""
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -283,10 +283,10 @@ def check(
     plan = schedule.to_dict() if cuts else None
     references = []
     for at in range(0, len(chosen), 4):
-        inputs = encode_batch(loaded, chosen[at : at + 4])
-        references.append(
-            onnx_parity.Reference(inputs, *onnx_parity.torch_steps(loaded.model, plan, inputs, steps))
-        )
+        part = chosen[at : at + 4]
+        names, inputs = [sample.id for sample in part], encode_batch(loaded, part)
+        wanted = onnx_parity.torch_steps(loaded.model, plan, inputs, steps, names)
+        references.append(onnx_parity.Reference(inputs, *wanted, names))
     result = onnx_parity.measure(exported, references)
     _tell(manifest["quantize"] or manifest["dtype"], result)
     if manifest["quantize"] is None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtwcli.export.manifest import save_json
+from vtwcli.export.manifest import save_json, save_settings
 from vtwcli.export.own_code import without_code_map
 from vtwcli.export.weights import own_files
 from vtwcli.models.checkpoint import LEGAL, quiet_libraries
@@ -83,7 +83,7 @@ def _keep_video_part(path: Path, folder: Path) -> None:
     elif (path / _PROCESSOR).is_file():
         settings = json.loads((path / _PROCESSOR).read_text(encoding="utf-8"))
         if "video_processor" in settings:
-            save_json(folder / _VIDEO, settings["video_processor"])
+            save_settings(folder / _VIDEO, settings["video_processor"])
 
 
 def _prompts(processor: Any) -> dict[str, str] | None:

@@ -42,13 +42,19 @@ def parity(
     """
     draw = torch.Generator().manual_seed(0)
     visual = set(loaded.placeholder_ids)
-    text = torch.tensor([i for i in range(len(loaded.processor.tokenizer)) if i not in visual])
+    known = min(len(loaded.processor.tokenizer), loaded.embedding_rows)
+    text = torch.tensor([i for i in range(known) if i not in visual])
     forced = [text[torch.randint(len(text), (steps - 1,), generator=draw)] for _ in samples]
     prompts = [encode(loaded, sample) for sample in samples]
     whole = [encode(loaded, sample, ids) for sample, ids in zip(samples, forced, strict=True)]
     reference = torch_logits(loaded, cut, whole)
     logits = onnx_logits(exported, prompts, [ids.numpy() for ids in forced])
-    return merge([compare(theirs, ours) for theirs, ours in zip(reference, logits, strict=True)])
+    return merge(
+        [
+            compare(theirs, ours, f"sample {sample.id!r}")
+            for theirs, ours, sample in zip(reference, logits, samples, strict=True)
+        ]
+    )
 
 
 @torch.no_grad()

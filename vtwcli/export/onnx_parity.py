@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vtwcli.errors import GateError
-from vtwcli.ort import OnnxModel
+from vtwcli.errors import GateError, NotFoundError
+from vtwcli.finite import HINT, check_generation, divergence, log_probabilities, sample_name
+from vtwcli.models.families import family_of
+from vtwcli.ort import NotFinite, OnnxModel
 
 RELATIVE_TOLERANCE = 2e-4
 """fp32: largest difference of a logit, as a share of the largest logit (at least 1)."""
@@ -27,7 +30,11 @@ HALF_KL = 1e-2
 
 @torch.no_grad()
 def torch_steps(
-    model: Any, schedule: Mapping[str, Any] | None, inputs: Mapping[str, Tensor], steps: int
+    model: Any,
+    schedule: Mapping[str, Any] | None,
+    inputs: Mapping[str, Tensor],
+    steps: int,
+    names: Sequence[str] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Greedy tokens [B, n] of the torch runtime and the logits they were chosen from [B, n, V].
 
@@ -36,6 +43,10 @@ def torch_steps(
         schedule: in canonical form, or None for the full model.
         inputs: left-padded model inputs.
         steps: n.
+        names: of the rows' samples, for messages.
+
+    Raises:
+        NotFoundError: logits that are not finite; names the sample, the layer and the type.
     """
     from transformers import GenerationConfig
 
@@ -47,11 +58,15 @@ def torch_steps(
     model.generation_config = config  # the checkpoint's own may carry penalties and end tokens
     try:
         with pruned(model, schedule) if schedule is not None else nullcontext():
-            out = model.generate(**inputs, output_logits=True, return_dict_in_generate=True)
+            run = partial(model.generate, **inputs, output_logits=True, return_dict_in_generate=True)
+            out = run()
+            logits = torch.stack(out.logits, 1)
+            layers = model.get_submodule(family_of(model.config).text_model).layers
+            mask = inputs.get("attention_mask")
+            check_generation(logits, [steps] * len(logits), names, layers, run, mask, model.dtype)
     finally:
         model.generation_config = before
-    logits = torch.stack(out.logits, 1).float().cpu().numpy()
-    return out.sequences[:, -steps:].cpu().numpy(), logits
+    return out.sequences[:, -steps:].cpu().numpy(), logits.float().cpu().numpy()
 
 
 def arrays(inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -62,36 +77,47 @@ def arrays(inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     }
 
 
-def onnx_steps(exported: OnnxModel, inputs: Mapping[str, Any], tokens: np.ndarray) -> np.ndarray:
+def onnx_steps(
+    exported: OnnxModel, inputs: Mapping[str, Any], tokens: np.ndarray, names: Sequence[str] = ()
+) -> np.ndarray:
     """The graphs' logits [B, n, V] before each of the forced ``tokens`` [B, n].
 
     Args:
         exported: the graphs.
         inputs: model inputs as torch tensors.
         tokens: what the reference chose.
+        names: of the rows' samples, for messages.
+
+    Raises:
+        NotFoundError: logits that are not finite; names the sample.
     """
-    logits, state = exported.prefill(arrays(inputs))
-    columns = [logits]
-    for t in range(tokens.shape[1] - 1):
-        columns.append(exported.step(tokens[:, t], state))
+    try:
+        logits, state = exported.prefill(arrays(inputs))
+        columns = [logits]
+        for t in range(tokens.shape[1] - 1):
+            columns.append(exported.step(tokens[:, t], state))
+    except NotFinite as error:
+        raise NotFoundError(f"{sample_name(names, error.row)}: {error.what}", HINT) from error
     return np.stack(columns, 1)
 
 
-def compare(reference: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
-    """How far logits [..., V] are from a reference.
+def compare(reference: np.ndarray, logits: np.ndarray, whose: str = "the graphs") -> dict[str, Any]:
+    """How far logits [..., V] are from a reference; ``whose`` they are, for messages.
 
     Returns:
         ``positions``; ``agreement``, the share of positions with the same first choice; ``max_logit_difference``;
         ``max_logit``; ``mean_kl`` and ``max_kl``, KL(P_onnx || P_torch) in nats, from float64.
     """
-    ours, theirs = _log_softmax(logits), _log_softmax(reference)
-    kl = (np.exp(ours) * (ours - theirs)).sum(-1)
+    ours, theirs = (log_probabilities(torch.from_numpy(x), whose) for x in (logits, reference))
+    kl = divergence(ours, theirs, whose)
     same = logits.argmax(-1) == reference.argmax(-1)
+    ruled_out = logits == reference  # both -inf, whose difference is no number
+    difference = np.subtract(logits, reference, out=np.zeros_like(reference), where=~ruled_out)
     return {
         "positions": int(same.size),
         "agreement": float(same.mean()),
-        "max_logit_difference": float(np.abs(logits - reference).max()),
-        "max_logit": float(np.abs(reference).max()),
+        "max_logit_difference": float(np.abs(difference).max()),
+        "max_logit": float(np.abs(reference[np.isfinite(reference)]).max()),
         "mean_kl": float(kl.mean()),
         "max_kl": float(kl.max()),
     }
@@ -114,16 +140,27 @@ class Reference:
         inputs: model inputs.
         tokens: greedy tokens [B, n].
         logits: from which they were chosen [B, n, V].
+        names: of the rows' samples, for messages.
     """
 
     inputs: Mapping[str, Tensor]
     tokens: np.ndarray
     logits: np.ndarray
+    names: Sequence[str] = ()
 
 
 def measure(exported: OnnxModel, references: Sequence[Reference]) -> dict[str, Any]:
-    """How far the graphs are from torch on some batches; see ``compare``."""
-    return merge([compare(r.logits, onnx_steps(exported, r.inputs, r.tokens)) for r in references])
+    """How far the graphs are from torch on some batches; see ``compare``.
+
+    Raises:
+        GateError: logits of the graphs that are not finite.
+    """
+    try:
+        return merge(
+            [compare(r.logits, onnx_steps(exported, r.inputs, r.tokens, r.names)) for r in references]
+        )
+    except NotFoundError as error:
+        raise GateError(f"parity failed: {error.message}", error.hint) from error
 
 
 def gate(result: Mapping[str, Any], dtype: str) -> None:
@@ -146,9 +183,3 @@ def gate(result: Mapping[str, Any], dtype: str) -> None:
         raise GateError(
             f"parity failed: mean KL to torch {result['mean_kl']:.2g} nats (allowed {HALF_KL:.2g})", hint
         )
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    wide = logits.astype(np.float64)
-    wide = wide - wide.max(-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vtwcli import __version__
-from vtwcli.errors import VtwError
+from vtwcli.errors import NotFoundError, UsageError, VtwError
 from vtwcli.export.onnx_graphs import Graph
+from vtwcli.finite import HINT, is_finite
 
 Read = Callable[[Sequence[str]], Tensor]
 """Names of a parameter in the model (several where it is tied) -> its values, in any floating-point type."""
@@ -199,10 +200,12 @@ def _lazy(value: ir.Value, source: list[str], turned: bool, read: Read) -> ir.La
 
     def load() -> ir.Tensor:
         stored = read(source)
+        if stored.is_floating_point() and not is_finite(stored):
+            raise NotFoundError(f"{source[0]} holds values that are not finite (NaN or infinity)", HINT)
         converted, exact = stored.to(dtype), stored.dtype == dtype
         del stored  # copies of the largest weight are most of the export's memory
-        if not exact and not all(bool(x.isfinite()) for x in torch.aminmax(converted)):
-            raise VtwError(
+        if not exact and not is_finite(converted):
+            raise UsageError(
                 f"{source[0]} has values that {str(dtype).removeprefix('torch.')} cannot hold", "use fp32"
             )
         converted = (converted.t() if turned else converted).contiguous()

@@ -16,10 +16,12 @@ from torch import Tensor
 from vtwcli import console, ort
 from vtwcli.data.sample import Sample
 from vtwcli.errors import GateError, NotFoundError, UsageError
+from vtwcli.export.generation import REFUSED
 from vtwcli.export.hf import DTYPES
 from vtwcli.export.manifest import at_hand, check_files, file_totals, read_manifest
 from vtwcli.export.own_code import read_own_code
 from vtwcli.export.remote import auto_map, remote_code
+from vtwcli.finite import is_distribution, not_finite
 from vtwcli.models.checkpoint import first_line, quiet_libraries, resolve
 from vtwcli.models.families import FAMILIES
 from vtwcli.models.inputs import encode
@@ -106,8 +108,13 @@ def verify(
     gc.collect()  # two models of this size may not fit together
     with _only_checked(directory, checked) as source:
         model = _load_exported(source, directory, manifest, "auto" if spread else place, kind)
-    with console.progress("generating"):
-        got = _generate(model, encoded.inputs, max_new_tokens)
+    try:
+        with console.progress("generating"):
+            got = _generate(model, encoded.inputs, max_new_tokens)
+    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError, IndexError, KeyError) as error:
+        raise GateError(
+            f"{directory} loads, but does not generate: {first_line(error)}", "export it again"
+        ) from error
     visual_tokens = int(encoded.visual.sum())
     text_tokens = encoded.prompt_length - visual_tokens
     trace = model.vtw_pruning.trace  # none where the schedule never acts
@@ -204,7 +211,8 @@ def _expected(
     from vtwcli.runtime import pruned
 
     with pruned(loaded.model, schedule), console.progress("generating with the runtime"):
-        return _generate(loaded.model, inputs, max_new_tokens)
+        # the base may ask for what a schedule refuses and the export has taken out
+        return _generate(loaded.model, inputs, max_new_tokens, **dict.fromkeys(REFUSED))
 
 
 def _load_exported(
@@ -245,7 +253,7 @@ def _load_exported(
 
 
 @torch.no_grad()
-def _generate(model: Any, inputs: dict[str, Tensor], max_new_tokens: int) -> Answer:
+def _generate(model: Any, inputs: dict[str, Tensor], max_new_tokens: int, **settings: Any) -> Answer:
     with quiet_libraries():
         output = model.generate(
             **inputs,
@@ -254,6 +262,8 @@ def _generate(model: Any, inputs: dict[str, Tensor], max_new_tokens: int) -> Ans
             num_beams=1,
             return_dict_in_generate=True,
             output_logits=True,
+            use_cache=True,  # also where the settings leave it out: what it holds is looked at
+            **settings,
         )
     return Answer(
         tokens=output.sequences[0, inputs["input_ids"].shape[1] :].cpu(),
@@ -280,15 +290,20 @@ def _check_gone(got: Answer, present: list[int], schedule: Schedule, text: int, 
 
 def _check_same(got: Answer, wanted: Answer, dtype: torch.dtype, name: str) -> float:
     """The largest difference of a logit while the answers agree."""
-    if not bool(got.logits.isfinite().all()):
-        raise GateError("the exported model's logits are not finite")
+    for answer, whose in ((got, "the exported model"), (wanted, name)):
+        if not bool(is_distribution(answer.logits).all()):
+            error = not_finite(whose, "the logits are", dtype)
+            raise GateError(error.message, error.hint)
     if got.tokens.tolist() != wanted.tokens.tolist():
         raise GateError(
             f"the exported model generates {got.tokens.tolist()}, but {name} generates {wanted.tokens.tolist()}"
         )
-    difference = float((got.logits - wanted.logits).abs().max())
-    bound = _TOLERANCE.get(dtype, 1e-2) * float(wanted.logits.abs().max())
-    if difference > bound:
+    apart = torch.where(
+        got.logits == wanted.logits, 0.0, got.logits - wanted.logits
+    )  # -inf less -inf is no number
+    difference = float(apart.abs().max())
+    bound = _TOLERANCE.get(dtype, 1e-2) * float(wanted.logits[wanted.logits.isfinite()].abs().max())
+    if not difference <= bound:
         raise GateError(
             f"the exported model's logits differ from those of {name} by {difference:.2e}, more than {bound:.2e}"
         )

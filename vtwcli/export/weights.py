@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from vtwcli import console
 from vtwcli.errors import NotFoundError, UsageError
+from vtwcli.finite import is_finite
 from vtwcli.models.checkpoint import DTYPES, Checkpoint, StoredTensor, read_header
 
 _CONVERTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -20,6 +21,51 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 1 << 22  # values converted at a time
 _MIB = 1 << 20
 _READ = ("merges.txt", "vocab.txt")  # text that tokenizers are made of
+
+
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Read every weight that the model loads once, a few MiB at a time, and refuse one with NaN or infinity.
+
+    It takes less time than the digests of the manifest do. Integers are passed over, and so are eight-bit floats,
+    whose scales are elsewhere. A buffer may hold infinities on purpose, as masks do, but no NaN.
+
+    Raises:
+        NotFoundError: naming the weight and its file.
+    """
+    parameters = {name for name, _ in checkpoint.skeleton().named_parameters(remove_duplicate=False)}
+    loaded: dict[str, tuple[StoredTensor, bool]] = {}
+    for name, tensor in checkpoint.key_map.items():
+        loaded[tensor.key] = tensor, name in parameters
+    for name, conversion in checkpoint.conversions.items():
+        loaded |= {tensor.key: (tensor, name in parameters) for tensor in conversion.sources}
+    tensors = [one for one in loaded.values() if one[0].dtype in _CONVERTED]
+    done = 0
+    with console.progress("checking weights, MiB", sum(t.nbytes for t, _ in tensors) // _MIB) as bar:
+        for tensor, parameter in sorted(tensors, key=lambda one: (one[0].file, one[0].start)):
+            for raw in _runs(tensor):
+                values = torch.frombuffer(raw, dtype=tensor.dtype)
+                if not is_finite(values) and (parameter or bool(values.isnan().any())):
+                    raise NotFoundError(
+                        f"the weights of {checkpoint.name!r} are broken: {tensor.key!r} in {tensor.file.name} holds "
+                        "values that are not finite (NaN or infinity)",
+                        "download or convert them again; float16 ends at 65504, bfloat16 and float32 reach further",
+                    )
+                done += len(raw)
+                bar.advance(done // _MIB)
+                done %= _MIB
+
+
+def _runs(tensor: StoredTensor) -> Iterator[bytearray]:
+    """A tensor's bytes, a few MiB at a time."""
+    left = tensor.nbytes
+    with tensor.file.open("rb") as reader:
+        reader.seek(tensor.start)
+        while left:
+            raw = bytearray(min(left, _CHUNK * tensor.dtype.itemsize))
+            if reader.readinto(raw) != len(raw):
+                raise NotFoundError(f"weight file {tensor.file} ends within {tensor.key!r}")
+            left -= len(raw)
+            yield raw
 
 
 def place_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> str:
@@ -123,16 +169,10 @@ def _convert(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to eight bytes
     done = 0
-    with source.open("rb") as reader, target.open("wb") as writer:
+    with target.open("wb") as writer:
         writer.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
-            reader.seek(tensor.start)
-            left = tensor.nbytes
-            while left:
-                raw = bytearray(min(left, _CHUNK * tensor.dtype.itemsize))
-                if reader.readinto(raw) != len(raw):
-                    raise NotFoundError(f"weight file {source} ends within {tensor.key!r}")
-                left -= len(raw)
+            for raw in _runs(tensor):
                 writer.write(_cast(raw, tensor, _target(tensor.dtype, dtype)))
                 done += len(raw)
                 bar.advance(done // _MIB)

@@ -42,6 +42,8 @@ class Family:
             it is set, ``family_of`` gives its length as ``first_withdrawal``.
         answer_token_type: what ``token_type_ids`` hold for answer tokens, as ``generate`` continues them.
         prompt: the prompt of checkpoints that come without a chat template; ``{images}`` are the placeholders.
+        placeholder_apart: whether the model takes the image placeholder out of ``input_ids`` before they are embedded,
+            so that its id may lie outside the embedding.
         no_withdraw: reason why withdrawal is refused, or None.
         no_sweep: reason why the one-pass sweep is not exact and the naive search runs instead, or None.
         no_onnx: reason why there is no ONNX export, or None.
@@ -61,6 +63,7 @@ class Family:
     deepstack: str | None = None
     answer_token_type: int = 0
     prompt: str | None = None
+    placeholder_apart: bool = False
     no_withdraw: str | None = None
     no_sweep: str | None = None
     no_onnx: str | None = None
@@ -258,6 +261,7 @@ FAMILIES: dict[str, Family] = {
             "Gemma3ForConditionalGeneration",
             no_onnx=_BLOCKS,
             caveat=_WINDOWS,
+            placeholder_apart=True,
         ),
         Family(
             "paligemma",
@@ -267,6 +271,7 @@ FAMILIES: dict[str, Family] = {
             answer_token_type=1,
             prompt="{images}{text}",
             no_onnx="its whole prompt attends in both directions, which the exported graphs do not",
+            placeholder_apart=True,
         ),
         Family(
             "aya_vision",

@@ -16,6 +16,7 @@ from torch import Tensor
 from vtwcli import console
 from vtwcli.data.sample import Sample
 from vtwcli.errors import NotFoundError
+from vtwcli.finite import check_generation
 from vtwcli.models.checkpoint import first_line, quiet_libraries
 from vtwcli.models.loading import LoadedModel
 
@@ -65,6 +66,7 @@ def encode(
     prompt_length = int(inputs["input_ids"].shape[1])
     visual = visual_mask(inputs["input_ids"][0], loaded.placeholder_ids)
     if answer_ids is not None:
+        _check_ids(loaded, [sample], answer_ids[None])
         inputs = append(loaded, inputs, answer_ids)
         visual = torch.cat([visual, visual.new_zeros(answer_ids.shape[0])])
     _check_length(loaded, [sample], int(visual.shape[0]))
@@ -143,34 +145,97 @@ def generate_answers(
         NotFoundError: a sample that cannot be encoded, or whose placeholders the model refuses.
     """
     answers: list[tuple[str, Tensor]] = []
-    ends = set(end_ids(loaded))
     with console.progress("answers", total=len(samples)) as task, plain_generation(loaded):
         for at in range(0, len(samples), batch_size):
-            batch = encode_batch(loaded, samples[at : at + batch_size])
-            width = batch["input_ids"].shape[1]
+            part = samples[at : at + batch_size]
+            batch = encode_batch(loaded, part)
             try:
                 with quiet_libraries():
-                    output = loaded.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+                    output, _ = greedy(loaded, batch, max_new_tokens, [sample.id for sample in part])
             except ValueError as error:
-                ids = _names(samples[at : at + batch_size])
                 raise NotFoundError(
-                    f"the model refuses the inputs of sample {ids}: {first_line(error)}"
+                    f"the model refuses the inputs of sample {_names(part)}: {first_line(error)}"
                 ) from error
-            for row in output[:, width:].cpu():
-                stop = next((i + 1 for i, token in enumerate(row.tolist()) if token in ends), len(row))
-                text = loaded.processor.tokenizer.decode(row[:stop], skip_special_tokens=True).strip()
-                answers.append((text, row[:stop].clone()))
+            for row in output.cpu():
+                ids = row[: len(answer_of(loaded, row.tolist()))].clone()
+                answers.append(
+                    (loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).strip(), ids)
+                )
             task.advance(len(output))
     return answers
 
 
+@torch.no_grad()
+def greedy(
+    loaded: LoadedModel,
+    batch: dict[str, Tensor],
+    tokens: int,
+    names: Sequence[str] = (),
+    forced: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The most likely tokens of a batch that is padded on the left, and the logits they were chosen from.
+
+    Args:
+        loaded: the model; a schedule that is applied to it has its effect.
+        batch: model inputs of B rows.
+        tokens: longest answer R.
+        names: of the rows' samples, for messages.
+        forced: token ids [B, R] that are taken instead of the most likely ones.
+
+    Returns:
+        Token ids [B, R], behind the end of an answer padding, and raw logits [B, R, V].
+
+    Raises:
+        NotFoundError: logits of an answer that are not finite; names the sample, the layer and the type.
+    """
+    width = batch["input_ids"].shape[1]
+
+    def force(ids: Tensor, scores: Tensor) -> Tensor:
+        assert forced is not None
+        wanted = forced[:, ids.shape[1] - width, None].to(scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, wanted, 0.0)
+
+    extra: dict[str, Any] = {}
+    if forced is not None:
+        extra = {"logits_processor": [force], "min_new_tokens": tokens}
+
+    def run() -> Any:
+        return loaded.model.generate(
+            **batch,
+            max_new_tokens=tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **extra,
+        )
+
+    out = run()
+    said, logits = out.sequences[:, width:], torch.stack(out.logits, dim=1)
+    lengths = [len(answer_of(loaded, row)) for row in said.tolist()]
+    mask = batch.get("attention_mask")
+    check_generation(logits, lengths, names, loaded.layers, run, mask, loaded.dtype)
+    return said, logits
+
+
+def answer_of(loaded: LoadedModel, ids: list[int]) -> list[int]:
+    """Generated tokens up to and with the first end token."""
+    ends = set(end_ids(loaded))
+    stop = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+    return ids[:stop]
+
+
 @contextmanager
 def plain_generation(loaded: LoadedModel) -> Iterator[None]:
-    """The library's own generation defaults for a while, with the model's special tokens."""
+    """The library's own generation defaults for a while, with the model's special tokens.
+
+    So there is no static cache either, which a schedule cannot shorten, whatever the checkpoint asks for.
+    """
     from transformers import GenerationConfig
 
     model, before = loaded.model, loaded.model.generation_config
-    pad = before.pad_token_id if before.pad_token_id is not None else loaded.processor.tokenizer.pad_token_id
+    pads = (before.pad_token_id, loaded.processor.tokenizer.pad_token_id, *end_ids(loaded))
+    # fed to rows that have ended, whatever it is: an id that the embedding does not have, such as -1, will not do
+    pad = next((token for token in pads if token is not None and 0 <= token < loaded.embedding_rows), 0)
     model.generation_config = GenerationConfig(
         bos_token_id=before.bos_token_id, eos_token_id=before.eos_token_id, pad_token_id=pad
     )
@@ -258,6 +323,7 @@ def _process(
         raise NotFoundError(
             f"the processor cannot encode sample {_names(samples)}: {first_line(error)}"
         ) from error
+    _check_ids(loaded, samples, encoded["input_ids"])
     encoded.pop("labels", None)  # PaliGemma's processor makes some even where there is nothing to learn
     inputs = {
         name: value.to(loaded.device, loaded.dtype if value.is_floating_point() else None)
@@ -272,6 +338,30 @@ def _process(
                 "the processor and the model's config disagree about the image placeholder",
             )
     return inputs
+
+
+def _check_ids(loaded: LoadedModel, samples: Sequence[Sample], ids: Tensor) -> None:
+    """Refuse token ids [B, S] that the embedding has no row for, as the model itself would.
+
+    Raises:
+        NotFoundError: naming the sample, the token, its id and the file that it comes from.
+    """
+    rows = loaded.embedding_rows
+    outside = (ids < 0) | (ids >= rows)
+    if loaded.family.placeholder_apart:
+        outside &= ids != loaded.config.image_token_id
+    if not bool(outside.any()):
+        return
+    row, place = outside.nonzero()[0].tolist()
+    token = int(ids[row, place])
+    text = loaded.processor.tokenizer.convert_ids_to_tokens(token)
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    file = next((loaded.path / name for name in names if (loaded.path / name).is_file()), loaded.path)
+    raise NotFoundError(
+        f"sample {samples[row].id!r}: the token {text!r} has the id {token} in {file}, but the model embeds the ids "
+        f"0..{rows - 1} only",
+        "the tokenizer and the weights come from different models, or a token was added without its embedding",
+    )
 
 
 def _check_length(loaded: LoadedModel, samples: Sequence[Sample], length: int) -> None:

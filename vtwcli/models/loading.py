@@ -73,6 +73,11 @@ class LoadedModel:
         return self.model.get_submodule(self.family.head)
 
     @property
+    def embedding_rows(self) -> int:
+        """How many token ids the text model embeds: 0 to this less one."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
     def placeholder_ids(self) -> tuple[int, ...]:
         """The token ids that stand for visual tokens in ``input_ids``."""
         return placeholder_ids(self.family, self.model.config)
