@@ -1,0 +1,117 @@
+"""Unusual and damaged checkpoints: what safetensors and transformers take is taken, all else is one clear line."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+
+import pytest
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from vtwcli.errors import NotFoundError
+from vtwcli.models.stored import read_header
+
+# --- headers -----------------------------------------------------------------------------------------------------
+
+
+def pack(text: bytes, data: bytes) -> bytes:
+    """A safetensors file of a header and data, whatever they are."""
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def mutate(rng: random.Random, header: dict, data: bytes) -> bytes:
+    """A safetensors file with one thing changed; not everything that is changed is wrong."""
+    header = json.loads(json.dumps(header))
+    names = [name for name in header if name != "__metadata__"]
+    name, other = rng.sample(names, 2)
+    entry = header[name]
+    numbers = [0, 1, -1, 7, 8, 2**31, 2**63, 2**64, 1.5, None, "8", True]
+    kind = rng.randrange(16)
+    if kind == 0:
+        entry["data_offsets"] = list(header[other]["data_offsets"])
+    elif kind == 1:
+        entry["data_offsets"][rng.randrange(2)] = rng.choice(numbers)
+    elif kind == 2:
+        entry["data_offsets"][rng.randrange(2)] += rng.choice([-8, -4, -1, 1, 4, 8])
+    elif kind == 3:
+        entry["shape"] = rng.choice(
+            [[], [0], [2**32, 2**32], [-1], entry["shape"][::-1], [*entry["shape"], 1], None]
+        )
+    elif kind == 4:
+        entry["shape"][rng.randrange(len(entry["shape"]))] = rng.choice(numbers)
+    elif kind == 5:
+        entry["dtype"] = rng.choice(
+            ["I32", "U32", "F16", "BF16", "F64", "C64", "U8", "F4", "F6_E2M3", "X", 3, None]
+        )
+    elif kind == 6:
+        del entry[rng.choice(["dtype", "shape", "data_offsets"])]
+    elif kind == 7:
+        entry["more"] = rng.choice([1, [], {}])
+    elif kind == 8:
+        header["__metadata__"] = rng.choice([None, {}, {"a": "b"}, {"a": 1}, [], "x", {"a": None}])
+    elif kind == 9:
+        header[name] = rng.choice([None, [], 3, [entry["dtype"], entry["shape"], entry["data_offsets"]]])
+    elif kind == 10:
+        del header[name]
+    elif kind == 11:
+        items = list(header.items())
+        rng.shuffle(items)
+        header = dict(items)
+    elif kind == 12:
+        header["empty"] = {"dtype": "F32", "shape": [0], "data_offsets": [rng.choice([0, 4, len(data)])] * 2}
+    text = json.dumps(header).encode()
+    if kind == 13:
+        first, second = (json.dumps({name: value})[1:-1] for value in (header[other], entry))
+        text = text[:-1] + b", " + rng.choice([first, second]).encode() + b"}"
+    elif kind == 14:
+        place = rng.randrange(len(text))
+        text = text[:place] + bytes([rng.randrange(256)]) + text[place + rng.randrange(2) :]
+    elif kind == 15:
+        data = rng.choice([data + b"\0", data[:-1], data + data, b""])
+        text = rng.choice([text, text + b"  ", b" " + text, text + b"\0", b"\xef\xbb\xbf" + text])
+    whole = pack(text, data)
+    if rng.randrange(20) == 0:
+        whole = rng.choice(
+            [
+                whole[: rng.randrange(len(whole))],
+                struct.pack("<Q", rng.choice([0, 1, 10**9, 2**63])) + text + data,
+            ]
+        )
+    return whole
+
+
+def test_headers_are_read_as_strictly_as_the_library_does(tmp_path):
+    header, place = {"__metadata__": {"format": "pt"}}, 0
+    for i, shape in enumerate(([2, 3], [4], [1, 5], [6, 2])):
+        size = 4 * int(torch.tensor(shape).prod())
+        header[f"layers.{i}.weight"] = {"dtype": "F32", "shape": shape, "data_offsets": [place, place + size]}
+        place += size
+    data = torch.arange(place // 4, dtype=torch.float32).numpy().tobytes()
+    taken = refused = 0
+    for seed in range(600):
+        file = tmp_path / f"{seed}.safetensors"
+        file.write_bytes(mutate(random.Random(seed), header, data))
+        try:
+            with safe_open(file, "pt") as opened:
+                expected = {key: opened.get_slice(key) for key in opened.offset_keys()}
+                shapes = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in expected.items()}
+            taken += 1
+        except SafetensorError:
+            refused += 1
+            with pytest.raises(NotFoundError, match=f"weight file {file} is truncated or corrupt"):
+                read_header(file)
+            continue
+        found = read_header(file).tensors
+        assert {key: (tensor.kind, tensor.shape) for key, tensor in found.items()} == shapes, seed
+        if all(tensor.dtype is not None for tensor in found.values()):
+            values = load_file(file)
+            for key, tensor in found.items():
+                assert torch.equal(tensor.read().view(torch.uint8), values[key].view(torch.uint8)), (
+                    seed,
+                    key,
+                )
+    assert taken > 100
+    assert refused > 100
