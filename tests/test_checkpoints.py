@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,3 +120,51 @@ def test_headers_are_read_as_strictly_as_the_library_does(tmp_path):
                 )
     assert taken > 100
     assert refused > 100
+
+
+# --- torchvision -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other_torchvision(tmp_path_factory) -> dict[str, str]:
+    """The environment of a process in which torchvision is installed, but was built for another torch."""
+    place = tmp_path_factory.mktemp("site")
+    package, record = place / "torchvision", place / "torchvision-0.28.0.dist-info"
+    package.mkdir()
+    record.mkdir()
+    (package / "_meta.py").write_text("")
+    (package / "__init__.py").write_text(
+        "from torchvision import _meta\n"
+        "raise RuntimeError('operator torchvision::nms does not exist\\nand more')\n"
+    )
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n")
+    here = str(Path(__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(place), here])}
+
+
+def test_a_torchvision_that_cannot_be_imported_is_not_needed(other_torchvision, tmp_path):
+    command = [sys.executable, "-m", "vtwcli", "calibrate", "demo", "--limit", "2", "--policy", "budget"]
+    done = subprocess.run(
+        [*command, "--output", tmp_path / "out.json"], env=other_torchvision, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nms" not in done.stderr
+
+
+@pytest.mark.parametrize("order", ["import transformers\nimport vtwcli", "import vtwcli"])
+def test_a_torchvision_that_cannot_be_imported_is_named_where_it_is_needed(
+    order, other_torchvision, tiny_dir, tmp_path
+):
+    model = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+    (model / "processor_config.json").unlink()
+    (model / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "PixtralImageProcessor", "processor_class": "PixtralProcessor"})
+    )
+    use = f"try: vtwcli.load({str(model)!r})\nexcept vtwcli.errors.NotFoundError as error: print(error)"
+    code = f"{order}, vtwcli.errors\n{use}"
+    done = subprocess.run([sys.executable, "-c", code], env=other_torchvision, capture_output=True, text=True)
+    assert done.stdout == (
+        f"the processor of '{model}' needs torchvision, and the installed one cannot be imported: RuntimeError: "
+        "operator torchvision::nms does not exist (install the torchvision that is built for torch "
+        f"{torch.__version__}, from the same index as torch)\n"
+    ), done.stderr
