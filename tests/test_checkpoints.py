@@ -5,19 +5,35 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from tests.conftest import TEMPLATE
+from vtwcli.data.sample import Sample
 from vtwcli.errors import NotFoundError
+from vtwcli.export import onnx_companions
+from vtwcli.models import templates
+from vtwcli.models.inputs import encode
+from vtwcli.models.loading import LoadedModel, load
 from vtwcli.models.stored import read_header
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_dir) -> LoadedModel:
+    return load(str(tiny_dir), device="cpu")
+
 
 # --- headers -----------------------------------------------------------------------------------------------------
 
@@ -168,3 +184,93 @@ def test_a_torchvision_that_cannot_be_imported_is_named_where_it_is_needed(
         "operator torchvision::nms does not exist (install the torchvision that is built for torch "
         f"{torch.__version__}, from the same index as torch)\n"
     ), done.stderr
+
+
+# --- chat templates ----------------------------------------------------------------------------------------------
+
+_LOOPS = "does not end within 2 seconds"
+_MEMORY = "takes more than 256 MiB of memory"
+BOUNDLESS = {
+    "nested loops": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        _LOOPS,
+    ),
+    "a power": ("{{ 9 ** (9 ** 9) }}", _LOOPS),
+    "a power that is no constant": ("{% set n = messages|length + 8 %}{{ n ** (n ** n) }}", _LOOPS),
+    "a product": ("{{ 'x' * 10 ** 10 }}", _MEMORY),
+    "doubling": (
+        "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+        _MEMORY,
+    ),
+    "padding": ("{{ 'x'|center(10 ** 9) }}", _MEMORY),
+    "a format": ("{{ '%1000000000d' % 1 }}", _MEMORY),
+    "recursion": ("{% macro f(x) %}{{ f(x + 1) }}{% endmacro %}{{ f(1) }}", "calls itself without end"),
+    "a long prompt": (
+        "{% for i in range(99999) %}{{ 'x' * 100 }}{% endfor %}",
+        "makes a prompt of more than 4,194,304 characters",
+    ),
+    "with one picture only": (
+        "{% for part in messages[0].content if part.image %}{{ 'x' * 10 ** 10 }}{% endfor %}",
+        _MEMORY,
+    ),
+    "a range": ("{% for i in range(10 ** 9) %}{% endfor %}", "fails: Range too big"),
+    "a division": ("{{ 1 // 0 }}", "fails: integer division or modulo by zero"),
+}
+
+
+@pytest.mark.parametrize("kind", BOUNDLESS)
+def test_a_chat_template_without_bounds_is_refused(kind, loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(templates, "SECONDS", 2.0)
+    template, reason = BOUNDLESS[kind]
+    (tmp_path / "chat_template.jinja").write_text(template)
+    loaded.processor.chat_template = template
+    sample = Sample(id="0", task="t", prompt="what?", images=(Image.new("RGB", (12, 12)),))
+    began = time.monotonic()
+    with pytest.raises(NotFoundError, match=re.escape(reason)) as caught:
+        encode(replace(loaded, path=tmp_path), sample)
+    assert time.monotonic() - began < 30
+    assert ("fails" in reason) or str(tmp_path / "chat_template.jinja") in caught.value.message
+    loaded.processor.chat_template = TEMPLATE
+    assert encode(loaded, sample).length  # the next prompt is rendered as ever
+
+
+@pytest.mark.parametrize("place", ["chat_template.json", "processor_config.json", "tokenizer_config.json"])
+def test_the_file_of_a_chat_template_is_named(place, loaded, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / place).write_text(json.dumps({"chat_template": "x"}))
+    loaded.processor.chat_template = "{{ 'x' * 10 ** 10 }}"
+    with pytest.raises(NotFoundError, match=re.escape(str(tmp_path / place))):
+        encode(replace(loaded, path=tmp_path), Sample(id="0", task="t", prompt="what?", images=()))
+    loaded.processor.chat_template = TEMPLATE
+
+
+def test_an_export_renders_within_the_same_bounds(loaded, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("{{ 'x' * 10 ** 10 }}")
+    loaded.processor.chat_template = "{{ 'x' * 10 ** 10 }}"
+    with pytest.raises(
+        NotFoundError, match=f"chat template in {tmp_path / 'chat_template.jinja'} takes more"
+    ):
+        onnx_companions._prompts(loaded.processor, tmp_path)
+    loaded.processor.chat_template = TEMPLATE
+
+
+def test_the_process_for_templates_ends_with_the_one_that_asks(tmp_path):
+    code = (
+        "import os, signal\nfrom types import SimpleNamespace as N\nfrom vtwcli.models import templates\n"
+        "processor = N(chat_template='x', tokenizer=N(special_tokens_map={}))\n"
+        "templates.check(processor, None, [{'role': 'user', 'content': 'x'}], True)\n"
+        "print(templates._trial.process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=here, capture_output=True, text=True)
+    for _ in range(100):
+        try:
+            os.kill(int(done.stdout), 0)
+        except ProcessLookupError:
+            break
+        if Path(f"/proc/{int(done.stdout)}/stat").read_text().split()[2] == "Z":
+            break  # nobody has collected it yet
+        time.sleep(0.1)
+    else:
+        raise AssertionError("it is still there")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -21,10 +22,10 @@ import torch
 
 from vtwcli import console
 from vtwcli.errors import NotFoundError
+from vtwcli.models.broken_torchvision import hide_if_broken
 from vtwcli.models.families import FAMILIES, Family, family_of
 from vtwcli.models.jsonfiles import CONFIG, GENERATION, check_sizes, read_json
 from vtwcli.models.stored import DOWNLOAD_AGAIN, StoredTensor, read_header
-from vtwcli.models.torchvision import hide_if_broken
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -147,7 +148,8 @@ class Checkpoint:
         if attn is not None:
             options["attn_implementation"] = attn
         try:
-            with quiet_libraries(), _bounded(self), torch.device("meta"):
+            with quiet_libraries(), warnings.catch_warnings(), _bounded(self), torch.device("meta"):
+                warnings.simplefilter("ignore")  # torch's, about tensors without elements
                 model = AutoModelForImageTextToText.from_config(
                     deepcopy(self.config), dtype=dtype or self.dtype, **options
                 )
@@ -267,7 +269,7 @@ class Checkpoint:
         for name, shape in shapes.items():
             if name in wanted and tuple(wanted[name].shape) != shape:
                 other = set(wanted[name].shape) - set(shape)
-                named = self._settings(lambda _, value: value in other)  # noqa: B023 - called at once
+                named = self._settings(lambda name, value: _SIZES.search(name) and value in other)  # noqa: B023 - called at once
                 raise NotFoundError(
                     f"the weights of {self.name!r} do not fit {self.path / CONFIG}: {name!r} is {list(shape)} on disk "
                     f"and {list(wanted[name].shape)} in the model{named}",
@@ -616,6 +618,8 @@ def _status(error: Any) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, or its type where it has none."""
+    """The first line of an exception's text, with the next where it ends in a colon; its type where it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

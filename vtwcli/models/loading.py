@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from vtwcli.errors import NotFoundError, UsageError, VtwError
+from vtwcli.models.broken_torchvision import advice as torchvision_advice
+from vtwcli.models.broken_torchvision import hide_if_broken
 from vtwcli.models.checkpoint import Checkpoint, first_line, quiet_libraries, resolve
 from vtwcli.models.families import Family, placeholder_ids
 from vtwcli.models.jsonfiles import GENERATION, PROCESSOR, TEMPLATES, TOKENIZER, broken
-from vtwcli.models.torchvision import advice as torchvision_advice
-from vtwcli.models.torchvision import hide_if_broken
 
 _DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # how transformers names a package that it misses
