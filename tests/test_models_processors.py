@@ -54,7 +54,9 @@ def test_a_processor_that_cannot_do_without_says_so(image_processor, processor, 
     )
     with pytest.raises(NotFoundError, match="needs a package that is not installed: " + reason) as caught:
         load(str(tmp_path))
-    assert caught.value.hint == "install it: pip install torchvision"
+    assert caught.value.hint == (
+        f"install the torchvision that is built for torch {torch.__version__}, from the same index as torch"
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision", "smolvlm"])

@@ -14,10 +14,10 @@ from transformers import AutoModelForImageTextToText
 
 from tests import tiny
 from vtwcli.errors import NotFoundError, UsageError
-from vtwcli.models import streaming
 from vtwcli.models.checkpoint import resolve
 from vtwcli.models.layers import Resident
 from vtwcli.models.loading import LoadedModel, load
+from vtwcli.models.stored import StoredTensor
 from vtwcli.models.streaming import Streamed
 from vtwcli.sweep import Intervention, SweepItem, naive, sweep
 
@@ -156,9 +156,9 @@ def test_only_the_layer_in_use_is_filled(tiny_dir):
 def test_every_tensor_is_read_once(tiny_dir, monkeypatch):
     source = Streamed(load(str(tiny_dir), device="cpu", weights=False))
     reads: Counter = Counter()
-    read = streaming._read
+    read = StoredTensor.read_into
     monkeypatch.setattr(
-        streaming, "_read", lambda stored, into: (reads.update([stored.key]), read(stored, into))
+        StoredTensor, "read_into", lambda stored, into: (reads.update([stored.key]), read(stored, into))
     )
     sweep(source, items(torch.float32), INTERVENTIONS)
     assert reads == Counter(list(resolve(str(tiny_dir)).tensors))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vtwcli.export.manifest import save_json, save_settings
 from vtwcli.export.own_code import without_code_map
 from vtwcli.export.weights import own_files
+from vtwcli.models import templates
 from vtwcli.models.checkpoint import LEGAL, quiet_libraries
 from vtwcli.ort import MANIFEST
 
@@ -61,7 +62,7 @@ def write_companions(source: Source, manifest: dict[str, Any], folder: Path) -> 
         "bos": tokenizer.bos_token,
         "image": getattr(processor, "image_token", None),
     }
-    manifest["prompt"] = _prompts(processor)
+    manifest["prompt"] = _prompts(processor, source.checkpoint.path if source.checkpoint else None)
     manifest["how_to"] = _how_to(manifest)
     for name, text in scripts().items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -86,13 +87,14 @@ def _keep_video_part(path: Path, folder: Path) -> None:
             save_settings(folder / _VIDEO, settings["video_processor"])
 
 
-def _prompts(processor: Any) -> dict[str, str] | None:
+def _prompts(processor: Any, path: Path | None) -> dict[str, str] | None:
     """The chat template's text before and behind a question, with one image and without; None without a template."""
     if not (getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)):
         return None
     texts = {}
     for name, parts in (("image", [{"type": "image"}]), ("text", [])):
         turn = {"role": "user", "content": [*parts, {"type": "text", "text": _QUESTION}]}
+        templates.check(processor, path, [turn], True)
         text = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
         texts[name] = text.replace(_QUESTION, "{question}")
     return texts

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtwcli.errors import NotFoundError, UsageError
+from vtwcli.errors import UsageError
 from vtwcli.models.checkpoint import Checkpoint
 from vtwcli.models.families import Family
 from vtwcli.models.loading import LoadedModel, load_processor
@@ -121,11 +121,6 @@ def file_reader(checkpoint: Checkpoint) -> Callable[[Sequence[str]], Tensor]:
                 f"{checkpoint.name}: {names[0]!r} is not stored as the model holds it",
                 "export the loaded model",
             )
-        raw = torch.empty(place.nbytes, dtype=torch.uint8)
-        with place.file.open("rb") as stream:
-            stream.seek(place.start)
-            if stream.readinto(raw.numpy().data) != place.nbytes:
-                raise NotFoundError(f"weight file {place.file} ends within {place.key!r}")
-        return raw.view(place.dtype).view(place.shape)
+        return place.read()
 
     return read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -14,11 +15,12 @@ import torch
 from vtwcli import console
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.finite import is_finite
-from vtwcli.models.checkpoint import DTYPES, Checkpoint, StoredTensor, read_header
+from vtwcli.models.checkpoint import Checkpoint
+from vtwcli.models.jsonfiles import read_json
+from vtwcli.models.stored import NAMES, StoredTensor, read_header
 
 _CONVERTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_CHUNK = 1 << 22  # values converted at a time
+_CHUNK = 1 << 24  # bytes converted at a time, a multiple of every type's size
 _MIB = 1 << 20
 _READ = ("merges.txt", "vocab.txt")  # text that tokenizers are made of
 
@@ -61,7 +63,7 @@ def _runs(tensor: StoredTensor) -> Iterator[bytearray]:
     with tensor.file.open("rb") as reader:
         reader.seek(tensor.start)
         while left:
-            raw = bytearray(min(left, _CHUNK * tensor.dtype.itemsize))
+            raw = bytearray(min(left, _CHUNK))
             if reader.readinto(raw) != len(raw):
                 raise NotFoundError(f"weight file {tensor.file} ends within {tensor.key!r}")
             left -= len(raw)
@@ -82,14 +84,12 @@ def place_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | Non
         UsageError: a value does not fit into ``dtype``.
     """
     files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
-    changes = dtype is not None and any(
-        _target(t.dtype, dtype) != t.dtype for t in checkpoint.tensors.values()
-    )
+    changes = dtype is not None and any(_target(t, dtype) is not None for t in checkpoint.tensors.values())
     if dtype is not None and changes:
         size = checkpoint.total_bytes // _MIB
         with console.progress("converting weights, MiB", size) as bar:
             for file in files:
-                _convert(file, folder / file.name, checkpoint, dtype, bar)
+                _convert(file, folder / file.name, dtype, bar)
         _write_index(checkpoint, folder, True)
         return "converted"
     linked = []
@@ -141,27 +141,22 @@ def _link_or_copy(source: Path, target: Path) -> bool:
         return False
 
 
-def _target(stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
-    return wanted if stored in _CONVERTED else stored
+def _target(tensor: StoredTensor, wanted: torch.dtype) -> torch.dtype | None:
+    """The type that a tensor is converted to, or None where it stays as it is."""
+    return wanted if tensor.dtype in _CONVERTED and tensor.dtype != wanted else None
 
 
-def _convert(
-    source: Path, target: Path, checkpoint: Checkpoint, dtype: torch.dtype, bar: console.Task
-) -> None:
+def _convert(source: Path, target: Path, dtype: torch.dtype, bar: console.Task) -> None:
     """Write one safetensors file with its floating-point tensors in ``dtype``, a few MiB in memory at a time."""
-    with source.open("rb") as stream:
-        length = struct.unpack("<Q", stream.read(8))[0]
-        old = json.loads(stream.read(length))
-    tensors = sorted(
-        (t for t in checkpoint.tensors.values() if t.file == source), key=lambda t: (t.start, t.key)
-    )
-    header: dict[str, object] = {"__metadata__": old["__metadata__"]} if "__metadata__" in old else {}
+    old = read_header(source)
+    tensors = list(old.tensors.values())
+    header: dict[str, object] = {} if old.metadata is None else {"__metadata__": old.metadata}
     end = 0
     for tensor in tensors:
-        kind = _target(tensor.dtype, dtype)
-        size = tensor.nbytes // tensor.dtype.itemsize * kind.itemsize
+        kind = _target(tensor, dtype)
+        size = tensor.nbytes if kind is None else math.prod(tensor.shape) * kind.itemsize
         header[tensor.key] = {
-            "dtype": _NAMES[kind],
+            "dtype": tensor.kind if kind is None else NAMES[kind],
             "shape": list(tensor.shape),
             "data_offsets": [end, end + size],
         }
@@ -173,16 +168,17 @@ def _convert(
         writer.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
             for raw in _runs(tensor):
-                writer.write(_cast(raw, tensor, _target(tensor.dtype, dtype)))
+                writer.write(_cast(raw, tensor, _target(tensor, dtype)))
                 done += len(raw)
                 bar.advance(done // _MIB)
                 done %= _MIB
 
 
-def _cast(raw: bytearray, tensor: StoredTensor, dtype: torch.dtype) -> bytes | bytearray:
+def _cast(raw: bytearray, tensor: StoredTensor, dtype: torch.dtype | None) -> bytes | bytearray:
     """A run of values in ``dtype``, little-endian as safetensors stores them."""
-    if dtype == tensor.dtype:
+    if dtype is None:
         return raw
+    assert tensor.dtype is not None
     values = torch.frombuffer(raw, dtype=tensor.dtype)
     cast = values.to(dtype)
     if not bool((cast.isfinite() | ~values.isfinite()).all()):
@@ -196,14 +192,14 @@ def _cast(raw: bytearray, tensor: StoredTensor, dtype: torch.dtype) -> bytes | b
 
 def _write_index(checkpoint: Checkpoint, folder: Path, converted: bool) -> None:
     """Copy the index of a sharded checkpoint; converted weights have another total size."""
-    files = {tensor.file.name for tensor in checkpoint.tensors.values()}
-    for source in checkpoint.path.glob("*.safetensors.index.json"):
-        index = json.loads(source.read_text(encoding="utf-8"))
-        if set(index["weight_map"].values()) != files:
-            continue  # of weights that are not loaded
-        if converted and "total_size" in index.get("metadata", {}):
-            stored = [tensor for name in files for tensor in read_header(folder / name).values()]
-            index["metadata"]["total_size"] = sum(tensor.nbytes for tensor in stored)
-            (folder / source.name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        else:
-            shutil.copyfile(source, folder / source.name)
+    source = checkpoint.entry
+    if not source.name.endswith(".json"):
+        return
+    index = read_json(source)
+    if converted and "total_size" in index["metadata"]:
+        files = {tensor.file.name for tensor in checkpoint.tensors.values()}
+        stored = [tensor for name in files for tensor in read_header(folder / name).tensors.values()]
+        index["metadata"]["total_size"] = sum(tensor.nbytes for tensor in stored)
+        (folder / source.name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    else:
+        shutil.copyfile(source, folder / source.name)

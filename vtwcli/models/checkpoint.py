@@ -6,13 +6,13 @@ index of its safetensors files made from their headers alone. Loading, layer str
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import struct
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,26 +22,13 @@ import torch
 
 from vtwcli import console, files
 from vtwcli.errors import NotFoundError
+from vtwcli.models.broken_torchvision import hide_if_broken
 from vtwcli.models.families import FAMILIES, Family, family_of, supported
+from vtwcli.models.jsonfiles import CONFIG, GENERATION, check_sizes, read_json
+from vtwcli.models.stored import DOWNLOAD_AGAIN, StoredTensor, read_header
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""The data types of safetensors headers that a supported checkpoint may hold."""
 
 LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """Files that travel with every copy of the weights."""
@@ -49,29 +36,10 @@ COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", *LEGAL)
 """Files beside the weights that a model needs: config, tokenizer, processor, chat template, licence."""
 _CONFIG_FILES = [*COMPANIONS, "README.md"]
 _INDEX = ".safetensors.index.json"
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-_DOWNLOAD_AGAIN = "copy or download the model again"
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor on disk.
-
-    Attributes:
-        file: the safetensors file.
-        key: the tensor's name in that file.
-        dtype: as stored.
-        shape: as stored.
-        start: offset of its first byte, from the beginning of the file.
-        nbytes: length in bytes.
-    """
-
-    file: Path
-    key: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
+_MANY = 100_000  # layers, of anything; no model has a hundredth of it
+_COUNTS = re.compile(r"layer|depth|block|stage|num_labels", re.IGNORECASE)  # settings that are counted up to
+_SIZES = re.compile(r"size|num_|heads|channels|dim|expert|depth", re.IGNORECASE)
+_NO_BUFFER_BYTES = 1 << 30  # of tables that are computed from the config; real ones take a few MiB
 
 
 @dataclass(frozen=True)
@@ -114,21 +82,18 @@ class Checkpoint:
         Raises:
             NotFoundError: no safetensors weights, a missing shard, or a truncated or corrupt file.
         """
-        entry = _weights_entry(self.path, self.config, self.name)
-        if not entry.exists():
+        entry = self.entry
+        if not entry.is_file():
             raise _no_weights(self.path, self.name)
-        listed = _index(entry)
         found: dict[str, StoredTensor] = {}
-        for file in sorted(set(listed.values())) or [entry.name]:
-            found |= read_header(self.path / file)
-        absent = sorted(listed.keys() - found.keys())
-        if absent:
-            raise NotFoundError(
-                f"the weights of {self.name!r} are incomplete: the index lists {len(absent)} tensors that no file "
-                f"holds, first {absent[0]!r} in {listed[absent[0]]}",
-                _DOWNLOAD_AGAIN,
-            )
+        for file in sorted(set(_index(entry).values())) or [entry.name]:
+            found |= read_header(self.path / file).tensors
         return found
+
+    @property
+    def entry(self) -> Path:
+        """The single weight file or the index of the shards: what the config names, else what is there."""
+        return _weights_entry(self.path, self.config, self.name)
 
     @property
     def weight_map(self) -> dict[str, str]:
@@ -150,7 +115,7 @@ class Checkpoint:
         """The floating-point type in which most of the weights are stored."""
         sizes: dict[torch.dtype, int] = {}
         for tensor in self.tensors.values():
-            if tensor.dtype.is_floating_point:
+            if tensor.dtype is not None and tensor.dtype.is_floating_point:
                 sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
         return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
 
@@ -159,24 +124,75 @@ class Checkpoint:
 
         Takes no memory to speak of; tied parameters are tied.
         """
-        from transformers import AutoModelForImageTextToText, GenerationConfig
+        from transformers import GenerationConfig
+
+        model = self._bare(dtype, attn)
+        # Buffers that no checkpoint holds are computed from the config. from_pretrained does the same after loading.
+        for owner, leaf, buffer in _computed_buffers(model):
+            owner._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+        with quiet_libraries():
+            model.initialize_weights()
+            if (self.path / GENERATION).exists():
+                model.generation_config = GenerationConfig.from_pretrained(self.path, local_files_only=True)
+        return model.eval()
+
+    def _bare(self, dtype: torch.dtype | None = None, attn: str | None = None) -> PreTrainedModel:
+        """The model with all tensors on the meta device: it takes no memory, whatever sizes the config gives.
+
+        Raises:
+            NotFoundError: the config describes no model, or one of far more parameters than the weights hold.
+        """
+        from transformers import AutoModelForImageTextToText
 
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         if attn is not None:
             options["attn_implementation"] = attn
-        with quiet_libraries(), torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(self.config, dtype=dtype or self.dtype, **options)
-        # Buffers that no checkpoint holds are computed from the config. from_pretrained does the same after loading.
-        for name, buffer in list(model.named_buffers()):
-            owner, _, leaf = name.rpartition(".")
-            module = model.get_submodule(owner)
-            if leaf in module._non_persistent_buffers_set:
-                module._buffers[leaf] = torch.empty_like(buffer, device="cpu")
-        with quiet_libraries():
-            model.initialize_weights()
-            if (self.path / "generation_config.json").exists():
-                model.generation_config = GenerationConfig.from_pretrained(self.path, local_files_only=True)
-        return model.eval()
+        try:
+            with quiet_libraries(), warnings.catch_warnings(), _bounded(self), torch.device("meta"):
+                warnings.simplefilter("ignore")  # torch's, about tensors without elements
+                model = AutoModelForImageTextToText.from_config(
+                    deepcopy(self.config), dtype=dtype or self.dtype, **options
+                )
+        except NotFoundError:
+            raise
+        except Exception as error:  # there is no telling what unusual settings make transformers raise
+            if attn not in (None, "eager"):  # may be what is wrong; eager attention is everywhere
+                raise
+            odd = self._settings(lambda name, value: _SIZES.search(name) and not 0 < value < 10**9)
+            raise NotFoundError(
+                f"{self.path / CONFIG} describes no model that can be built{odd}: {first_line(error)}"
+            ) from error
+        size = sum(buffer.nbytes for _, _, buffer in _computed_buffers(model))
+        if size > _NO_BUFFER_BYTES:
+            large = self._settings(lambda _, value: value >= 10**4)
+            raise NotFoundError(
+                f"{self.path / CONFIG} asks for tables of {size / 1e9:,.1f} GB beside the weights{large}"
+            )
+        return model
+
+    def check(self) -> None:
+        """Compare the config with the headers of the weights before anything large happens; allocates nothing.
+
+        A model with code of its own may do with its weights what it likes: only its headers are read.
+
+        Raises:
+            NotFoundError: as ``tensors`` and ``key_map``, or a config that describes no model.
+        """
+        _ = self.tensors
+        if not (self.trust_remote_code and hasattr(self.config, "auto_map")):
+            _ = self.key_map
+
+    def _settings(self, which: Callable[[str, int], object]) -> str:
+        """The first settings of config.json that ``which`` takes, in brackets, to be put into an error."""
+        found = [f"{name} is {value}" for name, value in _numbers(self._raw) if which(name, value)]
+        return f" ({', '.join(found[:3])})" if found else ""
+
+    @cached_property
+    def _raw(self) -> dict[str, Any]:
+        try:
+            return read_json(self.path / CONFIG)
+        except (NotFoundError, FileNotFoundError):
+            return {}
 
     @property
     def key_map(self) -> dict[str, StoredTensor]:
@@ -210,7 +226,7 @@ class Checkpoint:
             rename_source_key,
         )
 
-        model = self.skeleton()
+        model = self._bare(attn="eager")
         wanted = model.state_dict()
         transforms = get_model_conversion_mapping(model)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -218,16 +234,22 @@ class Checkpoint:
         prefix = model.base_model_prefix
         mapped: dict[str, StoredTensor] = {}
         groups: dict[str, list[tuple[str, StoredTensor]]] = {}  # first tensor it gives -> (pattern, source)
-        # in transformers' order, in which it puts fused tensors together
+        # in transformers' order, in which it puts fused tensors together and takes the first of several
         for key in sorted(self.tensors, key=dot_natural_key):
             tensor = self.tensors[key]
             name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
             if name not in wanted and key in wanted:
                 name, pattern = rename_source_key(key, [], [], prefix, wanted)
-            if name in wanted and pattern is not None:
+            if name not in wanted:
+                continue
+            if tensor.dtype is None:
+                raise NotFoundError(
+                    f"weight file {tensor.file}: {key!r} is of type {tensor.kind}, which torch does not have"
+                )
+            if pattern is not None:
                 groups.setdefault(name, []).append((pattern, tensor))
-            elif name in wanted:
-                mapped[name] = tensor
+            else:
+                mapped.setdefault(name, tensor)
         conversions: dict[str, Conversion] = {}
         shapes = {name: tensor.shape for name, tensor in mapped.items()}
         for name, group in groups.items():
@@ -237,26 +259,30 @@ class Checkpoint:
             )
             try:
                 made = conversion.convert([torch.empty(t.shape, device="meta") for t in conversion.sources])
-            except (RuntimeError, ValueError, KeyError, IndexError) as error:
+            except Exception as error:  # whatever a converter stumbles over in tensors of other shapes
                 raise NotFoundError(
-                    f"the weights of {self.name!r} do not fit its config: {name!r}: {first_line(error)}",
-                    _DOWNLOAD_AGAIN,
+                    f"the weights of {self.name!r} do not fit {self.path / CONFIG}: {name!r}: {first_line(error)}",
+                    DOWNLOAD_AGAIN,
                 ) from error
             conversions |= dict.fromkeys(made, conversion)
             shapes |= {target: tuple(tensor.shape) for target, tensor in made.items()}
         for name, shape in shapes.items():
             if name in wanted and tuple(wanted[name].shape) != shape:
+                other = set(wanted[name].shape) - set(shape)
+                named = self._settings(lambda name, value: _SIZES.search(name) and value in other)  # noqa: B023 - called at once
                 raise NotFoundError(
-                    f"the weights of {self.name!r} do not fit its config: {name!r} is {list(shape)} on disk and "
-                    f"{list(wanted[name].shape)} in the model",
+                    f"the weights of {self.name!r} do not fit {self.path / CONFIG}: {name!r} is {list(shape)} on disk "
+                    f"and {list(wanted[name].shape)} in the model{named}",
                     "config.json and the weights come from different models",
                 )
         missing = _missing(model, shapes)
         if missing:
+            number = int(next(iter(re.findall(r"\.(\d+)\.", missing[0])), _MANY))
+            above = self._settings(lambda name, value: _COUNTS.search(name) and value > number)
             raise NotFoundError(
-                f"the weights of {self.name!r} are incomplete: {len(missing)} of {len(wanted)} tensors are "
-                f"missing, first {missing[0]!r}",
-                _DOWNLOAD_AGAIN,
+                f"the weights of {self.name!r} are incomplete: {len(missing)} of {len(wanted)} tensors of "
+                f"{self.path / CONFIG} are missing, first {missing[0]!r}{above}",
+                DOWNLOAD_AGAIN,
             )
         return mapped, conversions
 
@@ -265,7 +291,6 @@ def _converting(
     converter: Any, model: PreTrainedModel, name: str, group: list[tuple[str, StoredTensor]]
 ) -> Callable[[Sequence[torch.Tensor]], dict[str, torch.Tensor]]:
     """The function of a ``Conversion``; converters collect their sources, so each call works on a copy."""
-    from copy import deepcopy
 
     def convert(tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         own = deepcopy(converter)
@@ -288,6 +313,59 @@ def _missing(model: PreTrainedModel, found: Iterable[str]) -> list[str]:
     return sorted(
         name for name in model.state_dict() if name not in held and not any(p.search(name) for p in ignored)
     )
+
+
+@contextmanager
+def _bounded(checkpoint: Checkpoint) -> Iterator[None]:
+    """Stop the building of a model that has far more parameters than the checkpoint's files hold.
+
+    Every layer is a Python object, also without memory for its weights: thousands of millions of them never end.
+    """
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    try:
+        stored = len(checkpoint.tensors)
+        limit = 1_000 + 10 * stored  # one stored tensor may be split in the model: q, k, v; gate, up
+    except NotFoundError:  # files without weights, such as an export to ONNX
+        stored, limit = 0, 50_000
+    count = 0
+
+    def registered(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > limit:
+            many = checkpoint._settings(lambda name, value: value > max(stored, 100) and _SIZES.search(name))
+            raise NotFoundError(
+                f"{checkpoint.path / CONFIG} describes a model of more than {limit:,} tensors{many}; the weights of "
+                f"{checkpoint.name!r} hold {stored:,}"
+            )
+
+    handle = register_module_parameter_registration_hook(registered)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _computed_buffers(model: PreTrainedModel) -> list[tuple[Any, str, torch.Tensor]]:
+    """Owner, name and value of the buffers that no checkpoint holds: rotary tables, position ids..."""
+    found = []
+    for name, buffer in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf in module._non_persistent_buffers_set:
+            found.append((module, leaf, buffer))
+    return found
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """The whole numbers of a JSON value by their dotted names."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield from _numbers(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield name, value
 
 
 @contextmanager
@@ -322,72 +400,43 @@ def quiet_libraries(bars: bool = False) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, checked against its length; reads the header only.
-
-    Format: 8 bytes little-endian length n, n bytes of JSON, then the data, without gaps.
-
-    Raises:
-        NotFoundError: the file is missing, truncated, or not safetensors.
-    """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-            if not 0 < length <= _MAX_HEADER_BYTES:
-                raise ValueError("no safetensors header")
-            text = stream.read(length)
-        if len(text) < length:
-            raise ValueError("the header is cut short")
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        tensors = {}
-        end = 0
-        for key, entry in header.items():
-            dtype, shape = DTYPES.get(entry["dtype"]), tuple(entry["shape"])
-            start, stop = entry["data_offsets"]
-            if dtype is None:
-                raise ValueError(f"{key!r} has the unknown type {entry['dtype']}")
-            if not 0 <= start <= stop or stop - start != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"the size of {key!r} does not match its shape")
-            tensors[key] = StoredTensor(file, key, dtype, shape, 8 + length + start, stop - start)
-            end = max(end, stop)
-    except FileNotFoundError as error:
-        raise NotFoundError(f"weight file {file} is missing", _DOWNLOAD_AGAIN) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NotFoundError(f"weight file {file} is corrupt: {error}", _DOWNLOAD_AGAIN) from error
-    if size != 8 + length + end:
-        raise NotFoundError(
-            f"weight file {file} is {'truncated' if size < 8 + length + end else 'corrupt'}: "
-            f"{size:,} bytes instead of {8 + length + end:,}",
-            _DOWNLOAD_AGAIN,
-        )
-    return tensors
-
-
 def _weights_entry(path: Path, config: Any, name: str) -> Path:
     """The single weight file or the index of the shards: what the config names, else what is there."""
     named = getattr(config, "transformers_weights", None)
     if named is not None:
-        if Path(named).name != named or not named.endswith((".safetensors", _INDEX)):
+        if (
+            not isinstance(named, str)
+            or Path(named).name != named
+            or not named.endswith((".safetensors", _INDEX))
+        ):
             raise NotFoundError(f"the config of {name!r} names {named!r} as its weights, which is not loaded")
         return path / named
     index = path / f"model{_INDEX}"
     single = path / "model.safetensors"
-    return index if index.exists() and not single.exists() else single
+    return index if index.is_file() and not single.is_file() else single
 
 
 def _index(entry: Path) -> dict[str, str]:
-    """The weight map of a sharded checkpoint, name on disk -> file name; empty for a single file."""
+    """The weight map of a sharded checkpoint, name on disk -> file name; empty for a single file.
+
+    It may list what no file holds, such as a head that is tied: what counts is what the files hold.
+    """
     if not entry.name.endswith(_INDEX):
         return {}
     try:
-        weight_map = json.loads(entry.read_text(encoding="utf-8"))["weight_map"]
-        if not weight_map or any(Path(file).name != file for file in weight_map.values()):
-            raise ValueError("the weight map is empty or points outside the directory")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NotFoundError(f"weight index {entry} is unreadable: {error}", _DOWNLOAD_AGAIN) from error
+        content = read_json(entry)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"weight index {entry} is missing", DOWNLOAD_AGAIN) from error
+    weight_map: dict[str, str] | None = content.get("weight_map")
+    reason = None
+    if not isinstance(weight_map, dict) or not weight_map:
+        reason = "it has no weight_map"
+    elif not all(isinstance(file, str) and file and Path(file).name == file for file in weight_map.values()):
+        reason = "its weight_map names something else than files beside it"
+    elif not isinstance(content.get("metadata"), dict):
+        reason = "it has no metadata, for which transformers asks"
+    if reason is not None or weight_map is None:
+        raise NotFoundError(f"weight index {entry} cannot be used: {reason}", DOWNLOAD_AGAIN)
     return weight_map
 
 
@@ -413,16 +462,20 @@ def read_config(path: Path, name: str, trust_remote_code: bool = False) -> tuple
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    file = path / "config.json"
+    hide_if_broken()
+    file = path / CONFIG
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        model_type, architectures = raw.get("model_type"), raw.get("architectures") or []
+        raw = read_json(file)
     except FileNotFoundError as error:
         raise NotFoundError(f"{name!r} is not a model directory: it has no config.json") from error
-    except (OSError, ValueError, AttributeError) as error:
-        raise NotFoundError(f"{file} is not a readable model config: {error}", _DOWNLOAD_AGAIN) from error
-    if model_type not in FAMILIES:
-        if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    model_type, architectures = raw.get("model_type"), raw.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise NotFoundError(f"{file}: architectures is not a list", DOWNLOAD_AGAIN)
+    for setting, value in _numbers(raw):
+        if value > _MANY and _COUNTS.search(setting):  # transformers would make a list of so many
+            raise NotFoundError(f"{file}: {setting} is {value}, which is more than any model has")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        if str(model_type) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             raise NotFoundError(
                 f"{name!r} is of the family {model_type!r}, which is not supported", supported()
             )
@@ -437,9 +490,10 @@ def read_config(path: Path, name: str, trust_remote_code: bool = False) -> tuple
             f"use a checkpoint in transformers' format, for example {family.example}",
         )
     if "quantization_config" in raw:
-        method = (raw["quantization_config"] or {}).get("quant_method", "unknown method")
+        settings = raw["quantization_config"]
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
         raise NotFoundError(
-            f"the weights of {name!r} are quantized ({method}), which is not supported",
+            f"the weights of {name!r} are quantized ({method or 'unknown method'}), which is not supported",
             "use the checkpoint from which it was quantized",
         )
     try:
@@ -447,9 +501,9 @@ def read_config(path: Path, name: str, trust_remote_code: bool = False) -> tuple
             config = AutoConfig.from_pretrained(
                 path, trust_remote_code=trust_remote_code, local_files_only=True
             )
+        return config, family_of(config)
     except Exception as error:  # there is no telling what a broken config makes transformers raise
         raise NotFoundError(f"{file} is not a valid {model_type} config: {first_line(error)}") from error
-    return config, family_of(config)
 
 
 def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
@@ -465,14 +519,16 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
     Raises:
         NotFoundError: for every reason why there is nothing to work with; message and hint say which.
     """
+    hide_if_broken()
     path, revision = _locate(name, [*_CONFIG_FILES, "*.py"] if trust_remote_code else _CONFIG_FILES)
+    check_sizes(path)
     config, family = read_config(path, name, trust_remote_code)
     trusted = trust_remote_code and getattr(config, "vtw", None) is None
     checkpoint = Checkpoint(name, path, revision, config, family, trusted)
     if weights:
         if revision is not None:
             _fetch_weights(checkpoint)
-        _ = checkpoint.tensors  # headers are read and checked here, before anything large happens
+        checkpoint.check()
     return checkpoint
 
 
@@ -582,6 +638,8 @@ def _status(error: Any) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, or its type where it has none."""
+    """The first line of an exception's text, with the next where it ends in a colon; its type where it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -17,6 +17,7 @@ from vtwcli import console
 from vtwcli.data.sample import Sample
 from vtwcli.errors import NotFoundError
 from vtwcli.finite import check_generation
+from vtwcli.models import templates
 from vtwcli.models.checkpoint import first_line, quiet_libraries
 from vtwcli.models.loading import LoadedModel
 
@@ -261,16 +262,15 @@ def _conversation(sample: Sample, system: str | None) -> list[dict[str, Any]]:
 
 def _render(loaded: LoadedModel, conversation: list[dict[str, Any]], generation_prompt: bool) -> str | None:
     """The chat template's text, or None where the processor has no template."""
-    from jinja2 import TemplateError
-
     processor = loaded.processor
     if not (getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)):
         return None
+    templates.check(processor, loaded.path, conversation, generation_prompt)
     try:
         text = processor.apply_chat_template(
             conversation, add_generation_prompt=generation_prompt, tokenize=False
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template raises what it likes
         raise NotFoundError(
             f"the chat template of {loaded.name!r} fails: {first_line(error)}",
             "it is called with one user turn of images and text, and a system turn where one is asked for",

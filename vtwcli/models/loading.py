@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from vtwcli import distributed
-from vtwcli.errors import NotFoundError, UsageError
+from vtwcli.errors import NotFoundError, UsageError, VtwError
+from vtwcli.models.broken_torchvision import advice as torchvision_advice
+from vtwcli.models.broken_torchvision import hide_if_broken
 from vtwcli.models.checkpoint import Checkpoint, first_line, quiet_libraries, resolve
 from vtwcli.models.families import Family, placeholder_ids
+from vtwcli.models.jsonfiles import GENERATION, PROCESSOR, TEMPLATES, TOKENIZER, broken
 
 _DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # how transformers names a package that it misses
@@ -117,10 +120,20 @@ def load(
             model = _load_weights(checkpoint, place, kind, attn, spread=device == "auto")
         else:
             model = checkpoint.skeleton(kind, attn)
-    except (OSError, ValueError, ImportError) as error:
+    except VtwError:
+        raise
+    except Exception as error:  # there is no telling what unusual files make transformers raise
         if attn is not None and ("attention" in str(error).lower() or attn in str(error)):
             raise UsageError(f"attention {attn!r} cannot be used here: {first_line(error)}") from error
-        raise NotFoundError(f"{name!r} cannot be loaded: {first_line(error)}") from error
+        raise (
+            broken(checkpoint.path, (GENERATION,))
+            or NotFoundError(
+                f"{name!r} cannot be loaded: {first_line(error)}",
+                "another attention than its config's: --attn sdpa"
+                if "attention" in str(error).lower()
+                else None,
+            )
+        ) from error
     return LoadedModel(
         model,
         processor,
@@ -226,14 +239,28 @@ def load_processor(checkpoint: Checkpoint) -> Any:
     try:
         with quiet_libraries():
             processor = reader.from_pretrained(checkpoint.path, trust_remote_code=code, local_files_only=True)
-    except Exception as error:  # there is no telling what broken files make transformers raise
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # also a panic of the tokenizers library, which is no Exception
         package = re.search(_PACKAGE, str(error))
-        if package is None and not isinstance(error, ImportError):
-            raise _no_processor(checkpoint, first_line(error)) from error
-        raise NotFoundError(
-            f"the processor of {checkpoint.name!r} needs a package that is not installed: {first_line(error)}",
-            f"install it: pip install {next(filter(None, package.groups())).lower()}" if package else None,
-        ) from error
+        missing = next(filter(None, package.groups())).lower() if package else None
+        broken_torchvision = hide_if_broken()
+        if broken_torchvision and "torchvision" in str(error).lower():
+            raise NotFoundError(
+                f"the processor of {checkpoint.name!r} needs torchvision, and the installed one cannot be imported: "
+                f"{broken_torchvision}",
+                torchvision_advice(),
+            ) from error
+        if package is not None or isinstance(error, ImportError):
+            raise NotFoundError(
+                f"the processor of {checkpoint.name!r} needs a package that is not installed: {first_line(error)}",
+                torchvision_advice()
+                if missing == "torchvision"
+                else f"install it: pip install {missing}"
+                if missing
+                else None,
+            ) from error
+        raise _broken_processor(checkpoint, error) from error
     for part in ("tokenizer", "image_processor"):
         if getattr(processor, part, None) is None:
             raise _no_processor(checkpoint, f"no {part.replace('_', ' ')}")
@@ -277,6 +304,32 @@ def _without_video(family: Family) -> Any:
     return ImagesOnly
 
 
+def _broken_processor(checkpoint: Checkpoint, error: BaseException) -> NotFoundError:
+    """Why a processor cannot be read, with the file that is to blame where it can be told."""
+    from tokenizers import Tokenizer
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    path = checkpoint.path
+    if found := broken(path, (*TOKENIZER, *PROCESSOR, *TEMPLATES[1:])):
+        return found
+    readers: list[tuple[Any, tuple[str, ...]]] = [
+        (lambda: Tokenizer.from_file(str(path / TOKENIZER[0])), TOKENIZER[:1]),
+        (lambda: AutoTokenizer.from_pretrained(path, local_files_only=True), TOKENIZER[1:]),
+        (lambda: AutoImageProcessor.from_pretrained(path, local_files_only=True), PROCESSOR),
+    ]
+    for read, names in readers:
+        there = [name for name in names if (path / name).is_file()]
+        if there:
+            try:
+                with quiet_libraries():
+                    read()
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as reason:
+                return _no_processor(checkpoint, f"{' or '.join(there)}: {first_line(reason)}")
+    return _no_processor(checkpoint, first_line(error))
+
+
 def _no_processor(checkpoint: Checkpoint, reason: str) -> NotFoundError:
     return NotFoundError(
         f"{checkpoint.name!r} has no usable processor: {reason}",
@@ -297,7 +350,6 @@ def _dtype_of(dtype: str | torch.dtype) -> torch.dtype | None:
 def _load_weights(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, attn: str | None, spread: bool
 ) -> Any:
-    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
     needed, free = memory_needed(checkpoint, dtype), memory_available(device, spread)
@@ -313,21 +365,16 @@ def _load_weights(
         options["device_map"] = {"": device} if alone else "auto"
     if attn is not None:
         options["attn_implementation"] = attn
-    try:
-        with quiet_libraries():
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                checkpoint.path,
-                dtype=dtype,
-                trust_remote_code=checkpoint.trust_remote_code,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
-    except (SafetensorError, OSError, RuntimeError, KeyError) as error:
-        raise NotFoundError(
-            f"the weights of {checkpoint.name!r} cannot be loaded: {first_line(error)}"
-        ) from error
+    with quiet_libraries():
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            checkpoint.path,
+            dtype=dtype,
+            trust_remote_code=checkpoint.trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
     model, info = loaded
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(kind):

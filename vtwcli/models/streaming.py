@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtwcli.errors import NotFoundError, UsageError
-from vtwcli.models.checkpoint import Conversion, StoredTensor
+from vtwcli.errors import UsageError
+from vtwcli.models.checkpoint import Conversion
 from vtwcli.models.layers import Capture, capture, check_attention, read_out
 from vtwcli.models.loading import LoadedModel
+from vtwcli.models.stored import StoredTensor
 
 Origin = StoredTensor | Conversion
 
@@ -190,38 +191,12 @@ def _fill(name: str, origin: Origin, tensor: Tensor, made: dict[str, Tensor]) ->
     """
     if isinstance(origin, Conversion):
         if name not in made:
-            made |= origin.convert([_stored(source) for source in origin.sources])
+            made |= origin.convert([source.read() for source in origin.sources])
         tensor.copy_(made.pop(name))
     elif origin.dtype == tensor.dtype:
-        _read(origin, tensor)
+        origin.read_into(tensor)
     else:
-        tensor.copy_(_stored(origin))
-
-
-def _stored(stored: StoredTensor) -> Tensor:
-    """A tensor as it is on disk."""
-    tensor = torch.empty(stored.shape, dtype=stored.dtype)
-    _read(stored, tensor)
-    return tensor
-
-
-def _read(stored: StoredTensor, into: Tensor) -> None:
-    """Read a tensor's bytes into a contiguous CPU tensor of its type.
-
-    Raises:
-        NotFoundError: the file is gone or ends early.
-    """
-    view = into.flatten().view(torch.uint8).numpy().data
-    try:
-        with stored.file.open("rb", buffering=0) as stream:
-            stream.seek(stored.start)
-            while view:
-                count = stream.readinto(view)
-                if not count:
-                    raise NotFoundError(f"weight file {stored.file} ends within {stored.key!r}")
-                view = view[count:]
-    except OSError as error:
-        raise NotFoundError(f"weight file {stored.file} cannot be read: {error.strerror}") from error
+        tensor.copy_(origin.read())
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

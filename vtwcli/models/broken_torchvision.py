@@ -1,0 +1,50 @@
+"""A torchvision that is installed but cannot be imported, as one that was built for another torch.
+
+transformers asks only whether it is installed, and then fails wherever it imports it.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+
+
+@cache
+def hide_if_broken() -> str | None:
+    """Make this process take a torchvision that cannot be imported for one that is not installed.
+
+    Importing takes a second, so it is asked where a model is about to be loaded, and only if it is installed.
+
+    Returns:
+        Why it cannot be imported, or None if it can or is not there.
+    """
+    name = "torchvision"
+    if name in sys.modules or find_spec(name) is None:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import_module(name)
+    except Exception as error:  # whatever a build for another torch stumbles over
+        for part in [module for module in sys.modules if module.startswith(f"{name}.")]:
+            del sys.modules[part]
+        sys.modules[name] = None  # type: ignore[assignment]  # Python's own mark for: there is none
+        asked = sys.modules.get("transformers.utils.import_utils")
+        for function in vars(asked).values() if asked else ():
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()  # what it found out before
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return None
+
+
+def advice() -> str:
+    """Where a torchvision comes from that works."""
+    import torch
+
+    return (
+        f"install the torchvision that is built for torch {torch.__version__}, from the same index as torch"
+    )

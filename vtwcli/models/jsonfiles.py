@@ -1,0 +1,95 @@
+"""The JSON files and templates of a model directory: bounded in size, read with errors that name the file."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+from vtwcli.errors import NotFoundError
+from vtwcli.models.stored import DOWNLOAD_AGAIN
+
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+
+_MIB = 1 << 20
+_LARGE = {"tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"}  # hold a vocabulary
+_LIMITS = {".json": 16 * _MIB, ".jinja": _MIB, ".txt": 16 * _MIB}
+_LARGEST = 128 * _MIB
+_DEEPEST = 100  # levels; what transformers does with a config takes several calls a level
+
+
+def check_sizes(path: Path) -> None:
+    """Refuse a model directory with a file beside its weights that is larger than any model's is.
+
+    Raises:
+        NotFoundError: names the file and its bound.
+    """
+    for file in sorted(path.iterdir()):
+        large = file.name in _LARGE or file.name.endswith(".index.json")
+        limit = _LARGEST if large else _LIMITS.get(file.suffix)
+        if limit is not None and file.is_file() and file.stat().st_size > limit:
+            size = file.stat().st_size / _MIB
+            raise NotFoundError(
+                f"{file} has {size:,.0f} MiB, and no model needs more than {limit // _MIB} there",
+                DOWNLOAD_AGAIN,
+            )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        NotFoundError: it cannot be read, is no JSON, is nested too deeply, or holds no object.
+    """
+    reason = None
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            reason = "it is no regular file"
+        else:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                reason = "it does not hold a JSON object"
+            elif _deeper(content, _DEEPEST):
+                reason = f"it is nested more than {_DEEPEST} levels deep"
+            else:
+                return content
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except RecursionError:
+        reason = f"it is nested more than {_DEEPEST} levels deep"
+    except ValueError as error:
+        reason = f"no valid JSON: {error}"
+    raise NotFoundError(f"{file} cannot be read: {reason}", DOWNLOAD_AGAIN)
+
+
+def _deeper(content: Any, levels: int) -> bool:
+    """Whether lists and objects are nested in more than so many levels."""
+    layer = [content]
+    for _ in range(levels):
+        layer = [
+            inner
+            for value in layer
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if isinstance(inner, dict | list)
+        ]
+    return bool(layer)
+
+
+def broken(path: Path, names: tuple[str, ...]) -> NotFoundError | None:
+    """What is wrong with the first of a directory's files that holds no JSON object; None where all do."""
+    for name in names:
+        try:
+            read_json(path / name)
+        except FileNotFoundError:
+            continue
+        except NotFoundError as error:
+            return error
+    return None
