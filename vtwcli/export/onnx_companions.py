@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from vtwcli.export.manifest import save_json
@@ -33,6 +34,7 @@ def write_companions(source: Source, manifest: dict[str, Any], folder: Path) -> 
         NotFoundError: the model has no processor.
     """
     from vtwcli import ort
+    from vtwcli.data import pixels
 
     processor, generation, config = (
         source.processor(),
@@ -60,9 +62,10 @@ def write_companions(source: Source, manifest: dict[str, Any], folder: Path) -> 
         "bos": tokenizer.bos_token,
         "image": getattr(processor, "image_token", None),
     }
-    manifest["prompt"] = _prompts(processor)
+    manifest["prompt"] = _prompts(source, processor)
     manifest["how_to"] = _how_to(manifest)
     shutil.copyfile(Path(ort.__file__), folder / "vtw_ort.py")
+    shutil.copyfile(Path(pixels.__file__), folder / "vtw_pixels.py")
     shutil.copyfile(Path(__file__).with_name("run_onnx.py"), folder / "run_onnx.py")
     save_json(folder / MANIFEST, manifest)
 
@@ -77,16 +80,38 @@ def _keep_video_part(path: Path, folder: Path) -> None:
             save_json(folder / _VIDEO, settings["video_processor"])
 
 
-def _prompts(processor: Any) -> dict[str, str] | None:
-    """The chat template's text before and behind a question, with one image and without; None without a template."""
-    if not (getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)):
+def _prompts(source: Source, processor: Any) -> dict[str, str] | None:
+    """The chat template's text before and behind a question, with one image and without; None without a template.
+
+    Raises:
+        NotFoundError: the template fails, or drops the question.
+    """
+    import torch
+    from PIL import Image
+
+    from vtwcli.data.sample import Sample
+    from vtwcli.models.inputs import prompt_text
+    from vtwcli.models.loading import LoadedModel
+    from vtwcli.models.prompts import template_of
+
+    if template_of(processor) is None:
         return None
-    texts = {}
-    for name, parts in (("image", [{"type": "image"}]), ("text", [])):
-        turn = {"role": "user", "content": [*parts, {"type": "text", "text": _QUESTION}]}
-        text = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
-        texts[name] = text.replace(_QUESTION, "{question}")
-    return texts
+    path = source.checkpoint.path if source.checkpoint is not None else Path()
+    reader = LoadedModel(
+        SimpleNamespace(config=source.config),
+        processor,
+        source.family,
+        source.name,
+        source.revision,
+        path,
+        torch.device("cpu"),
+        torch.float32,
+    )
+    images = {"image": (Image.new("RGB", (1, 1)),), "text": ()}
+    texts = {
+        name: prompt_text(reader, Sample("prompt", name, some, _QUESTION)) for name, some in images.items()
+    }
+    return {name: text.replace(_QUESTION, "{question}") for name, text in texts.items()}
 
 
 def _how_to(manifest: Mapping[str, Any]) -> list[str]:
