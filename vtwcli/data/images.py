@@ -52,6 +52,7 @@ def decode_image(value: Any, column: str, folder: Path | None, within: str | Non
         raise BadRow(f"column {column!r} is empty")
     name = shown(value) if isinstance(value, str) else "the image"
     with _complaints(column, name):
+        source: bytes | Path | Image.Image
         if isinstance(value, str):
             source = _encoded(value, folder) or _located(value, folder, within)
         elif isinstance(value, bytes | bytearray | Image.Image):

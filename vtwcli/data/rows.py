@@ -92,7 +92,7 @@ def _json_lines(path: Path) -> Iterator[Row | BadRow]:
 
 
 def _json(path: Path) -> Iterator[Row | BadRow]:
-    value = json.loads(path.read_text(**_AS_READ), object_pairs_hook=_object)  # type: ignore[arg-type]
+    value = json.loads(path.read_text(**_AS_READ), object_pairs_hook=_object)
     if isinstance(value, dict):  # {"data": [...]}, whatever the key
         lists = [entry for entry in value.values() if isinstance(entry, list)]
         value = lists[0] if len(lists) == 1 else value

@@ -78,7 +78,7 @@ def _written(value: Any, column: str) -> str:
     if isinstance(value, float | Decimal):
         if not math.isfinite(value):
             raise BadRow(f"column {column!r} holds {value}, not a number")
-        return str(int(value)) if value == int(value) and abs(value) < 1e16 else str(value)
+        return str(int(value)) if value == int(value) and abs(int(value)) < 10**16 else str(value)
     if isinstance(value, int):
         return str(value)
     if not isinstance(value, str):
