@@ -584,8 +584,8 @@ def test_unreadable_files(folder):
         "text.jsonl, row 1: line 3 is not a JSON object (--skip-bad leaves such rows out)"
     )
     (folder / "latin.jsonl").write_bytes(b'{"question": "caf\xe9"}\n')
-    assert failure(NotFoundError, "latin.jsonl").startswith(
-        "latin.jsonl: cannot be read: 'utf-8' codec can't decode"
+    assert failure(NotFoundError, "latin.jsonl") == (
+        "latin.jsonl, row 0: line 1 is not text in UTF-8 (--skip-bad leaves such rows out)"
     )
     (folder / "wide.csv").write_text("image,question\n0.png,q,more\n")
     assert failure(NotFoundError, "wide.csv") == (

@@ -156,7 +156,7 @@ def test_files_names_and_hashes(exports):
     assert set(manifest["files"]) | {"manifest.json"} == {p.name for p in directory.iterdir()}
     assert report["bytes"] == sum(entry["bytes"] for entry in manifest["files"].values())
     companions = ("tokenizer.json", "processor_config.json", "chat_template.jinja", "generation_config.json")
-    others = ("config.json", "LICENSE", "run_onnx.py", "vtw_ort.py", "parity.json")
+    others = ("config.json", "LICENSE", "run_onnx.py", "vtw_ort.py", "vtw_pixels.py", "parity.json")
     assert {*companions, *others} <= set(manifest["files"])
     assert manifest["model"] == {"name": "tiny-llava-3", "revision": None, "model_type": "llava"}
     assert json.loads((directory / "parity.json").read_text()) == report["parity"]
@@ -208,7 +208,11 @@ def test_an_exported_model_is_exported_without_its_code(exports, tmp_path):
     write_companions(export.Source.of(resolve(str(tmp_path / "hf"))), manifest, tmp_path / "onnx")
     config = json.loads((tmp_path / "onnx" / "config.json").read_text())
     assert config["model_type"] == "llava" and not {"vtw", "auto_map"} & set(config)
-    assert {path.name for path in (tmp_path / "onnx").glob("*.py")} == {"run_onnx.py", "vtw_ort.py"}
+    assert {path.name for path in (tmp_path / "onnx").glob("*.py")} == {
+        "run_onnx.py",
+        "vtw_ort.py",
+        "vtw_pixels.py",
+    }
 
 
 @pytest.mark.parametrize("nested", [False, True])

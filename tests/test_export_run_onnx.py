@@ -19,6 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
 from vtwcli import ort
+from vtwcli.data import pixels
 
 PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32]]
 SIZES = [(40, 40), (90, 33), (33, 90), (200, 120), (31, 64), (17, 70)]  # width, height
@@ -26,12 +27,12 @@ SIZES = [(40, 40), (90, 33), (33, 90), (200, 120), (31, 64), (17, 70)]  # width,
 
 @pytest.fixture(scope="module")
 def script():
-    """The script as a module; beside an exported model it imports a copy of ``vtwcli.ort``."""
-    sys.modules["vtw_ort"] = ort
+    """The script as a module; beside an exported model it imports copies of ``vtwcli.ort`` and ``data.pixels``."""
+    sys.modules |= {"vtw_ort": ort, "vtw_pixels": pixels}
     try:
         yield importlib.import_module("vtwcli.export.run_onnx")
     finally:
-        del sys.modules["vtw_ort"]
+        del sys.modules["vtw_ort"], sys.modules["vtw_pixels"]
 
 
 def picture(size):

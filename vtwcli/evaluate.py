@@ -23,12 +23,12 @@ from vtwcli.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape, kv_bytes, p
 from vtwcli.models.inputs import encode_batch, plain_generation
 from vtwcli.models.loading import LoadedModel
 from vtwcli.preparation import read_samples
-from vtwcli.provenance import run_of, versions
+from vtwcli.provenance import run_of, template_date, versions
 from vtwcli.recipe import EvalSection, GatesSection, ModelSection
 from vtwcli.resume import Keep, kept, key_of, stamp
 from vtwcli.schedule import Schedule
 from vtwcli.sweep import peak_memory
-from vtwcli.variants import FULL, Scheduled, Variant, check_same_prompts, choose, open_variants
+from vtwcli.variants import FULL, Scheduled, Variant, check_same_prompts, choose, open_variants, reader_of
 
 FORMAT_VERSION = 1
 
@@ -75,7 +75,9 @@ def evaluate(
     began = time.perf_counter()
     schedules, carried = choose(model, schedules, options)
     specs = [_test_split(spec) for spec in data or default_data(model.name)]
-    mix = read_samples(model, specs, options, exclude=_calibrated_on(calibration or carried))
+    mix = read_samples(
+        model, specs, options, _calibrated_on(calibration or carried), reader=reader_of(model, options)
+    )
     full, variants = open_variants(model, schedules, options)
     _warn_if_calibrated_on(mix, variants)
     timing = {"load": time.perf_counter() - began}
@@ -247,6 +249,7 @@ def _model(model: ModelSection, full: LoadedModel, variants: Sequence[Variant]) 
         "backend": "torch" if isinstance(own, Scheduled) else "onnx",
         "baseline": full.name,
         "baseline_dtype": str(full.dtype).removeprefix("torch."),
+        **template_date(full),
     }
 
 

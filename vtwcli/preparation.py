@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,9 +13,10 @@ from vtwcli import console, distributed
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import DataMix, default_data, load_data
 from vtwcli.data.spec import DataSpec
+from vtwcli.data.tasks import BadRow
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.models.checkpoint import Checkpoint, resolve
-from vtwcli.models.inputs import Encoded, answer_ids, encode, end_ids, generate_answers
+from vtwcli.models.inputs import Encoded, UnusableSampleError, answer_ids, encode, end_ids, generate_answers
 from vtwcli.models.layers import LayerSource, Resident
 from vtwcli.models.loading import LoadedModel, fits, load
 from vtwcli.models.streaming import Streamed
@@ -84,17 +86,68 @@ class SampleOptions(Protocol):
 
 
 def read_samples(
-    model: ModelSection, data: Sequence[DataSpec], options: SampleOptions, exclude: Collection[str] = ()
+    model: ModelSection,
+    data: Sequence[DataSpec],
+    options: SampleOptions,
+    exclude: Collection[str] = (),
+    reader: str | None = None,
 ) -> DataMix:
-    """The samples of a command: its data sources, or the model's default ones, without those to ``exclude``."""
+    """The samples of a command: its data sources, or the model's default ones, without those to ``exclude``.
+
+    Where bad samples are skipped, so are those that the model cannot be asked (too long, refused by its processor).
+
+    Args:
+        model: the model; what it reads is tried with its processor.
+        data: the sources.
+        options: how many samples, and whether bad ones are skipped.
+        exclude: fingerprints of samples that must not come up.
+        reader: name of the model whose processor makes the inputs, where that is another one.
+    """
     specs = list(data) or default_data(model.name)
-    mix = load_data(specs, limit=options.limit, seed=options.seed, skip_bad=options.skip_bad, exclude=exclude)
+    check = None
+    if options.skip_bad:
+        # the skeleton is enough: nothing is computed
+        tried = model.model_copy(update={"name": reader or model.name, "device": "cpu", "attn": None})
+        answers = getattr(options, "answers", None)
+        forced = answers == "reference" or (answers == "auto" and bool(model.stream))
+        check = partial(_check_usable, load_model(tried, weights=False), options, forced)
+    mix = load_data(
+        specs,
+        limit=options.limit,
+        seed=options.seed,
+        skip_bad=options.skip_bad,
+        exclude=exclude,
+        check=check,
+    )
     if mix.skipped:
         console.warn(f"skipped {mix.skipped} unreadable samples")
     if duplicates := sum(source["duplicates"] for source in mix.sources):
         rows = "1 row equals another" if duplicates == 1 else f"{duplicates} rows equal others"
         console.warn(f"{rows} in image, question, answer and task; equal rows count once")
     return mix
+
+
+def _check_usable(loaded: LoadedModel, options: SampleOptions, forced: bool, sample: Sample) -> None:
+    """Encode a sample as the command will, with the longest answer that may follow it.
+
+    Args:
+        loaded: the model's skeleton and its processor.
+        options: the command's section.
+        forced: whether the answer is the sample's reference.
+        sample: what is tried.
+
+    Raises:
+        BadRow: that cannot be done.
+    """
+    longest = 0
+    try:
+        if getattr(options, "positions", "first") == "answer":
+            longest = int(getattr(options, "max_new_tokens", 1)) - 1
+            if forced and sample.references:
+                longest = min(longest, len(answer_ids(loaded, sample.references[0])) - 1)
+        encode(loaded, sample, torch.zeros(longest, dtype=torch.long) if longest else None)
+    except UnusableSampleError as error:
+        raise BadRow(error.message, error.hint) from None
 
 
 class SweepOptions(Protocol):
@@ -171,8 +224,17 @@ def _answers(
     without = sum(not sample.references for sample in samples)
     if without:
         console.warn(f"{without} samples have no reference answer; only their first position is compared")
-    forced = [answer_ids(loaded, sample.references[0]) if sample.references else None for sample in samples]
+    forced = [_forced(loaded, sample) for sample in samples]
     return [None if ids is None else ids[: options.max_new_tokens] for ids in forced]
+
+
+def _forced(loaded: LoadedModel, sample: Sample) -> torch.Tensor | None:
+    if not sample.references:
+        return None
+    try:
+        return answer_ids(loaded, sample.references[0])
+    except UnusableSampleError as error:
+        raise UnusableSampleError(f"sample {sample.id!r}: {error.message}", error.hint) from None
 
 
 def _rows(encoded: Encoded) -> torch.Tensor:

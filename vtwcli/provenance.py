@@ -14,14 +14,23 @@ if TYPE_CHECKING:
 
 
 def model_of(loaded: LoadedModel) -> dict[str, Any]:
-    """What a result document says about the model."""
+    """What a result document says about the model, with ``template_date``, if its chat template asks for today's."""
     return {
         "name": loaded.name,
         "revision": loaded.revision,
         "family": loaded.family.model_type,
         "architecture": loaded.family.architecture,
         "dtype": str(loaded.dtype).removeprefix("torch."),
+        **template_date(loaded),
     }
+
+
+def template_date(loaded: LoadedModel) -> dict[str, str]:
+    """The date that the chat template is told for today's, if it asks for one."""
+    from vtwcli.models.prompts import fixed_date
+
+    date = fixed_date(loaded.processor)
+    return {} if date is None else {"template_date": date}
 
 
 def run_of(loaded: LoadedModel, timing: dict[str, float], **measured: Any) -> dict[str, Any]:

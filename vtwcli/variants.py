@@ -15,7 +15,7 @@ from vtwcli import costs, distributed, ort
 from vtwcli.answers import Answer, Full, compared, schedule_answers
 from vtwcli.errors import UsageError
 from vtwcli.export.hf import CALIBRATION, baked_schedule
-from vtwcli.export.manifest import read_manifest
+from vtwcli.export.manifest import at_hand, read_manifest
 from vtwcli.models.inputs import plain_generation
 from vtwcli.models.loading import LoadedModel, choose_device
 from vtwcli.preparation import check_model, load_model
@@ -192,6 +192,25 @@ def choose(
     return named, carried
 
 
+def reader_of(model: ModelSection, options: EvalSection) -> str:
+    """The name of the model whose processor makes the inputs; of ONNX graphs the full model's.
+
+    Raises:
+        UsageError: ONNX graphs whose base model is not here.
+    """
+    if not ort.is_export(model.name):
+        return model.name
+    base = read_manifest(Path(model.name), ort.FORMAT)["model"]
+    name = options.baseline or at_hand(base)
+    if name is None:
+        raise _no_base(base["name"])
+    return name
+
+
+def _no_base(name: str) -> UsageError:
+    return UsageError(f"the base model {name!r} is not here to compare with", "name it with --baseline MODEL")
+
+
 def open_variants(
     model: ModelSection, schedules: Sequence[tuple[str, Schedule]], options: EvalSection
 ) -> tuple[LoadedModel, list[Variant]]:
@@ -225,10 +244,7 @@ def _open_graphs(
     exported = open_exported(model.name, choose_device(distributed.local_device(model.device)))
     base = options.baseline or base_of(exported)
     if base is None:
-        raise UsageError(
-            f"the base model {exported.manifest['model']['name']!r} is not here to compare with",
-            "name it with --baseline MODEL",
-        )
+        raise _no_base(exported.manifest["model"]["name"])
     full = _load(model, base)
     _check_family(full, exported.manifest["model"]["model_type"], model.name)
     return full, [Graphs(name, schedule, full, exported) for name, schedule in schedules]

@@ -13,10 +13,13 @@ from vtwcli.data.sample import Sample
 
 
 def sample_fingerprint(sample: Sample) -> str:
-    """SHA-256 of what a sample says: prompt, references, and its images' sizes and RGB pixels; not its id."""
+    """SHA-256 of what a sample says: prompt, references, and its images' places, sizes
+    and RGB pixels; not its id."""
     digest = hashlib.sha256()
     for part in (sample.prompt, *sample.references):
         digest.update(f"{len(part)}:{part}".encode("utf-8", "surrogatepass"))
+    if sample.places:
+        digest.update(f"places:{sample.places}".encode())
     for image in sample.images:
         digest.update(str(image.size).encode() + image.tobytes())
     return digest.hexdigest()

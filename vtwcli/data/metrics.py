@@ -11,6 +11,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from statistics import fmean
 
 from vtwcli.data.sample import Sample
@@ -22,16 +23,45 @@ from vtwcli.errors import UsageError, VtwError
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
+_NUMBER = re.compile(
+    r"""[\s"'(\[$]*([+-]?)[$]?"""
+    r"""((?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d*)?|\.\d+)(e[+-]?\d{1,3})?"""
+    r"""[\s"')\].!?%]*"""
+)
+
+
+def _number(text: str) -> Decimal | None:
+    """The number that a text is, within quotes, brackets, a unit of money or per cent; None for any other text.
+
+    Digits that name something (007) are text.
+    """
+    found = _NUMBER.fullmatch(text.lower()) if len(text) <= 100 else None
+    if found is None or re.match(r"0\d", found[2]):
+        return None
+    return Decimal(found[1] + found[2].replace(",", "") + (found[3] or ""))
+
+
 def exact_match(answer: str, sample: Sample) -> float:
     """1 if the answer equals a reference, without case, ASCII punctuation and extra spaces, else 0.
 
-    The rule of GQA (Hudson and Manning, 2019, https://arxiv.org/abs/1902.09506) as lmms-eval applies it.
+    The rule of GQA (Hudson and Manning, 2019, https://arxiv.org/abs/1902.09506) as lmms-eval applies it. To users'
+    own data it is applied where it makes sense: a reference that is a number equals answers that are the same number,
+    whose punctuation matters (5.0 is 5 and not 50), and one of nothing but punctuation equals itself.
     """
 
     def plain(text: str) -> str:
         return " ".join(text.lower().translate(_DROP_PUNCTUATION).split())
 
-    return float(plain(answer) in {plain(reference) for reference in sample.references})
+    def same(reference: str) -> bool:
+        if sample.meta.get("own"):
+            number = _number(reference)
+            if number is not None:
+                return _number(answer) == number
+            if not plain(reference):
+                return answer.strip() == reference.strip()
+        return plain(answer) == plain(reference)
+
+    return float(any(map(same, sample.references)))
 
 
 # --- VQA soft accuracy -----------------------------------------------------------------------------------
@@ -83,11 +113,22 @@ def vqa_soft(answer: str, sample: Sample) -> float:
     """VQA accuracy (Antol et al., 2015, https://arxiv.org/abs/1505.00468), leave-one-out over the annotators.
 
     ``mean over i of min(1, #{j != i: reference_j == answer} / 3)`` after ``vqa_normalize`` of both sides;
-    in [0, 1]. With ten references, three annotators who agree give 0.9 and four give 1.
+    in [0, 1]. With ten references, three annotators who agree give 0.9 and four give 1. The rule is made for ten:
+    of two or three references all others must agree where it asks for three, and a single one is compared as it is,
+    so that an answer on which all agree is right. Numbers in users' own data are compared as numbers.
     """
     said = vqa_normalize(answer)
-    matches = [vqa_normalize(reference) == said for reference in sample.references]
-    return fmean(min(1.0, (sum(matches) - own) / 3) for own in matches)
+    number = _number(answer) if _number(answer) is not None else _number(said)
+
+    def same(reference: str) -> bool:
+        wanted = _number(reference) if sample.meta.get("own") else None
+        return vqa_normalize(reference) == said if wanted is None else number == wanted
+
+    matches = [same(reference) for reference in sample.references]
+    if len(matches) == 1:
+        return float(matches[0])
+    needed = min(3, len(matches) - 1)
+    return fmean(min(1.0, (sum(matches) - own) / needed) for own in matches)
 
 
 # --- multiple choice -------------------------------------------------------------------------------------
@@ -285,7 +326,8 @@ def ocrbench(answer: str, sample: Sample) -> float:
         text = text.strip().replace("\n", " ")
         return text.replace(" ", "") if formula else text.lower()
 
-    return float(any(plain(reference) in plain(answer) for reference in sample.references))
+    wanted = [text for text in map(plain, sample.references) if text]  # no text is contained in every answer
+    return float(any(text in plain(answer) for text in wanted))
 
 
 # --- captions --------------------------------------------------------------------------------------------

@@ -14,12 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vtwcli.data.tasks import ORGANISATIONS, BadRow, Row
+from vtwcli.data.tasks import ORGANISATIONS, BadRow, Row, listed, shown
 from vtwcli.documents import nearest
 from vtwcli.errors import NotFoundError
 from vtwcli.files import regular
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+CELL = 64 << 20  # characters of a table's cell; pictures in base64 have millions
 _SPLITS = ("test", "validation", "train")  # which split is read when nothing says so
 
 
@@ -43,51 +44,93 @@ class Rows:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where there is none."""
+    """The first line of an error's message, of a long one the beginning; its type where there is none."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0][:300] if lines else type(error).__name__
 
 
 # --- files -----------------------------------------------------------------------------------------------
 
 
+# Files are opened so that bytes which are no UTF-8 become lone surrogates: they cost their row, not the file.
+_AS_READ = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
+
+
+def _undecoded(text: str) -> bool:
+    """Whether text read with ``_AS_READ`` held bytes that are not UTF-8."""
+    return not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text)
+
+
+class _Ambiguous(dict[str, Any]):
+    """A JSON object with two equal names, of which nobody knows which is meant."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else _Ambiguous(found)
+
+
+def _row(value: Any, what: str) -> Row | BadRow:
+    if not isinstance(value, dict):
+        return BadRow(f"{what} is not a JSON object")
+    return BadRow(f"{what} has one name twice") if isinstance(value, _Ambiguous) else Row(value)
+
+
 def _json_lines(path: Path) -> Iterator[Row | BadRow]:
-    with path.open(encoding="utf-8-sig") as stream:
+    with path.open(**_AS_READ) as stream:  # type: ignore[call-overload]
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                yield BadRow(f"line {number} is not JSON: {error}")
+            if _undecoded(line):
+                yield BadRow(f"line {number} is not text in UTF-8")
                 continue
-            yield Row(value) if isinstance(value, dict) else BadRow(f"line {number} is not a JSON object")
+            try:
+                value = json.loads(line, object_pairs_hook=_object)
+            except (ValueError, RecursionError) as error:
+                yield BadRow(f"line {number} is not JSON: {first_line(error)}")
+                continue
+            yield _row(value, f"line {number}")
 
 
 def _json(path: Path) -> Iterator[Row | BadRow]:
-    value = json.loads(path.read_text(encoding="utf-8-sig"))
+    value = json.loads(path.read_text(**_AS_READ), object_pairs_hook=_object)
     if isinstance(value, dict):  # {"data": [...]}, whatever the key
         lists = [entry for entry in value.values() if isinstance(entry, list)]
         value = lists[0] if len(lists) == 1 else value
     if not isinstance(value, list):
         raise ValueError("it is not a list of objects")
     for entry in value:
-        yield Row(entry) if isinstance(entry, dict) else BadRow("it is not a JSON object")
+        yield _row(entry, "it")
 
 
 def _table(path: Path) -> Iterator[Row | BadRow]:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        for values in reader:
-            if None in values:
+    csv.field_size_limit(max(CELL, csv.field_size_limit()))
+    with path.open(newline="", **_AS_READ) as stream:  # type: ignore[call-overload]
+        reader = csv.reader(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        header = next(reader, [])
+        if twice := [name for name in header if name and header.count(name) > 1]:
+            raise ValueError(f"its header names the column {shown(twice[0])} twice")
+        while True:
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield BadRow(f"line {reader.line_num} is not a row of a table: {first_line(error)}")
+                continue
+            if not values:
+                continue
+            if len(values) > len(header):
                 yield BadRow(f"line {reader.line_num} has more fields than the header")
+            elif any(map(_undecoded, values)):
+                yield BadRow(f"line {reader.line_num} is not text in UTF-8")
             else:
-                yield Row(values)
+                yield Row(zip(header, values + [None] * (len(header) - len(values)), strict=True))
 
 
 def _label(names: Sequence[str], value: Any) -> Any:
     """A class label's name; no label, None or -1, stays what it is."""
-    return names[value] if isinstance(value, int) and value >= 0 else value
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
 def _parquet(source: Path | BinaryIO) -> Iterator[Row | BadRow]:
@@ -96,15 +139,28 @@ def _parquet(source: Path | BinaryIO) -> Iterator[Row | BadRow]:
     No read-ahead and no threads: those of Arrow's scanner fetch much more than was asked for, and a thread that
     still reads when the process ends can block its exit for good (https://github.com/apache/arrow/issues/45214).
     """
+    import numpy
     import pyarrow.parquet as parquet
 
     with parquet.ParquetFile(source, pre_buffer=False) as file:
         described = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
         features = described.get("info", {}).get("features", {})
         labels = {name: one["names"] for name, one in features.items() if "names" in one}
+        columns = file.schema_arrow.names
+        if twice := [name for name in columns if columns.count(name) > 1]:
+            raise ValueError(f"it has the column {shown(twice[0])} twice")
+        short = [field.name for field in file.schema_arrow if str(field.type) == "float"]
         for group in range(file.num_row_groups):
             for batch in file.iter_batches(batch_size=16, row_groups=[group], use_threads=False):
-                for values in batch.to_pylist():
+                for place in range(batch.num_rows):
+                    try:
+                        (values,) = batch.slice(place, 1).to_pylist()
+                    except UnicodeDecodeError:
+                        yield BadRow("it holds bytes that are not text in UTF-8")
+                        continue
+                    for name in short:  # 0.1 of 32 bits is meant as 0.1, not as 0.10000000149
+                        if values[name] is not None:
+                            values[name] = float(str(numpy.float32(values[name])))
                     yield Row(values, **{name: _label(names, values[name]) for name, names in labels.items()})
 
 
@@ -143,7 +199,7 @@ def _pick_split(available: Sequence[str], wanted: str | None, default: str | Non
     if wanted not in available:
         close = nearest(wanted, available)
         hint = f"did you mean {close!r}?" if close else None
-        raise NotFoundError(f"{where}: no split {wanted!r}; splits: {', '.join(available)}", hint)
+        raise NotFoundError(f"{where}: no split {wanted!r}; splits: {listed(available)}", hint)
     return wanted
 
 

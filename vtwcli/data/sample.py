@@ -17,11 +17,13 @@ class Sample:
         id: stable within the data source, for example ``"test:17"``.
         task: name of the task in the mix; curves, metrics and policies group by it.
         images: RGB images in the order in which the prompt shows them.
+        places: how many characters of the prompt stand before each image, ascending; empty where all images come
+            before the prompt.
         prompt: text of the user's turn, without image placeholders or chat markup.
         references: accepted answers; empty where none is known.
         metric: key of the metric that judges an answer (``vtwcli.data.metrics``).
         choices: texts of a multiple-choice question's options, else empty.
-        meta: further columns that the metric reads.
+        meta: further columns that the metric reads; ``own`` where no published rule says how to judge.
     """
 
     id: str
@@ -32,3 +34,4 @@ class Sample:
     metric: str = "exact_match"
     choices: tuple[str, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
+    places: tuple[int, ...] = ()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,10 @@ from vtwcli.data.tasks import (
     fill,
     letter_of,
     lettered,
+    listed,
+    missing,
     options,
+    shown,
     text,
     texts,
 )
@@ -37,6 +40,7 @@ from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.export.manifest import exported_from
 
 IMAGE_MARK = "<image>"
+Check = Callable[[Sample], None]
 DEMO_SPLITS = ("calibration", "test")
 
 
@@ -78,6 +82,7 @@ def load_data(
     seed: int,
     skip_bad: bool = False,
     exclude: Collection[str] = (),
+    check: Check | None = None,
 ) -> DataMix:
     """Read the samples of a mix.
 
@@ -92,6 +97,7 @@ def load_data(
         seed: of the draw, at least 0.
         skip_bad: leave out rows that cannot be read, and count them, instead of failing.
         exclude: fingerprints of samples that must not come up, for example those of a calibration.
+        check: raises ``BadRow`` for a sample that the model cannot use; its row then counts as a bad one.
 
     Raises:
         UsageError: contradicting options, or two sources that give the same rows.
@@ -105,7 +111,7 @@ def load_data(
     for spec in specs:
         first = spec.order == "first"
         drawing = Drawing(spec.limit or limit, seed, first=first, exclude=exclude, known=contents)
-        record = _read(spec, drawing, skip_bad)
+        record = _read(spec, drawing, skip_bad, check)
         chosen = drawing.chosen()
         contents |= {sample_content(sample, fingerprint): sample.id for _, fingerprint, sample in chosen}
         known = {sample.id for sample in samples}
@@ -134,7 +140,7 @@ def identify(spec: DataSpec, *, limit: int, seed: int, skip_bad: bool = False) -
     return load_data([spec], limit=limit, seed=seed, skip_bad=skip_bad).sources[0]
 
 
-def _read(spec: DataSpec, drawing: Drawing, skip_bad: bool) -> dict[str, Any]:
+def _read(spec: DataSpec, drawing: Drawing, skip_bad: bool, check: Check | None) -> dict[str, Any]:
     """Read one source into the drawing; its record for result files."""
     if spec.metric is not None and spec.metric not in METRICS:
         close = nearest(spec.metric, METRICS)
@@ -158,7 +164,7 @@ def _read(spec: DataSpec, drawing: Drawing, skip_bad: bool) -> dict[str, Any]:
                 task = spec.task or _task_of(spec, reading, row)
                 found[task] = None
                 if spec.tasks is None or task in spec.tasks:
-                    drawing.offer(place, task, partial(_sample, spec, reading, rows, place, task, row))
+                    drawing.offer(place, task, partial(_sample, spec, reading, rows, check, place, task, row))
             except BadRow as bad:
                 complaint = NotFoundError(
                     f"{rows.where}, row {place}: {bad.message}", bad.hint or "--skip-bad leaves such rows out"
@@ -171,7 +177,7 @@ def _read(spec: DataSpec, drawing: Drawing, skip_bad: bool) -> dict[str, Any]:
     for task in spec.tasks or ():
         if not drawing.kept.get(task):
             raise NotFoundError(
-                f"{rows.where}: no samples of the task {task!r}; tasks: {', '.join(found) or 'none'}"
+                f"{rows.where}: no samples of the task {task!r}; tasks: {listed(found) or 'none'}"
             )
     chosen = drawing.chosen()
     if not chosen and drawing.excluded:
@@ -292,7 +298,8 @@ def _plain_reading(spec: DataSpec) -> TaskRow:
 
     def choices(row: Row) -> tuple[str, ...]:
         column = columns.choices or "choices"
-        return options(row, column) if columns.choices or row.get(column) else ()
+        absent = columns.choices is None and (missing(row.get(column)) or row[column] == [])
+        return () if absent else options(row, column)
 
     def prompt(row: Row) -> str:
         question = text(row, columns.question or "question")
@@ -319,7 +326,9 @@ def _plain_reading(spec: DataSpec) -> TaskRow:
     )
 
 
-def _sample(spec: DataSpec, reading: TaskRow, rows: Rows, place: int, task: str, row: Row) -> Sample:
+def _sample(
+    spec: DataSpec, reading: TaskRow, rows: Rows, check: Check | None, place: int, task: str, row: Row
+) -> Sample:
     """One row as a sample.
 
     Raises:
@@ -334,24 +343,49 @@ def _sample(spec: DataSpec, reading: TaskRow, rows: Rows, place: int, task: str,
         prompt = reading.prompt(row)
     else:
         prompt = fill(spec.prompt, row, reading.columns.question or "question", choices)
-    if IMAGE_MARK in prompt:  # images are shown before the text, and a mark in it would ask for one more
-        prompt = prompt.replace(IMAGE_MARK, "").strip()
     images = []
+    within = f"hf://datasets/{rows.record['repository']}@" if rows.remote else None
     for column in reading.images(row):
         values = row[column] if isinstance(row[column], list) else [row[column]]
-        images += [decode_image(value, column, rows.folder) for value in values]
+        images += [decode_image(value, column, rows.folder, within) for value in values]
+    prompt, places = _placed(prompt, len(images))
+    references = reading.references(row)
     metric = spec.metric or (
         "multiple_choice" if choices and reading.metric == "exact_match" else reading.metric
     )
+    if metric == "pope" and any(one.strip().lower() not in ("yes", "no") for one in references):
+        raise BadRow(f"the metric pope judges yes and no, but the answer is {shown(references[0])}")
     split = rows.record.get("split")
     identity = row["id"] if spec.source == "demo" else place
-    return Sample(
+    sample = Sample(
         id=":".join(str(part) for part in (spec.source, split, identity) if part is not None),
         task=task,
         images=tuple(images),
         prompt=prompt,
-        references=reading.references(row),
+        references=references,
         metric=metric,
         choices=choices,
-        meta={name: row[name] for name in reading.meta},
+        meta={name: row[name] for name in reading.meta} | ({} if spec.source in TASKS else {"own": True}),
+        places=places,
     )
+    if check is not None:
+        check(sample)
+    return sample
+
+
+def _placed(prompt: str, images: int) -> tuple[str, tuple[int, ...]]:
+    """A prompt without its marks of images, and where they were (``Sample.places``).
+
+    Raises:
+        BadRow: there are marks, but not one for each image.
+    """
+    pieces = prompt.split(IMAGE_MARK)
+    marks = len(pieces) - 1
+    if marks not in (0, images):
+        raise BadRow(
+            f"the prompt has {marks} marks {IMAGE_MARK}, but the row has {images} images: "
+            "write one for each image, or none"
+        )
+    if not any(piece.strip() for piece in pieces[:-1]):
+        return (pieces[-1].strip() if marks else prompt), ()
+    return "".join(pieces), tuple(accumulate(map(len, pieces[:-1])))

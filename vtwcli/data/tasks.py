@@ -6,10 +6,12 @@ Prompts are those of lmms-eval, so that numbers can be compared. Nothing here im
 from __future__ import annotations
 
 import ast
+import math
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from vtwcli.data.spec import Columns
@@ -51,37 +53,73 @@ class Row(dict[str, Any]):
         else:
             close = nearest(column, present)
             hint = f"did you mean {close!r}?" if close else None
-        raise BadRow(f"no column {column!r}; columns: {', '.join(present) or 'none'}", hint)
+        raise BadRow(f"no column {column!r}; columns: {listed(present) or 'none'}", hint)
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value for a message: on one line, and what is long only by its beginning."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def listed(names: Iterable[str], most: int = 300) -> str:
+    """Names for a message, with commas; of many or long ones the first."""
+    text = ", ".join(names)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def missing(value: Any) -> bool:
+    """Whether a cell holds nothing: None, no text, or NaN, which is what tables of numbers put there."""
+    return value is None or value == "" or (isinstance(value, float | Decimal) and math.isnan(value))
+
+
+def _written(value: Any, column: str) -> str:
+    """Text or a number as text; whole numbers have no point, as tables with a gap make floats of them."""
+    if isinstance(value, float | Decimal):
+        if not math.isfinite(value):
+            raise BadRow(f"column {column!r} holds {value}, not a number")
+        return str(int(value)) if value == int(value) and abs(int(value)) < 10**16 else str(value)
+    if isinstance(value, int):
+        return str(value)
+    if not isinstance(value, str):
+        raise BadRow(f"column {column!r} holds a {type(value).__name__}, not text")
+    if re.search("[\ud800-\udfff]", value):
+        raise BadRow(f"column {column!r} holds {shown(value)}, which is not text in UTF-8")
+    return value
 
 
 def text(row: Row, column: str) -> str:
     """A column that must hold text; numbers are written out.
 
     Raises:
-        BadRow: the column is missing, empty or of another kind.
+        BadRow: the column is missing, empty, of another kind, or holds halves of surrogate pairs.
     """
     value = row[column]
-    if isinstance(value, int | float):
-        return str(value)
-    if value is None or value == "":
+    if missing(value):
         raise BadRow(f"column {column!r} is empty")
-    if not isinstance(value, str):
-        raise BadRow(f"column {column!r} holds a {type(value).__name__}, not text")
-    return value
+    return _written(value, column)
 
 
 def texts(row: Row, column: str) -> tuple[str, ...]:
-    """A column that holds one text or several; some of several may be empty, but not all."""
+    """A column that holds one text or several; some of several may be empty, but not all.
+
+    VQA's own form, a list of records with an ``answer`` each, is read too. NaN is no answer.
+    """
     value = row[column]
+    if isinstance(value, dict) and "answer" in value:
+        value = value["answer"]
     if not isinstance(value, list | tuple):
-        return (text(row, column),)
+        return (text(Row({column: value}), column),)
+    found = []
     for one in value:
-        if not isinstance(one, str | int | float):
-            raise BadRow(f"column {column!r} holds a {type(one).__name__} among its texts")
-    found = tuple(str(one) for one in value)
+        answer = one["answer"] if isinstance(one, dict) and "answer" in one else one
+        if not isinstance(answer, str | int | float | Decimal):
+            raise BadRow(f"column {column!r} holds a {type(answer).__name__} among its texts")
+        if answer == "" or not missing(answer):
+            found.append(_written(answer, column))
     if not any(one.strip() for one in found):
         raise BadRow(f"column {column!r} is empty")
-    return found
+    return tuple(found)
 
 
 def options(row: Row, column: str) -> tuple[str, ...]:
@@ -96,7 +134,7 @@ def options(row: Row, column: str) -> tuple[str, ...]:
         raise BadRow(f"column {column!r} is not a list of choices")
     if len(value) > len(LETTERS):
         raise BadRow(f"column {column!r} has {len(value)} choices; at most {len(LETTERS)} have a letter")
-    return tuple(str(one) for one in value)
+    return tuple(_written(one, column) for one in value)
 
 
 def lettered(choices: Sequence[str]) -> str:
@@ -109,8 +147,10 @@ def letter_at(row: Row, column: str, choices: Sequence[str]) -> str:
     value = row[column]
     try:
         place = int(value)
-    except (TypeError, ValueError):
-        raise BadRow(f"column {column!r} holds {value!r}, not the place of a choice") from None
+        if place != value and not isinstance(value, str):
+            raise ValueError("between two places")
+    except (TypeError, ValueError, OverflowError):
+        raise BadRow(f"column {column!r} holds {shown(value)}, not the place of a choice") from None
     if not 0 <= place < len(choices):
         raise BadRow(f"column {column!r} holds {place}, but there are {len(choices)} choices")
     return LETTERS[place]
@@ -119,18 +159,19 @@ def letter_at(row: Row, column: str, choices: Sequence[str]) -> str:
 def letter_of(row: Row, column: str, choices: Sequence[str]) -> str:
     """The letter of the right choice, however the column names it: as text, as a letter or as a 0-based place."""
     value = row[column]
-    if isinstance(value, str):
-        said = value.strip().casefold()
-        by_text = {
-            choice.strip().casefold(): letter for letter, choice in zip(LETTERS, choices, strict=False)
-        }
-        by_letter = {letter.casefold(): letter for letter in LETTERS[: len(choices)]}
-        for accepted in (by_text, by_letter):
-            if said in accepted:
-                return accepted[said]
-        if not said.isdecimal():
-            raise BadRow(f"column {column!r} holds {value!r}, which is none of the choices")
-    return letter_at(row, column, choices)
+    if missing(value):
+        raise BadRow(f"column {column!r} is empty")
+    if isinstance(value, float | Decimal):
+        value = _written(value, column)
+    said = str(value).strip().casefold()
+    by_text = {choice.strip().casefold(): letter for letter, choice in zip(LETTERS, choices, strict=False)}
+    by_letter = {letter.casefold(): letter for letter in LETTERS[: len(choices)]}
+    for accepted in (by_text, by_letter):
+        if said in accepted:
+            return accepted[said]
+    if isinstance(value, str) and not said.isdecimal():
+        raise BadRow(f"column {column!r} holds {shown(value)}, which is none of the choices")
+    return letter_at(Row({column: value}), column, choices)
 
 
 def fill(template: str, row: Row, question: str, choices: Sequence[str]) -> str:

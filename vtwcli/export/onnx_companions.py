@@ -8,12 +8,12 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from vtwcli.export.manifest import save_json, save_settings
 from vtwcli.export.own_code import without_code_map
 from vtwcli.export.weights import own_files
-from vtwcli.models import templates
 from vtwcli.models.checkpoint import LEGAL, quiet_libraries
 from vtwcli.ort import MANIFEST
 
@@ -62,7 +62,7 @@ def write_companions(source: Source, manifest: dict[str, Any], folder: Path) -> 
         "bos": tokenizer.bos_token,
         "image": getattr(processor, "image_token", None),
     }
-    manifest["prompt"] = _prompts(processor, source.checkpoint.path if source.checkpoint else None)
+    manifest["prompt"] = _prompts(source, processor)
     manifest["how_to"] = _how_to(manifest)
     for name, text in scripts().items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -70,10 +70,15 @@ def write_companions(source: Source, manifest: dict[str, Any], folder: Path) -> 
 
 
 def scripts() -> dict[str, str]:
-    """File name -> text of the Python files beside the graphs: the runtime and its example script."""
+    """File name -> text of the Python files beside the graphs: the runtime, the decoding of pictures, and the script."""
     from vtwcli import ort
+    from vtwcli.data import pixels
 
-    own = {"vtw_ort.py": Path(ort.__file__), "run_onnx.py": Path(__file__).with_name("run_onnx.py")}
+    own = {
+        "vtw_ort.py": Path(ort.__file__),
+        "vtw_pixels.py": Path(pixels.__file__),
+        "run_onnx.py": Path(__file__).with_name("run_onnx.py"),
+    }
     return {name: file.read_text(encoding="utf-8") for name, file in own.items()}
 
 
@@ -87,17 +92,38 @@ def _keep_video_part(path: Path, folder: Path) -> None:
             save_settings(folder / _VIDEO, settings["video_processor"])
 
 
-def _prompts(processor: Any, path: Path | None) -> dict[str, str] | None:
-    """The chat template's text before and behind a question, with one image and without; None without a template."""
-    if not (getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)):
+def _prompts(source: Source, processor: Any) -> dict[str, str] | None:
+    """The chat template's text before and behind a question, with one image and without; None without a template.
+
+    Raises:
+        NotFoundError: the template fails, or drops the question.
+    """
+    import torch
+    from PIL import Image
+
+    from vtwcli.data.sample import Sample
+    from vtwcli.models.inputs import prompt_text
+    from vtwcli.models.loading import LoadedModel
+    from vtwcli.models.prompts import template_of
+
+    if template_of(processor) is None:
         return None
-    texts = {}
-    for name, parts in (("image", [{"type": "image"}]), ("text", [])):
-        turn = {"role": "user", "content": [*parts, {"type": "text", "text": _QUESTION}]}
-        templates.check(processor, path, [turn], True)
-        text = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
-        texts[name] = text.replace(_QUESTION, "{question}")
-    return texts
+    path = source.checkpoint.path if source.checkpoint is not None else Path()
+    reader = LoadedModel(
+        SimpleNamespace(config=source.config),
+        processor,
+        source.family,
+        source.name,
+        source.revision,
+        path,
+        torch.device("cpu"),
+        torch.float32,
+    )
+    images = {"image": (Image.new("RGB", (1, 1)),), "text": ()}
+    texts = {
+        name: prompt_text(reader, Sample("prompt", name, some, _QUESTION)) for name, some in images.items()
+    }
+    return {name: text.replace(_QUESTION, "{question}") for name, text in texts.items()}
 
 
 def _how_to(manifest: Mapping[str, Any]) -> list[str]:

@@ -2,9 +2,9 @@
 
     python run_onnx.py --image cat.jpg "What is in the picture?"
 
-Needs onnxruntime, numpy, tokenizers and Pillow, and the files beside it: the graphs, ``vtw_ort.py``, the manifest,
-``tokenizer.json`` and ``processor_config.json``. One picture or none; the arithmetic is that of the model's own
-image processor in its Pillow form.
+Needs onnxruntime, numpy, tokenizers and Pillow, and the files beside it: the graphs, ``vtw_ort.py``,
+``vtw_pixels.py``, the manifest, ``tokenizer.json`` and ``processor_config.json``. One picture or none; the arithmetic
+is that of the model's own image processor in its Pillow form.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 from vtw_ort import NotFoundError, OnnxModel, UsageError, best_resolution
+from vtw_pixels import check_resized, read_picture
 
 HERE = Path(__file__).resolve().parent
 MAX_SIDE = 4096  # of Idefics3
@@ -57,6 +58,7 @@ def sized(image: Image.Image, settings: Mapping[str, Any]) -> Image.Image:
     if settings.get("do_resize", True):
         if "shortest_edge" in size:
             edge = size["shortest_edge"]
+            check_resized(image.width, image.height, edge)
             long = int(edge * max(image.size) / min(image.size))
             high, wide = (edge, long) if image.width > image.height else (long, edge)
         else:
@@ -172,16 +174,18 @@ PROCESS = {"rows": rows, "anyres": anyres, "patches": patches, "tiles": tiles}
 def prepare(
     model: OnnxModel, tokenizer: Tokenizer, question: str, image: Image.Image | None
 ) -> dict[str, np.ndarray]:
-    """Model inputs for one question."""
+    """Model inputs for one question about an RGB picture."""
     manifest, inputs = model.manifest, {}
     if manifest.get("prompt") is None:
         sys.exit("this model has no chat template, so its prompt is not known")
     tokens, arrange = manifest["tokens"], manifest["vision"]["arrange"]
+    if tokens["image"] and tokens["image"] in question:
+        raise UsageError(f"the question contains {tokens['image']}, which stands for a picture")
     text = manifest["prompt"]["text" if image is None else "image"].replace("{question}", question)
     count = 1
     if image is not None:
         settings = json.loads((HERE / "processor_config.json").read_text(encoding="utf-8"))["image_processor"]
-        inputs = PROCESS[arrange](image.convert("RGB"), settings, manifest["vision"])
+        inputs = PROCESS[arrange](image, settings, manifest["vision"])
         grid = inputs.pop("grid", None)
         inputs["image_features"] = features = model.features(inputs)
         count = len(features)
@@ -206,7 +210,11 @@ def main() -> None:
     options = parser.parse_args()
     model = OnnxModel(HERE, options.device)
     tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
-    image = Image.open(options.image) if options.image else None
+    image = None
+    if options.image:
+        image, left_out = read_picture(options.image)
+        for what in left_out:
+            sys.stderr.write(f"warning: {options.image}: {what}\n")
     answer = model.generate(
         prepare(model, tokenizer, options.question, image),
         options.max_new_tokens,

@@ -5,23 +5,34 @@ S is the length of a prompt, A of an answer, in tokens.
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtwcli import console
+from vtwcli.data.pixels import PictureError, check_resized
 from vtwcli.data.sample import Sample
+from vtwcli.data.tasks import shown
 from vtwcli.errors import NotFoundError
 from vtwcli.finite import check_generation
-from vtwcli.models import templates
+from vtwcli.models import prompts, templates
 from vtwcli.models.checkpoint import first_line, quiet_libraries
 from vtwcli.models.loading import LoadedModel
 
 _ANSWER = "ANSWER"  # stands for an answer where only the template around it is looked at
+_MARKUP = re.compile(r"(?:\s|<[^<>]*>|\[/?[A-Z_]+\])*")  # what may stand between a prompt and an answer
+_SKIP = "--skip-bad leaves such rows out"
+
+
+class UnusableSampleError(NotFoundError):
+    """A sample that this model cannot be asked; others may do."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ def encode(
         _check_ids(loaded, [sample], answer_ids[None])
         inputs = append(loaded, inputs, answer_ids)
         visual = torch.cat([visual, visual.new_zeros(answer_ids.shape[0])])
-    _check_length(loaded, [sample], int(visual.shape[0]))
+    _check_length(loaded, [sample], [int(visual.shape[0])])
     return Encoded(inputs, prompt_length, visual)
 
 
@@ -79,7 +90,8 @@ def encode_batch(
 ) -> dict[str, Tensor]:
     """Samples as one batch, padded on ``side`` ("left" for generation); per-token entries are [B, S]."""
     inputs = _process(loaded, samples, side, system)
-    _check_length(loaded, samples, int(inputs["input_ids"].shape[1]))
+    lengths = inputs["attention_mask"].sum(1).tolist() if "attention_mask" in inputs else []
+    _check_length(loaded, samples, lengths or [int(inputs["input_ids"].shape[1])] * len(samples))
     return inputs
 
 
@@ -105,14 +117,19 @@ def answer_ids(loaded: LoadedModel, text: str) -> Tensor:
 
     What stands between prompt and answer (a space in ``ASSISTANT: red``) and which token ends the turn are taken
     from the chat template.
+
+    Raises:
+        UnusableSampleError: the tokens spell another text.
     """
     tokenizer = loaded.processor.tokenizer
     question = Sample("answer", "answer", (), "?")
     prompt = _prompt(loaded, question, None)
-    turn = _render(loaded, [*_conversation(question, None), _message("assistant", _ANSWER)], False) or ""
     lead, tail = " " if prompt.endswith(":") else "", ""
-    if turn.startswith(prompt) and _ANSWER in turn[len(prompt) :]:
-        lead, _, tail = turn[len(prompt) :].partition(_ANSWER)
+    for turn in _renderings(loaded, question, None, _ANSWER):
+        behind = turn[len(prompt) :] if turn.startswith(prompt) else ""
+        if _ANSWER in behind and not prompts.printed_list(turn, ""):
+            lead, _, tail = behind.partition(_ANSWER)
+            break
 
     def ids(words: str) -> list[int]:
         return list(tokenizer(words, add_special_tokens=False)["input_ids"])
@@ -122,6 +139,12 @@ def answer_ids(loaded: LoadedModel, text: str) -> Tensor:
     answer = whole[len(before) :] if whole[: len(before)] == before else ids(lead + text.strip())
     ends = end_ids(loaded)
     end = next((token for token in ids(tail) if token in ends), tokenizer.eos_token_id)
+    spelled = tokenizer.decode(answer, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if _letters(spelled) != _letters(lead + text) or not _MARKUP.fullmatch(lead):
+        raise UnusableSampleError(
+            f"the answer {shown(text)} behind the chat template {_template_file(loaded)} becomes {shown(spelled)}",
+            _SKIP,
+        )
     return torch.tensor([*answer, *([] if end is None else [end])], dtype=torch.long)
 
 
@@ -250,25 +273,53 @@ def _names(samples: Sequence[Sample]) -> str:
     return ", ".join(repr(sample.id) for sample in samples)
 
 
-def _message(role: str, text: str, images: Sequence[Any] = ()) -> dict[str, Any]:
-    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
-    return {"role": role, "content": [*content, {"type": "text", "text": text}]}
+def _letters(text: str) -> str:
+    """What a tokenizer must keep of a text: forms of a letter are one, white space does not count."""
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def _conversation(sample: Sample, system: str | None) -> list[dict[str, Any]]:
-    turns = [_message("system", system)] if system else []
-    return [*turns, _message("user", sample.prompt, sample.images)]
+def _template_file(loaded: LoadedModel) -> str:
+    return prompts.template_file(loaded.path)
+
+
+def _renderings(
+    loaded: LoadedModel, sample: Sample, system: str | None, answer: str | None = None
+) -> Iterator[str]:
+    """The chat template's texts for the forms in which a sample can be given to it; none without a template.
+
+    Raises:
+        NotFoundError: the template fails for all of them.
+    """
+    failure: NotFoundError | None = None
+    rendered = False
+    token = getattr(loaded.processor, "image_token", None)
+    for turns in prompts.conversations(sample, system, answer, token):
+        try:
+            text = _render(loaded, turns, answer is None)
+        except NotFoundError as error:
+            failure = failure or error
+            continue
+        if text is None:
+            return
+        rendered = True
+        yield text
+    if failure is not None and not rendered:
+        raise failure
 
 
 def _render(loaded: LoadedModel, conversation: list[dict[str, Any]], generation_prompt: bool) -> str | None:
     """The chat template's text, or None where the processor has no template."""
-    processor = loaded.processor
-    if not (getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)):
+
+    template = prompts.template_of(loaded.processor)
+    if template is None:
         return None
-    templates.check(processor, loaded.path, conversation, generation_prompt)
+    templates.check(loaded.processor, loaded.path, conversation, generation_prompt)
     try:
-        text = processor.apply_chat_template(
-            conversation, add_generation_prompt=generation_prompt, tokenize=False
+        text = loaded.processor.apply_chat_template(
+            conversation,
+            chat_template=prompts.dated(template),
+            add_generation_prompt=generation_prompt,
+            tokenize=False,
         )
     except Exception as error:  # a template raises what it likes
         raise NotFoundError(
@@ -278,31 +329,88 @@ def _render(loaded: LoadedModel, conversation: list[dict[str, Any]], generation_
     return str(text)
 
 
+def prompt_text(loaded: LoadedModel, sample: Sample) -> str:
+    """The text that a sample becomes before images take their places in it.
+
+    Raises:
+        NotFoundError: no chat template, or one that fails.
+        UnusableSampleError: the template does not show the sample's text as it is.
+    """
+    return _prompt(loaded, sample, None)
+
+
 def _prompt(loaded: LoadedModel, sample: Sample, system: str | None) -> str:
-    text = _render(loaded, _conversation(sample, system), True)
-    if text is not None:
-        return text
+    tokens = prompts.media_tokens(loaded.processor, loaded.placeholder_ids)
+    seen = False
+    for text in _renderings(loaded, sample, system):
+        if prompts.shows(text, sample, system, tokens):
+            return text
+        seen = True
+    if seen:
+        places = ", or images in their places in it" if sample.places else ""
+        raise UnusableSampleError(
+            f"the chat template {_template_file(loaded)} does not show the text of sample {sample.id!r} "
+            f"as it is{places}",
+            "use the template of the base model, or one that reads the parts of a message's content in their order",
+        )
     if loaded.family.prompt is None:
         raise NotFoundError(
             f"the processor of {loaded.name!r} has no chat template",
             "copy chat_template.jinja of the base model beside the weights",
         )
-    images = loaded.processor.image_token * len(sample.images)
-    return f"{system} " * bool(system) + loaded.family.prompt.format(images=images, text=sample.prompt)
+    token = loaded.processor.image_token
+    images = "" if sample.places else token * len(sample.images)
+    text = prompts.written(sample, token) if sample.places else sample.prompt
+    return f"{system} " * bool(system) + loaded.family.prompt.format(images=images, text=text)
 
 
 def _process(
     loaded: LoadedModel, samples: Sequence[Sample], side: str, system: str | None
 ) -> dict[str, Tensor]:
-    processor = loaded.processor
-    token = getattr(processor, "image_token", None)
     for sample in samples:
-        if token and token in sample.prompt:
-            raise NotFoundError(
+        _check_sample(loaded, sample)
+    texts = [_prompt(loaded, sample, system) for sample in samples]
+    try:
+        return _processed(loaded, samples, texts, side)
+    except UnusableSampleError:
+        if len(samples) > 1:  # the one that it is about has a name
+            for sample, text in zip(samples, texts, strict=True):
+                _processed(loaded, [sample], [text], side)
+        raise
+
+
+def _check_sample(loaded: LoadedModel, sample: Sample) -> None:
+    """Refuse what no processor must see: text that is taken for an image, and images that grow without bounds."""
+    processor = loaded.processor
+    for token in prompts.media_tokens(processor, loaded.placeholder_ids):
+        if token in sample.prompt:
+            raise UnusableSampleError(
                 f"the prompt of sample {sample.id!r} contains the image placeholder {token!r}",
                 "prompts hold text only; the images' places are set by the chat template",
             )
-    texts = [_prompt(loaded, sample, system) for sample in samples]
+    if control := [token for token in processor.tokenizer.all_special_tokens if token in sample.prompt]:
+        _warn_of_control(control[0])
+    size = getattr(processor.image_processor, "size", None) or {}
+    edge = size.get("shortest_edge") if hasattr(size, "get") else None
+    if edge and not size.get("longest_edge"):
+        for image in sample.images:
+            try:
+                check_resized(image.width, image.height, int(edge))
+            except PictureError as error:
+                raise UnusableSampleError(f"sample {sample.id!r}: {error}", _SKIP) from None
+
+
+@cache
+def _warn_of_control(token: str) -> None:
+    console.warn(
+        f"some prompts contain {token!r}, which the tokenizer reads as a control token and not as text"
+    )
+
+
+def _processed(
+    loaded: LoadedModel, samples: Sequence[Sample], texts: list[str], side: str
+) -> dict[str, Tensor]:
+    processor = loaded.processor
     images = [list(sample.images) for sample in samples]
     tokenizer = processor.tokenizer
     if tokenizer.pad_token_id is None:
@@ -319,9 +427,9 @@ def _process(
                 add_special_tokens=not (bos and texts[0].startswith(bos)),
                 return_tensors="pt",
             )
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise NotFoundError(
-            f"the processor cannot encode sample {_names(samples)}: {first_line(error)}"
+    except Exception as error:  # there is no telling what a processor raises for an image that it cannot take
+        raise UnusableSampleError(
+            f"the processor cannot encode sample {_names(samples)}: {first_line(error)[:300]}", _SKIP
         ) from error
     _check_ids(loaded, samples, encoded["input_ids"])
     encoded.pop("labels", None)  # PaliGemma's processor makes some even where there is nothing to learn
@@ -332,7 +440,7 @@ def _process(
     }
     for row, sample in zip(inputs["input_ids"], samples, strict=True):
         if bool(visual_mask(row, loaded.placeholder_ids).any()) != bool(sample.images):
-            raise NotFoundError(
+            raise UnusableSampleError(
                 f"sample {sample.id!r} has {len(sample.images)} images, but its encoded prompt has "
                 f"{int(visual_mask(row, loaded.placeholder_ids).sum())} visual tokens",
                 "the processor and the model's config disagree about the image placeholder",
@@ -364,10 +472,11 @@ def _check_ids(loaded: LoadedModel, samples: Sequence[Sample], ids: Tensor) -> N
     )
 
 
-def _check_length(loaded: LoadedModel, samples: Sequence[Sample], length: int) -> None:
+def _check_length(loaded: LoadedModel, samples: Sequence[Sample], lengths: Sequence[int]) -> None:
     limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and length > limit:
-        raise NotFoundError(
-            f"sample {_names(samples)} is {length} tokens long, more than the model's {limit} positions",
-            "use a shorter prompt or fewer images",
-        )
+    for sample, length in zip(samples, lengths, strict=True):
+        if limit and length > limit:
+            raise UnusableSampleError(
+                f"sample {sample.id!r} is {length} tokens long, more than the model's {limit} positions",
+                "use a shorter prompt or fewer images; --skip-bad leaves such rows out",
+            )
