@@ -70,7 +70,7 @@ def write_companions(source: Source, manifest: dict[str, Any], folder: Path) -> 
 
 
 def scripts() -> dict[str, str]:
-    """File name -> text of the Python files beside the graphs: the runtime, the decoding of pictures, and the script."""
+    """File name -> text of the Python files beside the graphs: the runtime, the reading of pictures, the script."""
     from vtwcli import ort
     from vtwcli.data import pixels
 

@@ -45,6 +45,7 @@ def check_finite(checkpoint: Checkpoint) -> None:
     with console.progress("checking weights, MiB", sum(t.nbytes for t, _ in tensors) // _MIB) as bar:
         for tensor, parameter in sorted(tensors, key=lambda one: (one[0].file, one[0].start)):
             for raw in _runs(tensor):
+                assert tensor.dtype is not None
                 values = torch.frombuffer(raw, dtype=tensor.dtype)
                 if not is_finite(values) and (parameter or bool(values.isnan().any())):
                     raise NotFoundError(
