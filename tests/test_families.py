@@ -12,6 +12,7 @@ import torch
 from tests import parity, reference
 from tests.test_models_streaming import check_equal
 from tests.tiny import IMAGE_ID, LAYERS, TINY, VARIANTS, VIDEO_ID
+from tests.wide import Narrow
 from vtwcli.errors import NotFoundError
 from vtwcli.export.onnx_graphs import VISION
 from vtwcli.models.families import FAMILIES, family_of, markdown, placeholder_ids, table
@@ -132,6 +133,21 @@ def test_the_reference_is_the_stock_model_at_the_end_and_removal_by_hand_before(
         actual = reference.logits(model, batch, reference.withdrawal(model, visual, k))[:, -1]
         parity.same(model, actual, expected)
         assert (expected - full).abs().max() > 1e-3, "withdrawal changes nothing, so nothing was tested"
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_a_float64_text_model_computes_in_float64_throughout(name):
+    """Else the comparisons here would hold on some CPUs only, see ``tests.wide``."""
+    model, narrow = model_of(name), Narrow()
+    text_model = model.get_submodule(family_of(model.config).text_model)
+    handles = [
+        text_model.register_forward_pre_hook(lambda *_: narrow.__enter__() and None),
+        text_model.register_forward_hook(lambda *_: narrow.__exit__(None, None, None)),
+    ]
+    stock(model, inputs_of(name, IMAGES))
+    for handle in handles:
+        handle.remove()
+    assert not narrow.found
 
 
 def divergence(pruned: torch.Tensor, full: torch.Tensor) -> torch.Tensor:

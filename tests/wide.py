@@ -1,9 +1,9 @@
 """Float64 that stays float64.
 
-The library computes norms, softmax and routers in float32 even in a float64 model. Two computations of the same thing
-then differ in their last bit, as they may on any CPU for products of other shapes, and rounding to float32 makes of it,
-now and then, a difference in the seventh digit. Tests in float64 would depend on the CPU they run on, or would have to
-be as lenient as those in float32. So their text models are widened: casts to float32 leave float64 as it is.
+The library computes angles, norms, softmax and routers in float32 even in a float64 model. Two computations of one
+thing differ in their last bit as soon as a product has another shape, and how is the CPU's affair; rounding to float32
+makes of that, now and then, a difference in the seventh digit. Tests in float64 would then depend on the CPU, or would
+have to be as lenient as those in float32. So their models are widened: casts to float32 leave float64 as it is.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-
-from vtwcli.models.families import FAMILIES
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class _NoNarrowing(TorchFunctionMode):
@@ -44,11 +43,14 @@ def _wide(kind: type) -> type:
 
 
 def widen(model: Any) -> None:
-    """Let the decoder layers, every norm of the text model and the loss of a float64 model compute in float64."""
-    text_model = model.get_submodule(FAMILIES[model.config.model_type].text_model)
-    norms = [module for name, module in text_model.named_modules() if "norm" in name.rpartition(".")[2]]
-    for module in (*text_model.layers, *norms):
-        module.__class__ = _wide(type(module))
+    """Let the layers, norms, rotary angles and the loss of a float64 model compute in float64 throughout."""
+    for name, module in list(model.named_modules()):
+        last = name.rpartition(".")[2]
+        if "rotary" in last:
+            for buffer in module.buffers():
+                buffer.data = buffer.double()
+        if last.isdigit() or "rotary" in last or "norm" in last:
+            module.__class__ = _wide(type(module))
     loss = model.loss_function
 
     @functools.wraps(loss)
@@ -57,3 +59,21 @@ def widen(model: Any) -> None:
             return loss(*args, **kwargs)
 
     model.loss_function = wide_loss
+
+
+class Narrow(TorchDispatchMode):
+    """Collects in ``found`` the operations whose results are less than float64; conversions and views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        results = [
+            x for x in (out if isinstance(out, list | tuple) else [out]) if isinstance(x, torch.Tensor)
+        ]
+        moves = func.is_view or func._opname in ("_to_copy", "clone")
+        if not moves and any(x.is_floating_point() and x.dtype != torch.float64 for x in results):
+            self.found.add(func._opname)
+        return out
