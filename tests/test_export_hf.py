@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from ruamel.yaml import YAML
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -174,7 +175,7 @@ def test_directory_holds_the_model_and_its_record(base, exported):
         "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
         "tokenizer_config.json", "processor_config.json", "chat_template.jinja", "LICENSE", "NOTICE", "USE_POLICY.md",
         "README.md",
-        "modeling_vtw.py", "vtw_pruning.py", "calibration.json", "calibration.png", "recipe.yaml",
+        "modeling_vtw.py", "vtw_pruning.py", "vtw_loading.py", "calibration.json", "calibration.png", "recipe.yaml",
         "manifest.json",
     }  # fmt: skip
     assert (exported / "recipe.yaml").read_text() == "model: base  # mine\n"
@@ -187,6 +188,8 @@ def test_directory_holds_the_model_and_its_record(base, exported):
 def test_config_gains_the_schedule_and_keeps_the_rest(base, exported):
     old, new = (json.loads((path / "config.json").read_text()) for path in (base, exported))
     assert {key: value for key, value in new.items() if key not in ("auto_map", "vtw")} == old
+    read = new["vtw"].pop("config")
+    assert (read["text_config"]["hidden_size"], read[""]["tie_word_embeddings"]) == (32, False)
     assert new["vtw"] == {
         "schedule": {
             "format_version": 1,
@@ -195,6 +198,7 @@ def test_config_gains_the_schedule_and_keeps_the_rest(base, exported):
         },
         "layout": {"text_model": "model.language_model", "placeholder_ids": [98], "first_withdrawal": 0},
         "version": vtwcli.__version__,
+        "transformers": transformers.__version__,
     }
     assert new["auto_map"] == {
         "AutoModelForImageTextToText": "modeling_vtw.LlavaForConditionalGeneration",

@@ -115,7 +115,7 @@ def export_hf(
         picture = PICTURE if (folder / PICTURE).exists() else None
         card = model_card(subject, calibration, evaluation, picture)
         (folder / CARD).write_text(card, encoding="utf-8")
-        _check_loading(folder, family, code)
+        _check_loading(folder, family, code, config)
         return write_manifest(
             folder,
             {
@@ -229,7 +229,10 @@ def _copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
 
 def _config(checkpoint: Checkpoint, schedule: Schedule, dtype: torch.dtype | None) -> dict[str, Any]:
     """The base model's config.json with the schedule; every other key stays as it was written."""
+    import transformers
+
     from vtwcli.runtime import layout_of
+    from vtwcli.runtime.loading import settings_of
 
     config: dict[str, Any] = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
     if dtype is not None:
@@ -242,6 +245,8 @@ def _config(checkpoint: Checkpoint, schedule: Schedule, dtype: torch.dtype | Non
         "schedule": schedule.to_dict(),
         "layout": layout_of(checkpoint.config),
         "version": __version__,
+        "transformers": transformers.__version__,
+        "config": settings_of(checkpoint.config),
     }
     return config
 
@@ -267,8 +272,11 @@ def _write_record(folder: Path, calibration: dict[str, Any] | None, recipe: str 
         (folder / RECIPE).write_text(recipe, encoding="utf-8")
 
 
-def _check_loading(folder: Path, family: Family, code: dict[str, str]) -> None:
-    """Load structure and names, no values: the exported class must find what transformers' own class finds."""
+def _check_loading(folder: Path, family: Family, code: dict[str, str], config: dict[str, Any]) -> None:
+    """Load structure and names, no values: the exported class must find what transformers' own class finds.
+
+    Some checkpoints hold a few tensors that nobody uses; ``config`` is told of them, so that no others are ignored.
+    """
     import transformers
 
     with exported_class(family, code) as exported, quiet_libraries():
@@ -278,18 +286,20 @@ def _check_loading(folder: Path, family: Family, code: dict[str, str]) -> None:
             "local_files_only": True,
         }
         try:
-            _, found = exported.from_pretrained(folder, **options)
             _, plain = getattr(transformers, family.architecture).from_pretrained(folder, **options)
+            for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+                if bad := sorted(map(str, plain[kind])):
+                    raise GateError(
+                        f"the exported model would load with {len(bad)} {kind.replace('_', ' ')}, first {bad[0]}",
+                        "the base checkpoint is incomplete, or this version of transformers renames its weights "
+                        "otherwise",
+                    )
+            if plain["unexpected_keys"]:
+                config["vtw"]["unused"] = sorted(map(str, plain["unexpected_keys"]))
+                save_json(folder / "config.json", config)
+            exported.from_pretrained(folder, **options)
         except (ValueError, RuntimeError, KeyError, AttributeError) as error:
             raise GateError(f"the exported model does not load: {first_line(error)}") from error
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
-        # Some checkpoints hold a few tensors that nobody uses; the plain class says so too.
-        surplus = set(plain[kind]) if kind == "unexpected_keys" else set()
-        if bad := sorted(map(str, set(found[kind]) - surplus)):
-            raise GateError(
-                f"the exported model would load with {len(bad)} {kind.replace('_', ' ')}, first {bad[0]}",
-                "the base checkpoint is incomplete, or this version of transformers renames its weights otherwise",
-            )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from vtwcli.models.families import Family
 
 MODELING = "modeling_vtw.py"
 RUNTIME = "vtw_pruning.py"
+LOADING = "vtw_loading.py"
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
 _TEMPLATE = '''"""Loads {title} with the visual token schedule of config.json at work.
@@ -19,6 +20,7 @@ same files load as transformers' own, unpruned class.
 from transformers import GenerationMixin
 from transformers import {architecture} as Base
 
+from .vtw_loading import load, prepare_config
 from .vtw_pruning import apply
 
 
@@ -28,8 +30,13 @@ class {architecture}(Base, GenerationMixin):
     # GenerationMixin is named again because transformers subclasses remote code that does not name it.
 
     def __init__(self, config, *args, **kwargs):
+        prepare_config(config)
         super().__init__(config, *args, **kwargs)
         apply(self, config.vtw["schedule"], config.vtw["layout"])
+
+    @classmethod
+    def from_pretrained(cls, name, *args, **kwargs):
+        return load(cls, super().from_pretrained, name, *args, **kwargs)
 
     @classmethod
     def is_custom_code(cls):
@@ -44,11 +51,12 @@ class {architecture}(Base, GenerationMixin):
 
 
 def remote_code(family: Family) -> dict[str, str]:
-    """File name -> text of the Python files for a family: a small model class and the runtime."""
-    from vtwcli.runtime import pruning
+    """File name -> text of the Python files for a family: a small model class, the runtime, and how it is loaded."""
+    from vtwcli.runtime import loading, pruning
 
     model = _TEMPLATE.format(title=family.title, architecture=family.architecture)
-    return {MODELING: model, RUNTIME: Path(pruning.__file__).read_text(encoding="utf-8")}
+    texts = {name: Path(module.__file__ or "") for name, module in ((RUNTIME, pruning), (LOADING, loading))}
+    return {MODELING: model, **{name: file.read_text(encoding="utf-8") for name, file in texts.items()}}
 
 
 def auto_map(family: Family) -> dict[str, str]:
