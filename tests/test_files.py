@@ -1,6 +1,9 @@
 """Nothing half-written, nothing overwritten unasked."""
 
+import errno
+import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +25,24 @@ def test_write_is_whole_or_nothing(tmp_path):
         files.write(target, fail)
     assert target.read_text() == "whole"
     assert [path.name for path in target.parent.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize("able", [True, False])
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_an_exclusive_rename_replaces_nothing(tmp_path, monkeypatch, able, kind):
+    """Not even an empty directory, or a link that leads nowhere; also where the system has no such rename."""
+    if not able:
+        monkeypatch.setattr(files, "_renameat2", lambda *_: errno.ENOSYS)
+    mine, place = tmp_path / "mine", tmp_path / "place"
+    mine.mkdir() if kind == "directory" else mine.write_text("mine")
+    for make in (Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")):
+        make(place)
+        with pytest.raises(FileExistsError):
+            files.rename_new(mine, place)
+        assert mine.exists() and os.path.lexists(place)
+        place.rmdir() if place.is_dir() else place.unlink()
+    files.rename_new(mine, place)
+    assert place.exists() and not mine.exists()
 
 
 def test_interruption_leaves_nothing(tmp_path):

@@ -781,12 +781,13 @@ def test_what_is_not_of_the_target_or_not_ours_is_left_alone(here):
     assert (here / "data" / "rows.jsonl").exists()
 
 
-def test_killed_while_two_directories_could_not_change_places(here):
+@pytest.mark.parametrize("moment", ["_move", "put_in_place"])
+def test_killed_while_two_directories_could_not_change_places(here, moment):
     """The old export stands aside for a moment; the new one, which was complete, takes its place."""
     export_hf("model", Schedule.withdraw_at(3), here / "out")
     hook = (
         "from vtwcli import files\nfrom vtwcli.export import publish as m\n"
-        f"m._exchange = lambda *_: False\nfiles._move = lambda *_: {KILL}"
+        f"m._exchange = lambda *_: False\nfiles.{moment} = lambda *_: {KILL}"
     )
     process = spawn("export", "model", "--layer", 2, "--output", "out", "--force", before=hook, cwd=here)
     assert (process.communicate()[1], process.returncode)[1] == -signal.SIGKILL
@@ -904,9 +905,9 @@ def test_pipes_are_refused_wherever_something_is_read(here):
 def test_devices_and_sockets_are_refused(here):
     with socket.socket(socket.AF_UNIX) as unix:
         unix.bind("s.yaml")
-        for path, kind in (("/dev/zero", "a device"), ("s.yaml", "a socket")):
+        for path, kind in (("/dev/null", "a device"), ("s.yaml", "a socket")):
             refused(vtw("recipe", "check", path), f"it is {kind}")
-    (here / "rows.jsonl").write_text(json.dumps({"image": "/dev/zero", "question": "?", "answer": "a"}))
+    (here / "rows.jsonl").write_text(json.dumps({"image": "/dev/null", "question": "?", "answer": "a"}))
     done = vtw("calibrate", "model", "--data", "rows.jsonl")
     assert done.code == 4 and "it is a device" in done.err
     Image.new("RGB", (12, 12)).save("real.png")

@@ -260,6 +260,14 @@ def signature(path: Path) -> Signature | None:
     return (found.st_ino, found.st_size, found.st_mtime_ns)
 
 
+def announce(new: Path, moves: Sequence[Move]) -> None:
+    """Note in a stage that all of it is ready: from now on ``sweep`` puts it in place instead of removing it."""
+    journal = new.parent / _JOURNAL
+    draft = journal.with_suffix(".tmp")
+    draft.write_text(json.dumps({"moves": moves}), encoding="utf-8")
+    draft.replace(journal)
+
+
 def put_in_place(stages: Sequence[tuple[Path, Sequence[Move]]]) -> None:
     """Move finished files of one or several stages beside them, all or none; see ``alone_in``.
 
@@ -272,9 +280,7 @@ def put_in_place(stages: Sequence[tuple[Path, Sequence[Move]]]) -> None:
     done: list[tuple[Path, Path]] = []
     try:
         for new, moves in stages:
-            text = json.dumps({"moves": moves})
-            (new.parent / f"{_JOURNAL}.tmp").write_text(text, encoding="utf-8")
-            (new.parent / f"{_JOURNAL}.tmp").replace(new.parent / _JOURNAL)
+            announce(new, moves)
         for new, moves in stages:
             for move in moves:
                 if _move(new, move):

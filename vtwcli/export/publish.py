@@ -148,9 +148,11 @@ def _move(made: Path, target: Path, force: bool, inputs: Inputs) -> None:
 
 def _step_aside(made: Path, target: Path) -> None:
     old = made.parent.parent / "old"
+    moves: list[files.Move] = [{"name": made.name, "old": None}]
+    files.announce(made.parent, moves)  # killed behind the next line, the new one is what the next run finds
     target.rename(old)
     try:
-        files.put_in_place([(made.parent, [{"name": made.name, "old": None}])])
+        files.put_in_place([(made.parent, moves)])
     except BaseException:
         if not target.exists():
             old.rename(target)
