@@ -71,7 +71,8 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 def save_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write a document of an exported directory that people may read."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))  # a lone surrogate as JSON spells it
 
 
 class _Part(BaseModel):
