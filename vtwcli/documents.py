@@ -47,15 +47,33 @@ def all_problems(error: UsageError) -> Sequence[UsageError]:
     return error.problems if isinstance(error, InvalidDocument) else [error]
 
 
-def _without_truth(schema: Any, cls: type[BaseModel]) -> Any:
-    """A schema of pydantic in which whole and other numbers are not read from true and false."""
+class Section(BaseModel):
+    """Base of the documents that people write.
+
+    Unknown keys are errors and values never change; true and false are no numbers; a text is one that a file's name
+    and a program's argument can hold.
+    """
+
+    # schemas are built on first use: help pages read the fields only
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema: CoreSchema = _stricter(handler(source), cls)
+        return schema
+
+
+def _stricter(schema: Any, cls: type[BaseModel]) -> Any:
+    """A schema of pydantic with a look at the values of its numbers and texts before they are read."""
     if isinstance(schema, list):
-        return [_without_truth(one, cls) for one in schema]
+        return [_stricter(one, cls) for one in schema]
     if not isinstance(schema, dict) or schema.get("cls", cls) is not cls:
         return schema  # another class has seen to itself
     if schema.get("type") in ("int", "float") or 1 in schema.get("expected", ()):
         return no_info_before_validator_function(_no_truth, schema)
-    return {key: one if key == "metadata" else _without_truth(one, cls) for key, one in schema.items()}
+    if schema.get("type") == "str":
+        return no_info_before_validator_function(_no_strange_text, schema)
+    return {key: one if key == "metadata" else _stricter(one, cls) for key, one in schema.items()}
 
 
 def _no_truth(value: Any) -> Any:
@@ -64,22 +82,16 @@ def _no_truth(value: Any) -> Any:
     return value
 
 
-class Numbers(BaseModel):
-    """Base of documents in which true and false are no numbers."""
-
-    # schemas are built on first use: help pages read the fields only
-    model_config = ConfigDict(defer_build=True)
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        schema: CoreSchema = _without_truth(handler(source), cls)
-        return schema
-
-
-class Section(Numbers):
-    """Base of the documents that people write: unknown keys are errors and values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+def _no_strange_text(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            strange = "\0" in value
+            value.encode("utf-8", "surrogateescape")  # as the system gives names that are not UTF-8
+        except UnicodeEncodeError:
+            strange = True
+        if strange:
+            raise ValueError("holds a null character or half of one")
+    return value
 
 
 def read(path: Path, kind: str) -> Any:
@@ -95,8 +107,9 @@ def read(path: Path, kind: str) -> Any:
         with regular(path).open("rb") as stream:
             data = stream.read(_MOST_BYTES + 1)
         text = data.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+    except (OSError, ValueError) as error:  # a name may be one that no file can have
+        not_text = isinstance(error, UnicodeDecodeError)
+        reason = "not UTF-8 text" if not_text else getattr(error, "strerror", None) or error
         raise UsageError(f"{path}: cannot read the {kind}: {reason}") from None
     if len(data) > _MOST_BYTES:
         raise UsageError(f"{path}: cannot read the {kind}: it is larger than {_MOST_BYTES >> 20} MiB")

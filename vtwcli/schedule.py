@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from vtwcli import documents
+from vtwcli.documents import Section
 from vtwcli.errors import UsageError
 
 FORMAT_VERSION: Literal[1] = 1
@@ -22,11 +23,7 @@ FORMAT_VERSION: Literal[1] = 1
 Start = Annotated[int, Field(ge=0)] | Literal["auto"]
 
 
-class _Strict(documents.Numbers):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class When(_Strict):
+class When(Section):
     """A condition on the running sample, over the last row's contributions c_i and output o of a layer.
 
     Attributes:
@@ -48,7 +45,7 @@ class When(_Strict):
         return self
 
 
-class Select(_Strict):
+class Select(Section):
     """Which visual tokens ``keep`` keeps: a score, then a ratio, a count or a threshold.
 
     Attributes:
@@ -76,7 +73,7 @@ class Select(_Strict):
         return self
 
 
-class _Starting(_Strict):
+class _Starting(Section):
     """An action that starts at a fixed layer or, for each sample, one layer behind that in which a condition holds.
 
     Attributes:
@@ -112,7 +109,7 @@ class Keep(_Starting):
     select: Select
 
 
-class _Range(_Strict):
+class _Range(Section):
     at: int = Field(ge=0)
     until: int = Field(ge=1)
 
@@ -152,7 +149,7 @@ class Freeze(_Range):
 Action = Annotated[Withdraw | Keep | Mute | Freeze, Field(discriminator="action")]
 
 
-class Schedule(_Strict):
+class Schedule(Section):
     """What happens to visual tokens at each layer, with its provenance.
 
     Attributes:
@@ -339,7 +336,7 @@ def kept_count(select: Select, present: int) -> int:
     raise UsageError("a threshold keeps a number of tokens that depends on the sample")
 
 
-def _lean(action: _Strict) -> dict[str, Any]:
+def _lean(action: Section) -> dict[str, Any]:
     """An action without the keys that hold their defaults; ``at`` and ``action`` first."""
     full = action.model_dump(exclude_defaults=True)
     ordered = {"at": full.pop("at"), **({"until": full.pop("until")} if "until" in full else {})}

@@ -58,7 +58,7 @@ def markdown(text: str) -> str:
     """Text for a line of Markdown, which shows it as it is: no HTML, emphasis, link, mathematics, cell or line end."""
     text = one_line(text).strip()
     text = re.sub(r"&(?=#?\w+;)", "&amp;", text)
-    text = re.sub(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)|(?<=\])\(", r"\\\g<0>", text)
+    text = re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|(?<=\])\(", r"\\\g<0>", text)
     text = text.replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"(?i)(?<=:)//|(?<=\bwww)\.", lambda found: "\\" + "\\".join(found.group()), text)
 

@@ -76,7 +76,8 @@ def save_json(path: Path, data: Mapping[str, Any]) -> None:
 
 def save_settings(path: Path, data: Mapping[str, Any]) -> None:
     """Write settings of the base model, which may hold the Infinity that transformers writes and reads."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))  # a lone surrogate as JSON spells it
 
 
 class _Part(BaseModel):
