@@ -251,7 +251,9 @@ def test_onnx_graphs_refuse_weights_and_values_that_are_not_finite(exports, tmp_
     pytest.importorskip("onnxruntime")
     base = exports.model("split")
     model = edited(base, tmp_path / "model", broken(DOWN.format(1)))
-    with pytest.raises(NotFoundError, match="layers.1.mlp.down_proj.weight holds values that are not finite"):
+    with pytest.raises(
+        NotFoundError, match=r"layers\.1\.mlp\.down_proj\.weight holds values that are not finite"
+    ):
         export_onnx(resolve(str(model)), 1, tmp_path / "out")
     # weights that float16 can hold, whose products it cannot
     small = tiny.llava(seed=1, layers=2)
