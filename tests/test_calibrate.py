@@ -285,3 +285,36 @@ def test_interruption_is_exit_130_and_leaves_nothing(tiny_dir, data, tmp_path):
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("count", "copies"), [(1, 1), (1, 12), (5, 3), (6, 1), (6, 2)])
+def test_few_distinct_samples_give_no_interval_and_a_warning(tiny_dir, data, tmp_path, capsys, count, copies):
+    rows = [json.loads(line) | {"task": "one"} for line in data.read_text().splitlines()][:count]
+    rows = [row | {"image": str(data.parent / row["image"])} for row in rows]
+    file = tmp_path / "few.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows * copies)))
+    found = run(tiny_dir, file, limit=20, positions="first", eta=1e3)
+    told = capsys.readouterr().err
+    assert len(found["samples"]) == count and found["tasks"]["one"]["samples"] == count
+    assert (found["interval"] is None) == (count < 6)
+    words = "1 sample leaves K uncertain" if count == 1 else f"{count} samples leave K uncertain"
+    assert (f"{words}: too few distinct samples for a 95 % interval (one: {count}); it takes 6" in told) == (
+        count < 6
+    )
+    again = count * (copies - 1)
+    assert found["data"][0]["duplicates"] == again
+    assert (f"{again} rows equal others in image, question, answer and task" in told) == bool(again)
+
+
+def test_the_worst_task_needs_enough_samples_of_each(tiny_dir, data, tmp_path, capsys):
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows = [row | {"image": str(data.parent / row["image"]), "task": "many"} for row in rows]
+    file = tmp_path / "uneven.jsonl"
+    file.write_text("\n".join(map(json.dumps, [*rows, rows[0] | {"task": "few"}])))
+    found = run(tiny_dir, file, limit=20, positions="first", eta=1e3, policy="sustained")
+    assert found["interval"] is not None
+    capsys.readouterr()
+    found = run(tiny_dir, file, limit=20, positions="first", eta=1e3, policy="worst-task")
+    assert found["interval"] is None and found["withdrawal_layer"] is not None
+    told = capsys.readouterr().err
+    assert "samples for a 95 % interval (many: 6, few: 1); it takes 6 of each task" in told

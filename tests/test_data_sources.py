@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from vtwcli.data.drawing import Drawing, ranges, sample_fingerprint
+from vtwcli.data.drawing import Drawing, ranges, sample_content, sample_fingerprint
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
@@ -92,6 +92,7 @@ def test_json_lines(folder):
             "split": None,
             "rows": "0-5",
             "skipped": 0,
+            "duplicates": 0,
             "fingerprint": mix.sources[0]["fingerprint"],
         },
     )
@@ -412,6 +413,63 @@ def test_fingerprints_tell_every_part():
     prints = {sample_fingerprint(sample) for sample in [base, *others]}
     assert len(prints) == 7
     assert sample_fingerprint(Sample("j", "u", (picture(1),), "p", ("r",))) == sample_fingerprint(base)
+
+
+@pytest.mark.parametrize("order", ["shuffle", "first"])
+@pytest.mark.parametrize("limit", [None, 4])
+def test_equal_rows_count_once(folder, order, limit):
+    write_lines(folder / "qa.jsonl", [row for row in qa() for _ in range(3)])
+    mix = load(f"qa.jsonl:order={order}", limit=limit)
+    assert len({sample_content(sample) for sample in mix.samples}) == len(mix.samples) == (limit or 6)
+    assert mix.sources[0]["tasks"] == {"qa": limit or 6}
+    if limit is None:
+        assert mix.sources[0]["duplicates"] == 12
+        assert len(mix.sources[0]["rows"].split(",")) == 6
+
+
+def test_rows_that_differ_in_anything_count_each(folder):
+    base = qa()[0]
+    others = [
+        base | {"question": "Other?"},
+        base | {"answer": "other"},
+        base | {"image": qa()[1]["image"]},
+        base | {"task": "other"},
+    ]
+    write_lines(folder / "qa.jsonl", [base | {"task": "qa"}, *({"task": "qa"} | row for row in others)])
+    mix = load("qa.jsonl", limit=None)
+    assert len(mix.samples) == 5 and mix.sources[0]["duplicates"] == 0
+
+
+def test_equal_rows_of_two_sources_count_once(folder):
+    write_lines(folder / "qa.jsonl", qa())
+    write_lines(folder / "more.jsonl", [*qa()[3:], qa()[0] | {"question": "New?"}])
+    mix = load("qa.jsonl:task=all", "more.jsonl:task=all", limit=None)
+    assert [entry["duplicates"] for entry in mix.sources] == [0, 3]
+    assert len(mix.samples) == 7
+    write_lines(folder / "more.jsonl", qa()[3:])
+    assert "all 3 rows equal rows of another source" in failure(
+        NotFoundError, "qa.jsonl:task=all", "more.jsonl:task=all", limit=None
+    )
+    assert len(load("qa.jsonl", "more.jsonl", limit=None).samples) == 9  # other tasks
+
+
+def test_a_row_that_left_may_come_again():
+    """Equal rows are told apart from rows that were drawn once and had to make room."""
+    drawing = Drawing(1, 0)
+    keys = iter([0.5, 0.3, 0.1])
+    drawing._random.random = lambda: next(keys)
+    for place, prompt in enumerate("aba"):
+        drawing.offer(place, "t", lambda place=place, prompt=prompt: Sample(str(place), "t", (), prompt))
+    assert [place for place, _, _ in drawing.chosen()] == [2] and drawing.duplicates == 0
+
+
+def test_the_record_of_a_source_tells_tasks_apart(folder):
+    rows = [row | {"task": "ab"[n % 2]} for n, row in enumerate(qa())]
+    write_lines(folder / "qa.jsonl", rows)
+    before = load("qa.jsonl", limit=None).sources[0]
+    write_lines(folder / "qa.jsonl", [rows[0] | {"task": "b"}, rows[1] | {"task": "a"}, *rows[2:]])
+    after = load("qa.jsonl", limit=None).sources[0]
+    assert before["tasks"] == after["tasks"] and before["fingerprint"] != after["fingerprint"]
 
 
 def test_excluded_samples_do_not_come_up(folder):

@@ -7,14 +7,25 @@ from vtwcli import judge
 
 
 def test_difference_and_interval():
-    full, pruned = [1, 1, 1, 0], [1, 0, 1, 0]
+    full, pruned = [1, 1, 1, 0] * 2, [1, 0, 1, 0] * 2
     found = judge.paired_difference(full, pruned, 2000, seed=0)
     assert found["difference"] == -0.25
     low, high = found["interval"]
-    assert low == -0.75
+    assert low == -0.625
     assert high == 0
     assert found == judge.paired_difference(full, pruned, 2000, seed=0)
     assert judge.paired_difference(full, pruned, 0, seed=0)["interval"] is None
+    few = judge.paired_difference(full[:5], pruned[:5], 2000, seed=0)
+    assert few == {"difference": -0.2, "interval": None}
+
+
+def test_six_is_the_fewest_whose_range_holds_a_median_95_times_in_100():
+    rng = np.random.default_rng(0)
+    for n in (judge.FEWEST - 1, judge.FEWEST):
+        drawn = rng.normal(size=(40_000, n))
+        held = float(((drawn.min(1) < 0) & (drawn.max(1) > 0)).mean())
+        assert held == pytest.approx(1 - 2 ** (1 - n), abs=0.005)
+        assert (held > 0.95) == judge.enough(["a"] * n)
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():

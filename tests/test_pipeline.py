@@ -461,3 +461,21 @@ def test_calibrate_and_analyze_share_a_sweep_where_they_can(shared, folder, monk
     names = {path.name for path in (folder / "both").iterdir()}
     assert {"analysis.json", "analysis.html", "analysis.kl.png", "calibration.schedule.yaml"} <= names
     assert vtw("run", "recipe.yaml", "--output", "both", "--dry-run").out.count(" kept ") == 2
+
+
+@pytest.mark.parametrize("edit", ["picture", "task", "answer"])
+def test_a_changed_row_runs_the_steps_again(folder, edit):
+    """The digest of the data is over what the samples say, wherever that stands."""
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    used = json.loads((folder / "out/calibration.json").read_text())["samples"]
+    used = [rows[int(sample["id"].rpartition(":")[2])] for sample in used]
+    assert runs() == []
+    if edit == "picture":
+        Image.new("RGB", (12, 12), (1, 200, 3)).save(folder / used[0]["image"])
+    elif edit == "answer":
+        used[0]["answer"] += "x"
+    else:  # as many of each task as before
+        other = next(row for row in used if row["task"] != used[0]["task"])
+        used[0]["task"], other["task"] = other["task"], used[0]["task"]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert runs() == ["calibrate", "eval", "export"]

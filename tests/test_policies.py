@@ -76,6 +76,28 @@ def test_bootstrap_of_equal_samples_is_a_point_and_no_layer_counts_as_all():
     assert policies.bootstrap(Rule("paper", 1e-9, 1), same[:, :3], same, ["a"] * 6, 50, 0) == (3, 3)
 
 
+@pytest.mark.parametrize(
+    ("counts", "pooled", "each"),
+    [
+        ([1], False, False),
+        ([5], False, False),
+        ([6], True, True),
+        ([3, 3], False, False),
+        ([4, 3], True, False),
+        ([1] * 12, False, False),  # every task would be its own mean in every resample
+        ([2] * 5, True, False),
+        ([6, 6], True, True),
+        ([60, 5], True, False),
+    ],
+)
+def test_few_samples_give_no_interval(counts, pooled, each):
+    tasks = [f"task {i}" for i, count in enumerate(counts) for _ in range(count)]
+    kl = np.random.default_rng(0).random((len(tasks), 4))
+    for policy in ("paper", "sustained", "quantile", "agreement", "worst-task"):
+        found = policies.bootstrap(Rule(policy, 0.5, 1), kl, 1 - kl, tasks, 20, 0)
+        assert (found is not None) == (each if policy == "worst-task" else pooled), policy
+
+
 @pytest.mark.parametrize(("layers", "least"), [(8, 1), (15, 1), (16, 5), (32, 5)])
 def test_default_first_candidate(layers, least):
     assert policies.default_min_layer(layers) == least

@@ -287,12 +287,13 @@ def _warn_if_uncertain(interval: tuple[int, int] | None, tasks: Sequence[str], p
     """Say so where there are too few samples for an interval, or it is wide."""
     count = "1 sample leaves" if len(tasks) == 1 else f"{len(tasks)} samples leave"
     if interval is None:
+        names = list(dict.fromkeys(tasks))
+        few = ", ".join(f"{task}: {tasks.count(task)}" for task in names)
         each = policy == "worst-task"
-        few = [f"{task}: {tasks.count(task)}" for task in dict.fromkeys(tasks)]
+        needed = f"{judge.FEWEST} of each task" if each else len(names) + judge.FEWEST - 1
         console.warn(
-            f"{count} K uncertain, and are too few for a 95 % interval ({', '.join(few)}); at least "
-            f"{judge.FEWEST} distinct samples {'of each task' if each else 'are needed'}, "
-            "with a larger --limit or more data"
+            f"{count} K uncertain: too few distinct samples for a 95 % interval ({few}); it takes {needed}, with a "
+            "larger --limit or more data"
         )
     elif interval[1] - interval[0] > WIDE_INTERVAL:
         console.warn(

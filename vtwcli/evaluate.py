@@ -269,8 +269,8 @@ def _result(
     few = [f"{name}: {row['judged']}" for name, row in table.items() if 0 < row["judged"] < judge.FEWEST]
     if few and options.bootstrap and distributed.is_main():
         console.warn(
-            f"too few samples for a 95 % interval of the difference ({', '.join(few)}); at least {judge.FEWEST} "
-            "distinct samples of a task are needed, with a larger --limit or more data"
+            f"too few distinct samples for a 95 % interval of the difference ({', '.join(few)}); it takes "
+            f"{judge.FEWEST} of each task, with a larger --limit or more data"
         )
     documents = {
         variant.name: _schedule_row(full, number, variant, table, answers, costs)
