@@ -23,7 +23,7 @@ import torch
 from vtwcli import console, files
 from vtwcli.errors import NotFoundError
 from vtwcli.models.broken_torchvision import hide_if_broken
-from vtwcli.models.families import FAMILIES, Family, family_of, supported
+from vtwcli.models.families import FAMILIES, Family, family_of, placeholder_ids, supported
 from vtwcli.models.jsonfiles import CONFIG, GENERATION, check_sizes, read_json
 from vtwcli.models.stored import DOWNLOAD_AGAIN, StoredTensor, read_header
 
@@ -468,9 +468,10 @@ def read_config(path: Path, name: str, trust_remote_code: bool = False) -> tuple
         raw = read_json(file)
     except FileNotFoundError as error:
         raise NotFoundError(f"{name!r} is not a model directory: it has no config.json") from error
-    model_type, architectures = raw.get("model_type"), raw.get("architectures") or []
-    if not isinstance(architectures, list):
-        raise NotFoundError(f"{file}: architectures is not a list", DOWNLOAD_AGAIN)
+    model_type, architectures = raw.get("model_type"), raw.get("architectures")
+    named = (
+        [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    )
     for setting, value in _numbers(raw):
         if value > _MANY and _COUNTS.search(setting):  # transformers would make a list of so many
             raise NotFoundError(f"{file}: {setting} is {value}, which is more than any model has")
@@ -484,9 +485,9 @@ def read_config(path: Path, name: str, trust_remote_code: bool = False) -> tuple
             supported(),
         )
     family = FAMILIES[model_type]
-    if architectures and family.architecture not in architectures and not trust_remote_code:
+    if named and family.architecture not in named and not trust_remote_code:
         raise NotFoundError(
-            f"{name!r} was saved for {architectures[0]}, not for transformers' {family.architecture}",
+            f"{name!r} was saved for {named[0]}, not for transformers' {family.architecture}",
             f"use a checkpoint in transformers' format, for example {family.example}",
         )
     if "quantization_config" in raw:
@@ -501,7 +502,10 @@ def read_config(path: Path, name: str, trust_remote_code: bool = False) -> tuple
             config = AutoConfig.from_pretrained(
                 path, trust_remote_code=trust_remote_code, local_files_only=True
             )
-        return config, family_of(config)
+        family, depth = family_of(config), config.get_text_config().num_hidden_layers
+        if depth < 1 or any(not 0 <= i < 2**31 for i in placeholder_ids(family, config)):
+            raise ValueError(f"it has {depth} layers and the placeholders {placeholder_ids(family, config)}")
+        return config, family
     except Exception as error:  # there is no telling what a broken config makes transformers raise
         raise NotFoundError(f"{file} is not a valid {model_type} config: {first_line(error)}") from error
 

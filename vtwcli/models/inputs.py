@@ -20,7 +20,7 @@ from vtwcli import console
 from vtwcli.data.pixels import PictureError, check_resized
 from vtwcli.data.sample import Sample
 from vtwcli.data.tasks import shown
-from vtwcli.errors import NotFoundError
+from vtwcli.errors import NotFoundError, VtwError
 from vtwcli.finite import check_generation
 from vtwcli.models import prompts, templates
 from vtwcli.models.checkpoint import first_line, quiet_libraries
@@ -176,7 +176,9 @@ def generate_answers(
             try:
                 with quiet_libraries():
                     output, _ = greedy(loaded, batch, max_new_tokens, [sample.id for sample in part])
-            except ValueError as error:
+            except VtwError:
+                raise
+            except Exception as error:  # as in capture
                 raise NotFoundError(
                     f"the model refuses the inputs of sample {_names(part)}: {first_line(error)}"
                 ) from error
@@ -475,7 +477,7 @@ def _check_ids(loaded: LoadedModel, samples: Sequence[Sample], ids: Tensor) -> N
 def _check_length(loaded: LoadedModel, samples: Sequence[Sample], lengths: Sequence[int]) -> None:
     limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     for sample, length in zip(samples, lengths, strict=True):
-        if limit and length > limit:
+        if limit and 0 < limit < length:
             raise UnusableSampleError(
                 f"sample {sample.id!r} is {length} tokens long, more than the model's {limit} positions",
                 "use a shorter prompt or fewer images; --skip-bad leaves such rows out",

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vtwcli.errors import UsageError, VtwError
+from vtwcli.errors import NotFoundError, UsageError, VtwError
+from vtwcli.models.checkpoint import first_line
 from vtwcli.models.families import Family, placeholder_ids
 
 
@@ -112,6 +113,9 @@ def capture(model: nn.Module, family: Family, inputs: Mapping[str, Tensor]) -> C
     Args:
         model: the top-level model; its text layers may be on the meta device.
         inputs: model inputs with ``input_ids`` [B, S], as the processor makes them.
+
+    Raises:
+        NotFoundError: the model fails on its inputs, as with a config that loads but cannot be computed with.
     """
     text_model: Any = model.get_submodule(family.text_model)
     streams: list[Tensor] = []
@@ -140,7 +144,16 @@ def capture(model: nn.Module, family: Family, inputs: Mapping[str, Tensor]) -> C
             stack.enter_context(replaced(layer, stub(layer)))
         stack.enter_context(replaced(text_model.norm, norm))
         stack.enter_context(suppress(_Reached))
-        model(**inputs, use_cache=False)
+        try:
+            model(**inputs, use_cache=False)
+        except (VtwError, _Reached):
+            raise
+        except Exception as error:  # there is no telling what unusual settings make transformers raise
+            raise NotFoundError(
+                f"the model {getattr(model, 'name_or_path', '')!r} fails on its inputs: {type(error).__name__}: "
+                f"{first_line(error)}",
+                "its config.json and its processor's files do not go together",
+            ) from error
     depth = len(text_model.layers)
     if len(streams) != depth + 1:
         raise VtwError(f"the model called {len(streams) - 1} of its {depth} text layers")

@@ -16,7 +16,7 @@ from vtwcli.models.broken_torchvision import advice as torchvision_advice
 from vtwcli.models.broken_torchvision import hide_if_broken
 from vtwcli.models.checkpoint import Checkpoint, first_line, quiet_libraries, resolve
 from vtwcli.models.families import Family, placeholder_ids
-from vtwcli.models.jsonfiles import GENERATION, PROCESSOR, TEMPLATES, TOKENIZER, broken
+from vtwcli.models.jsonfiles import CONFIG, GENERATION, PROCESSOR, TEMPLATES, TOKENIZER, broken
 
 _DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # how transformers names a package that it misses
@@ -134,6 +134,7 @@ def load(
                 else None,
             )
         ) from error
+    _check_tokens(model.generation_config, checkpoint.path)
     return LoadedModel(
         model,
         processor,
@@ -145,6 +146,18 @@ def load(
         kind,
         checkpoint,
     )
+
+
+def _check_tokens(generation: Any, path: Path) -> None:
+    """Refuse token ids that transformers cannot make a tensor of once it generates."""
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(generation, key, None)
+        if value is not None:
+            try:
+                torch.tensor(value, dtype=torch.long)
+            except (TypeError, ValueError, RuntimeError) as error:
+                file = path / (GENERATION if (path / GENERATION).is_file() else CONFIG)
+                raise NotFoundError(f"{file}: {key} is {value!r}, which is no token id") from error
 
 
 def choose_device(device: str | torch.device) -> torch.device:
