@@ -80,12 +80,13 @@ def _keep_video_part(path: Path, folder: Path) -> None:
 
 def _prompts(processor: Any, path: Path | None) -> dict[str, str] | None:
     """The chat template's text before and behind a question, with one image and without; None without a template."""
-    if not (getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)):
+    template = templates.template_of(processor)
+    if template is None:
         return None
     texts = {}
     for name, parts in (("image", [{"type": "image"}]), ("text", [])):
         turn = {"role": "user", "content": [*parts, {"type": "text", "text": _QUESTION}]}
-        templates.check(processor, path, [turn], True)
+        templates.check(processor, template, path, [turn], True)
         text = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
         texts[name] = text.replace(_QUESTION, "{question}")
     return texts

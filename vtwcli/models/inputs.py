@@ -198,9 +198,10 @@ def _conversation(sample: Sample, system: str | None) -> list[dict[str, Any]]:
 def _render(loaded: LoadedModel, conversation: list[dict[str, Any]], generation_prompt: bool) -> str | None:
     """The chat template's text, or None where the processor has no template."""
     processor = loaded.processor
-    if not (getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)):
+    template = templates.template_of(processor)
+    if template is None:
         return None
-    templates.check(processor, loaded.path, conversation, generation_prompt)
+    templates.check(processor, template, loaded.path, conversation, generation_prompt)
     try:
         text = processor.apply_chat_template(
             conversation, add_generation_prompt=generation_prompt, tokenize=False
