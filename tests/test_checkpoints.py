@@ -257,8 +257,8 @@ def test_an_export_renders_within_the_same_bounds(loaded, tmp_path):
 def test_the_process_for_templates_ends_with_the_one_that_asks(tmp_path):
     code = (
         "import os, signal\nfrom types import SimpleNamespace as N\nfrom vtwcli.models import templates\n"
-        "processor = N(chat_template='x', tokenizer=N(special_tokens_map={}))\n"
-        "templates.check(processor, None, [{'role': 'user', 'content': 'x'}], True)\n"
+        "processor = N(tokenizer=N(special_tokens_map={}))\n"
+        "templates.check(processor, 'x', None, [{'role': 'user', 'content': 'x'}], True)\n"
         "print(templates._trial.process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from vtwcli import __version__, console
-from vtwcli.errors import VtwError
+from vtwcli.errors import NotFoundError, VtwError
 
 # subcommand -> its file in ``vtwcli.commands``, in the order of the help page
 COMMANDS = {
@@ -78,6 +78,13 @@ def main() -> None:
             console.trace(error)
             sys.exit(1)
         name = type(error).__name__
+        if _from_the_model(error):
+            console.error(
+                f"transformers cannot run this model: {name}: {' '.join(str(error).split())}",
+                "its config.json, generation_config.json, tokenizer or processor files do not go together; "
+                "--verbose shows where",
+            )
+            sys.exit(NotFoundError.exit_code)
         console.error(f"unexpected failure: {name}: {' '.join(str(error).split())}", "--verbose shows where")
         sys.exit(1)
 
@@ -96,6 +103,20 @@ def _is_full() -> bool:
         sys.stdout.flush()
     except OSError:
         return True
+    return False
+
+
+def _from_the_model(error: BaseException) -> bool:
+    """Whether transformers raised an error in running a model, whose files say how it is run."""
+    if not isinstance(
+        error, (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+    ):
+        return False
+    trace = error.__traceback__
+    while trace is not None:
+        if str(trace.tb_frame.f_globals.get("__name__", "")).startswith("transformers."):
+            return True
+        trace = trace.tb_next
     return False
 
 

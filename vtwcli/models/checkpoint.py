@@ -24,7 +24,7 @@ from vtwcli import console, files
 from vtwcli.errors import NotFoundError
 from vtwcli.models.broken_torchvision import hide_if_broken
 from vtwcli.models.families import FAMILIES, Family, family_of, placeholder_ids, supported
-from vtwcli.models.jsonfiles import CONFIG, GENERATION, check_sizes, read_json
+from vtwcli.models.jsonfiles import CONFIG, GENERATION, check_sizes, numbers, read_json
 from vtwcli.models.stored import DOWNLOAD_AGAIN, StoredTensor, read_header
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class Checkpoint:
 
     def _settings(self, which: Callable[[str, int], object]) -> str:
         """The first settings of config.json that ``which`` takes, in brackets, to be put into an error."""
-        found = [f"{name} is {value}" for name, value in _numbers(self._raw) if which(name, value)]
+        found = [f"{name} is {value}" for name, value in numbers(self._raw) if which(name, value)]
         return f" ({', '.join(found[:3])})" if found else ""
 
     @cached_property
@@ -358,16 +358,6 @@ def _computed_buffers(model: PreTrainedModel) -> list[tuple[Any, str, torch.Tens
     return found
 
 
-def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
-    """The whole numbers of a JSON value by their dotted names."""
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, inner in items:
-            yield from _numbers(inner, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, int) and not isinstance(value, bool):
-        yield name, value
-
-
 @contextmanager
 def quiet_libraries(bars: bool = False) -> Iterator[None]:
     """Hold back the warnings of transformers and huggingface_hub unless ``--verbose``; errors come through.
@@ -472,7 +462,7 @@ def read_config(path: Path, name: str, trust_remote_code: bool = False) -> tuple
     named = (
         [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
     )
-    for setting, value in _numbers(raw):
+    for setting, value in numbers(raw):
         if value > _MANY and _COUNTS.search(setting):  # transformers would make a list of so many
             raise NotFoundError(f"{file}: {setting} is {value}, which is more than any model has")
     if not isinstance(model_type, str) or model_type not in FAMILIES:

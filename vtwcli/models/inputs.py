@@ -311,15 +311,15 @@ def _renderings(
 
 def _render(loaded: LoadedModel, conversation: list[dict[str, Any]], generation_prompt: bool) -> str | None:
     """The chat template's text, or None where the processor has no template."""
-
-    template = prompts.template_of(loaded.processor)
+    template = templates.template_of(loaded.processor)
     if template is None:
         return None
-    templates.check(loaded.processor, loaded.path, conversation, generation_prompt)
+    template = prompts.dated(template)
+    templates.check(loaded.processor, template, loaded.path, conversation, generation_prompt)
     try:
         text = loaded.processor.apply_chat_template(
             conversation,
-            chat_template=prompts.dated(template),
+            chat_template=template,
             add_generation_prompt=generation_prompt,
             tokenize=False,
         )

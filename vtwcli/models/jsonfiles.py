@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,19 @@ _LARGEST = 128 * _MIB
 _DEEPEST = 100  # levels; what transformers does with a config takes several calls a level
 
 
+_BOUNDS = {
+    r"(patch|merge)_size": 1_024,  # pixels; patches
+    r"height|width|max_image_size\.longest_edge": 16_384,  # pixels
+    r"num_image_tokens|image_seq_len(gth)?": 65_536,  # tokens
+}
+"""What a processor's settings may be: they are lengths of loops and sides of arrays."""
+
+
 def check_sizes(path: Path) -> None:
     """Refuse a model directory with a file beside its weights that is larger than any model's is.
 
     Raises:
-        NotFoundError: names the file and its bound.
+        NotFoundError: names the file and its bound; or a setting of the processor and its.
     """
     for file in sorted(path.iterdir()):
         large = file.name in _LARGE or file.name.endswith(".index.json")
@@ -38,6 +49,18 @@ def check_sizes(path: Path) -> None:
                 f"{file} has {size:,.0f} MiB, and no model needs more than {limit // _MIB} there",
                 DOWNLOAD_AGAIN,
             )
+
+    for name in PROCESSOR:
+        settings: list[tuple[str, int]] = []
+        with suppress(FileNotFoundError, NotFoundError):  # it may not be read at all; who reads it complains
+            settings = list(numbers(read_json(path / name)))
+        for setting, value in settings:
+            for pattern, bound in _BOUNDS.items():
+                if value > bound and re.search(rf"(^|[._])({pattern})$", setting):
+                    raise NotFoundError(
+                        f"{path / name}: {setting} is {value}, and no model has more than {bound:,}",
+                        DOWNLOAD_AGAIN,
+                    )
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -81,6 +104,16 @@ def _deeper(content: Any, levels: int) -> bool:
             if isinstance(inner, dict | list)
         ]
     return bool(layer)
+
+
+def numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """The whole numbers of a JSON value by their dotted names."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield from numbers(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield name, value
 
 
 def broken(path: Path, names: tuple[str, ...]) -> NotFoundError | None:

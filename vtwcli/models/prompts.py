@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vtwcli.data.sample import Sample
+from vtwcli.models.templates import template_of
 
 TODAY = datetime(2025, 1, 1)
 """What templates are told that ask for today's date, so that a run can be repeated another day."""
@@ -25,15 +26,6 @@ _PRINTED = re.compile(
 )  # a list of parts as Python or JSON writes it
 
 Message = dict[str, Any]
-
-
-def template_of(processor: Any) -> str | None:
-    """The chat template that is used; None where there is none, or several without a default."""
-    for owner in (processor, processor.tokenizer):
-        template = getattr(owner, "chat_template", None)
-        if template:
-            return template.get("default") if isinstance(template, dict) else str(template)
-    return None
 
 
 def template_file(path: Path) -> str:

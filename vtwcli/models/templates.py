@@ -33,8 +33,20 @@ _START = 120.0  # seconds until the process is there, on a machine that is busy
 _FINE, _READY = "", "ready"
 
 
+def template_of(processor: Any) -> str | None:
+    """The chat template that a processor uses; None where there is none."""
+    for owner in (processor, processor.tokenizer):
+        template = getattr(owner, "chat_template", None)
+        if isinstance(template, dict):
+            template = template.get("default")
+        if template:
+            return str(template)
+    return None
+
+
 def check(
     processor: Any,
+    template: str,
     path: Path | None,
     conversation: Sequence[Mapping[str, Any]],
     generation_prompt: bool,
@@ -44,7 +56,8 @@ def check(
     A template that fails in another way is let through: rendering it says how.
 
     Args:
-        processor: with a chat template, or a tokenizer that has one; without, nothing is done.
+        processor: its tokenizer's special tokens are known to the template.
+        template: the text of the template.
         path: the directory that the template comes from.
         conversation: the turns, as ``apply_chat_template`` takes them.
         generation_prompt: whether the beginning of an answer is asked for.
@@ -52,13 +65,6 @@ def check(
     Raises:
         NotFoundError: names the file of the template and the limit.
     """
-    template = getattr(processor, "chat_template", None) or getattr(
-        processor.tokenizer, "chat_template", None
-    )
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not isinstance(template, str):
-        return
     request = {
         "template": template,
         "conversation": conversation,
@@ -66,8 +72,9 @@ def check(
         "tokens": processor.tokenizer.special_tokens_map,
     }
     # a picture stands there by the name of its type, as transformers shows it to a template
-    reason = _trial.run(json.dumps(request, default=lambda value: f"<{type(value).__name__}>"))
-    if reason:
+    text = json.dumps(request, default=lambda value: f"<{type(value).__name__}>")
+    if reason := _refused.get(template) or _trial.run(text):
+        _refused[template] = reason
         raise NotFoundError(
             f"the chat template in {_file(path)} {reason}",
             "copy the template of the base model beside the weights",
@@ -162,6 +169,7 @@ class _Trial:
 
 
 _trial = _Trial()
+_refused: dict[str, str] = {}  # template -> why, so that another try does not take as long again
 atexit.register(_trial.stop)
 
 
