@@ -78,6 +78,68 @@ def test_vqa_soft_counts_the_other_nine_annotators(agreeing):
         assert expected == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize("count", range(1, 13))
+def test_vqa_soft_is_one_where_all_agree(count):
+    assert score("vqa_soft", "Two.", sample(*["two"] * count)) == 1
+    assert score("vqa_soft", "three", sample(*["two"] * count)) == 0
+
+
+@pytest.mark.parametrize(
+    ("references", "expected"),
+    [
+        (["a b", "c"], 1 / 2),
+        (["a b", "a b", "c"], 2 / 3),
+        (["a b", "c", "d"], 1 / 3),
+        (["a b", "a b", "a b", "c"], (3 * 2 / 3 + 1) / 4),  # from four on the published rule
+    ],
+)
+def test_vqa_soft_with_few_references(references, expected):
+    assert score("vqa_soft", "a b", sample(*references)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("5", "5.0", 1),
+        ("5.00", "5", 1),
+        (" (5). ", "5.0", 1),
+        ("50", "5.0", 0),
+        ("5", "50", 0),
+        ("1,000", "1000", 1),
+        ("1000.0", "1,000", 1),
+        ("-5", "5", 0),
+        ("+5", "5", 1),
+        ("25", "2.5", 0),
+        ("2-5", "2.5", 0),
+        ("$2.50", "2.5", 1),
+        ("15%", "1.5%", 0),
+        ("1e3", "1000", 1),
+        ("five", "5", 0),
+        ("007", "7", 0),  # digits that name something
+        ("007", "007", 1),
+        ("10:30", "10:30", 1),
+        ("1030", "10:30", 1),  # text, whose punctuation does not count
+        ("nan", "nan", 1),
+        ("-", "+", 0),
+        ("+", "+", 1),
+        ("1e9999999999", "1", 0),
+        ("9" * 5000, "9", 0),
+        ("Dark red!", "dark red", 1),
+    ],
+)
+def test_numbers_in_own_data_are_compared_as_numbers(answer, reference, expected):
+    assert score("exact_match", answer, sample(reference, own=True)) == expected
+    if reference not in ("+", "10:30") and answer != "five":  # which VQA's rule normalises
+        assert score("vqa_soft", answer, sample(reference, own=True)) == expected
+
+
+def test_published_rules_stay_as_published():
+    assert score("exact_match", "50", sample("5.0")) == 1
+    assert score("exact_match", "-5", sample("5")) == 1
+    assert score("vqa_soft", "5", sample(*["5.0"] * 10)) == 0
+    assert score("vqa_soft", "five", sample(*["5.0"] * 10, own=True)) == 1
+
+
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
@@ -224,6 +286,7 @@ def test_relaxed_accuracy(answer, reference, expected):
 def test_ocrbench_containment():
     assert score("ocrbench", "It says STOP\nHERE.", sample("go", "stop here")) == 1
     assert score("ocrbench", "st op", sample("stop")) == 0
+    assert score("ocrbench", "go", sample("", "stop")) == 0  # nothing is contained in everything
     formula = sample("x ^ 2 + Y", dataset="HME100k")
     assert score("ocrbench", "the formula x^2+Y", formula) == 1
     assert score("ocrbench", "the formula x^2+y", formula) == 0
@@ -309,3 +372,4 @@ def test_errors():
 @pytest.mark.parametrize("metric", [name for name in metrics.METRICS if name != "cider"])
 def test_every_metric_is_one_for_the_reference_itself(metric):
     assert score(metric, "yes", sample("yes", "yes", "yes", "yes")) == 1.0
+    assert score(metric, "yes", sample("yes")) == 1.0

@@ -1,11 +1,13 @@
 """Local and generated sources: what becomes a sample, which rows are drawn, and every way to fail."""
 
+import base64
 import csv
 import io
 import json
 import random
 import sys
 from collections import Counter
+from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -13,9 +15,11 @@ import pytest
 from PIL import Image
 
 from vtwcli.data.drawing import Drawing, ranges, sample_content, sample_fingerprint
+from vtwcli.data.metrics import score
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
+from vtwcli.data.tasks import BadRow
 from vtwcli.demo import scenes
 from vtwcli.errors import NotFoundError, UsageError
 
@@ -235,9 +239,72 @@ def test_answers_may_be_several_or_absent(folder):
     assert load("qa.jsonl").samples[0].references == ()
 
 
+def test_numbers_are_written_as_people_write_them(folder):
+    values = [5, 5.0, 2.5, 1e6, -3.0, 0.1, 1e300]
+    rows = [{"image": "0.png", "question": "?", "answer": value} for value in values]
+    write_lines(folder / "qa.jsonl", rows)
+    expected = [("5",), ("5",), ("2.5",), ("1000000",), ("-3",), ("0.1",), ("1e+300",)]
+    assert [s.references for s in load("qa.jsonl").samples] == expected
+    table = pa.table(
+        {
+            "image": ["0.png"] * 4,
+            "question": pa.array([1.0, 2.0, 3.0, 4.0]),
+            "answer": pa.array([0.1, 5.0, 16777216.0, None], pa.float32()),
+            "answers": pa.array([[Decimal("5.00")], [Decimal("0.50")], [None, Decimal(7)], [None]]),
+        }
+    )
+    table = table.set_column(3, "answers", pa.array([[5.0, float("nan")], [0.5], [7.0], [float("nan")]]))
+    pa.parquet.write_table(table, folder / "qa.parquet")
+    assert [s.references for s in load("qa.parquet", skip_bad=True).samples] == [
+        ("0.1",),
+        ("5",),
+        ("16777216",),
+    ]
+    samples = load("qa.parquet:columns.answer=answers", skip_bad=True).samples
+    assert [s.references for s in samples] == [("5",), ("0.5",), ("7",)]
+    assert [s.prompt for s in samples] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("name", ["qa.jsonl", "qa.parquet"])
+def test_vqa_s_own_list_of_records(folder, name):
+    records = [
+        {"answer": answer, "answer_confidence": "yes", "answer_id": n} for n, answer in enumerate("aab")
+    ]
+    row = {"image": "0.png", "question": "?", "answers": records}
+    if name == "qa.jsonl":
+        write_lines(folder / name, [row])
+    else:
+        pa.parquet.write_table(pa.Table.from_pylist([row]), folder / name)
+    (sample,) = load(f"{name}:metric=vqa_soft").samples
+    assert (sample.references, sample.metric) == (("a", "a", "b"), "vqa_soft")
+    write_lines(folder / "qa.jsonl", [{**row, "answers": {"answer": ["a", "b"], "answer_id": [0, 1]}}])
+    assert load("qa.jsonl").samples[0].references == ("a", "b")
+    write_lines(folder / "qa.jsonl", [{**row, "answers": [{"text": "a"}]}])
+    assert "column 'answers' holds a dict among its texts" in failure(NotFoundError, "qa.jsonl")
+
+
+def test_own_data_s_answers_are_judged_where_the_metric_has_a_meaning(folder):
+    write_lines(folder / "qa.jsonl", [{"image": "0.png", "question": "?", "answer": 5.0}])
+    (sample,) = load("qa.jsonl").samples
+    assert [score(sample.metric, answer, sample) for answer in ("5", "5.0", "50", "5.", "six")] == [
+        1,
+        1,
+        0,
+        1,
+        0,
+    ]
+    write_lines(folder / "qa.jsonl", [{"image": "0.png", "question": "?", "answer": "maybe"}])
+    assert "row 0: the metric pope judges yes and no, but the answer is 'maybe'" in failure(
+        NotFoundError, "qa.jsonl:metric=pope"
+    )
+
+
 @pytest.mark.parametrize(
     ("choices", "answer", "letter"),
     [
+        (["3", "5", "7"], 5, "B"),  # numbers as well: a text that is there is meant before a place
+        ([3, 5, 7], 5.0, "B"),
+        (["red", "blue"], 1.0, "B"),
         (["red", "blue"], "blue", "B"),
         (["red", "blue"], " Blue ", "B"),
         (["red", "blue"], "b", "B"),
@@ -257,7 +324,7 @@ def test_choices(folder, choices, answer, letter):
     lines = "".join(f"{name}. {text}\n" for name, text in zip("ABC", texts, strict=False))
     assert sample.prompt == f"Which?\n{lines}Answer with the option's letter from the given choices directly."
     assert (sample.references, sample.metric) == ((letter,), "multiple_choice")
-    assert sample.choices == tuple(texts)
+    assert sample.choices == tuple(map(str, texts))
 
 
 def test_rows_without_choices_stay_open_questions(folder):
@@ -293,6 +360,73 @@ def test_prompt_templates(folder):
 def test_image_marks_in_questions_are_dropped(folder):
     write_lines(folder / "qa.jsonl", [{"image": "0.png", "question": "<image>\nWhat?", "answer": "x"}])
     assert load("qa.jsonl").samples[0].prompt == "What?"
+
+
+def test_marks_of_images_are_honoured_in_their_places(folder):
+    two = ["0.png", "1.png"]
+    rows = [
+        {"image": two, "question": "Left: <image> and right: <image> What differs?"},
+        {"image": "0.png", "question": "What is this? <image>"},
+        {"image": two, "question": "<image>\n<image>\nWhat differs?"},
+        {"image": two, "question": "<image> One. <image> Two."},
+        {"image": two, "question": "What differs?"},
+    ]
+    write_lines(folder / "qa.jsonl", rows)
+    mix = load("qa.jsonl")
+    assert [(s.prompt, s.places) for s in mix.samples] == [
+        ("Left:  and right:  What differs?", (6, 18)),
+        ("What is this? ", (14,)),
+        ("What differs?", ()),
+        (" One.  Two.", (0, 6)),
+        ("What differs?", ()),
+    ]
+    first = mix.samples[0]
+    moved = Sample(first.id, first.task, first.images, first.prompt, first.references)
+    assert sample_fingerprint(first) != sample_fingerprint(moved)
+    for question, images, marks in (("<image> <image>?", "0.png", 2), ("Here: <image>?", two, 1)):
+        write_lines(folder / "qa.jsonl", [{"image": images, "question": question}])
+        assert failure(NotFoundError, "qa.jsonl") == (
+            f"qa.jsonl, row 0: the prompt has {marks} marks <image>, but the row has {3 - marks} images: "
+            "write one for each image, or none (--skip-bad leaves such rows out)"
+        )
+
+
+def test_pictures_in_base64(folder):
+    noise = Image.frombytes("RGB", (256, 256), random.Random(0).randbytes(256 * 256 * 3))
+    stream = io.BytesIO()
+    noise.save(stream, "PNG")
+    text = base64.b64encode(stream.getvalue()).decode()
+    assert len(text) > 2**17  # what the csv module takes for a cell
+    row = {"image": text, "question": "?", "answer": "x"}
+    write_lines(folder / "qa.jsonl", [row])
+    for name, delimiter in (("qa.csv", ","), ("qa.tsv", "\t")):
+        with (folder / name).open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(row), delimiter=delimiter)
+            writer.writeheader()
+            writer.writerow(row)
+    pa.parquet.write_table(pa.Table.from_pylist([row]), folder / "qa.parquet")
+    for name in ("qa.jsonl", "qa.csv", "qa.tsv", "qa.parquet"):
+        assert load(name).samples[0].images[0].tobytes() == noise.tobytes()
+    write_lines(folder / "bad.jsonl", [{**row, "image": text[: 2**17]}])
+    message = failure(NotFoundError, "bad.jsonl")
+    assert message.startswith("bad.jsonl, row 0: column 'image': cannot decode 'iVBOR") and len(message) < 400
+
+
+def test_a_cell_of_a_table_has_a_bound(folder, monkeypatch):
+    from vtwcli.data import rows
+
+    monkeypatch.setattr(rows, "CELL", 1000)
+    before = csv.field_size_limit(1000)
+    try:
+        lines = ["image,question,answer", "0.png,first,x", f"0.png,{'q' * 1001},x", "0.png,last,x"]
+        (folder / "qa.csv").write_text("\n".join(lines) + "\n")
+        assert failure(NotFoundError, "qa.csv") == (
+            "qa.csv, row 1: line 3 is not a row of a table: field larger than field limit (1000) "
+            "(--skip-bad leaves such rows out)"
+        )
+        assert [s.prompt for s in load("qa.csv", skip_bad=True).samples] == ["first", "last"]
+    finally:
+        csv.field_size_limit(before)
 
 
 def test_several_images_and_their_form(folder):
@@ -628,6 +762,112 @@ def test_a_skipped_row_is_replaced(folder):
     mix = load("many.jsonl:order=first", limit=5, skip_bad=True)
     assert answers(mix) == [1, 3, 5, 7, 9] and mix.skipped == 5
     assert len(load("many.jsonl", limit=25, skip_bad=True).samples) == 25
+
+
+@pytest.mark.parametrize("name", ["qa.jsonl", "qa.json", "qa.csv", "qa.parquet"])
+def test_bytes_that_are_no_text_cost_their_row(folder, name):
+    rows = qa(3)
+    rows[1]["question"] = "caf@?"
+    if name == "qa.parquet":
+        columns = {key: pa.array([row[key].encode() for row in rows], pa.binary()) for key in rows[0]}
+        columns["question"] = pa.array([b"one", b"caf\xe9", b"three"], pa.binary())
+        texts = {
+            key: pa.Array.from_buffers(pa.string(), 3, column.buffers()) for key, column in columns.items()
+        }
+        pa.parquet.write_table(pa.table(texts), folder / name)
+    else:
+        if name == "qa.csv":
+            lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+            text = "\n".join(lines) + "\n"
+        else:
+            text = json.dumps(rows) if name == "qa.json" else "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / name).write_bytes(text.encode().replace(b"@", b"\xe9"))
+    message = failure(NotFoundError, name)
+    assert message.startswith(f"{name}, row 1: ") and "not text in UTF-8 (--skip-bad" in message
+    mix = load(name, skip_bad=True)
+    assert [s.id for s in mix.samples] == [f"{name}:0", f"{name}:2"] and mix.skipped == 1
+
+
+@pytest.mark.parametrize("column", ["question", "answer", "choices", "task", "image"])
+def test_halves_of_surrogate_pairs_are_no_text(folder, column):
+    rows = [{**row, "choices": ["answer 0", "answer 1"], "task": "t"} for row in qa(2)]
+    rows[1][column] = ["\ud800", "answer 1"] if column == "choices" else "x\ud800"
+    if column == "answer":
+        del rows[1]["choices"]
+    write_lines(folder / "qa.jsonl", rows)
+    message = failure(NotFoundError, "qa.jsonl")
+    assert message.startswith("qa.jsonl, row 1: ") and message.isascii()
+    assert load("qa.jsonl", skip_bad=True).skipped == 1
+    write_lines(folder / "qa.jsonl", [{**qa(1)[0], "question": "\U0001f600", "unused": "\ud800"}])
+    assert load("qa.jsonl").samples[0].prompt == "\U0001f600"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "line 2 is not JSON: maximum recursion depth exceeded"),
+        ('{"a": ' + "9" * 5000 + "}", "line 2 is not JSON: Exceeds the limit"),
+        ('{"answer": "a", "answer": "b"}', "line 2 has one name twice"),
+        ('{"image": "0.png", "question": "q", "answer": NaN}', "column 'answer' is empty"),
+        ('{"image": "0.png", "question": "q", "answers": [NaN, NaN]}', "column 'answers' is empty"),
+        (
+            '{"image": "0.png", "question": "q", "answer": Infinity}',
+            "column 'answer' holds inf, not a number",
+        ),
+        ('{"image": "0.png", "question": NaN, "answer": "a"}', "column 'question' is empty"),
+        ('{"image": NaN, "question": "q", "answer": "a"}', "column 'image' holds a float"),
+        (
+            '{"image": "0.png", "question": "q", "choices": ["a"], "answer": "%s"}' % ("b" * 10**6),
+            "column 'answer'",
+        ),
+        ('{"%s": 1}' % ("b" * 10**6), "no column 'question'"),
+        (
+            '{"image": "0.png", "question": "q", "choices": ["a"], "answer": 0.5}',
+            "column 'answer' holds '0.5'",
+        ),
+    ],
+    ids=lambda value: value[:60],
+)
+def test_one_line_never_costs_the_others(folder, line, reason):
+    (folder / "qa.jsonl").write_text(json.dumps(qa()[0]) + "\n" + line + "\n" + json.dumps(qa()[2]) + "\n")
+    message = failure(NotFoundError, "qa.jsonl")
+    assert message.startswith(f"qa.jsonl, row 1: {reason}") and len(message) < 700
+    assert [s.id for s in load("qa.jsonl", skip_bad=True).samples] == ["qa.jsonl:0", "qa.jsonl:2"]
+
+
+def test_columns_that_are_there_twice(folder):
+    (folder / "qa.csv").write_text("image,question,answer,answer\n0.png,?,a,b\n")
+    assert failure(NotFoundError, "qa.csv") == (
+        "qa.csv: cannot be read: its header names the column 'answer' twice"
+    )
+    (folder / "qa.csv").write_text(
+        "image,question,answer,,\n0.png,?,a,,\n"
+    )  # of a spreadsheet's empty columns
+    assert load("qa.csv").samples[0].references == ("a",)
+    table = pa.table([pa.array(["0.png"]), pa.array(["a"]), pa.array(["b"])], ["image", "answer", "answer"])
+    pa.parquet.write_table(table, folder / "qa.parquet")
+    assert failure(NotFoundError, "qa.parquet") == (
+        "qa.parquet: cannot be read: it has the column 'answer' twice"
+    )
+
+
+def test_a_check_of_the_model_costs_a_row_only(folder):
+    write_lines(folder / "qa.jsonl", qa())
+
+    def check(sample):
+        if sample.id.endswith((":1", ":4")):
+            raise BadRow("too long for the model")
+
+    assert failure(NotFoundError, "qa.jsonl", check=check) == (
+        "qa.jsonl, row 1: too long for the model (--skip-bad leaves such rows out)"
+    )
+    mix = load("qa.jsonl:order=first", limit=3, skip_bad=True, check=check)
+    assert [s.id for s in mix.samples] == [
+        "qa.jsonl:0",
+        "qa.jsonl:2",
+        "qa.jsonl:3",
+    ]  # another row takes its place
+    assert mix.skipped == mix.sources[0]["skipped"] == 1 and mix.sources[0]["rows"] == "0,2-3"
 
 
 def test_unreadable_files(folder):

@@ -87,6 +87,12 @@ def test_pictures_are_prepared_as_by_the_processor(name, size, script):
         assert actual["grid"] == (expected["rows"][0][0], expected["cols"][0][0])
 
 
+def test_a_thin_picture_does_not_grow_without_bounds(script):
+    settings = {"size": {"shortest_edge": 1024}, "do_resize": True}
+    with pytest.raises(ValueError, match="a picture of 1000 x 10 pixels is too thin"):
+        script.sized(Image.new("RGB", (1000, 10)), settings)
+
+
 @pytest.mark.parametrize("grid", [(0, 0), (1, 2), (3, 2)])
 def test_the_text_of_tiles(grid, script):
     expected = get_image_prompt_string(*grid, 4, "<fake_token_around_image>", "<image>", "<global-img>")

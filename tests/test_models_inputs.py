@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,24 @@ from PIL import Image
 from tests import tiny
 from tests.conftest import TEMPLATE, build_processor
 from vtwcli.data.sample import Sample
+from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError
+from vtwcli.models import inputs
 from vtwcli.models.families import FAMILIES
-from vtwcli.models.inputs import answer_ids, encode, encode_batch, end_ids, generate_answers, visual_mask
+from vtwcli.models.inputs import (
+    UnusableSampleError,
+    answer_ids,
+    encode,
+    encode_batch,
+    end_ids,
+    generate_answers,
+    prompt_text,
+    visual_mask,
+)
 from vtwcli.models.loading import LoadedModel, load
+from vtwcli.preparation import read_samples
+from vtwcli.provenance import model_of
+from vtwcli.recipe import ModelSection
 
 IMAGE = tiny.IMAGE_ID
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
@@ -177,6 +193,132 @@ def test_a_failing_template_is_named(loaded):
         encode(broken, sample("red?"))
 
 
+IMAGE_PART = "{% if part['type'] == 'image' %}<image>{% endif %}"
+USER = "{% if m['role'] == 'user' %}USER: {% for part in m['content'] %}"
+# Templates of repositories on the Hub: an assistant's turn as plain text, and a text under another name.
+PLAIN_ANSWER = (
+    "{% for m in messages %}"
+    + USER
+    + IMAGE_PART
+    + "{% if part['type'] == 'text' %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% elif m.role == 'assistant' %}ASSISTANT:\n{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:\n{% endif %}"
+)
+TEXT_AS_CONTENT = (
+    "{% for m in messages %}"
+    + USER
+    + IMAGE_PART
+    + "{% if part['type'] == 'text' %}{{ part['content'] }}{% endif %}"
+    "{% endfor %}ASSISTANT:{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}{% if add_generation_prompt %}ai:{% endif %}"
+IN_ORDER = (
+    "{% for m in messages %}"
+    + USER
+    + IMAGE_PART
+    + "{% if part['type'] == 'text' %}{{ part.text | trim }}{% endif %}"
+    "{% endfor %} {% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "images", "prompt"),
+    [
+        (PLAIN_ANSWER, 1, "USER: <image>Is it red?ASSISTANT:\n"),
+        (TEXT_AS_CONTENT, 1, "USER: <image>Is it red?ASSISTANT:"),
+        (PLAIN, 0, "user: Is it red? ai:"),
+    ],
+)
+def test_templates_of_other_ages_are_given_what_they_read(loaded, template, images, prompt):
+    old = with_template(loaded, template)
+    assert prompt_text(old, sample("Is it red?", images)) == prompt
+    assert int(encode(old, sample("Is it red?", images)).visual.sum()) == 9 * images
+    lead = " " if template is PLAIN else ""
+    assert answer_ids(old, "red").tolist() == [*ids_of(loaded, lead + "red"), 2]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        PLAIN,
+        "{% for m in messages %}{{ m.content | tojson }}{% endfor %}",
+        "{% for m in messages %}{% for part in m.content %}{{ part }}{% endfor %}{% endfor %}",
+        TEMPLATE.replace("part['text']", "part['words']"),
+        TEMPLATE.replace("part['text']", "part['text'][:4]"),
+        TEMPLATE.replace("part['text']", "part['text'] | upper"),
+    ],
+)
+def test_a_template_that_changes_the_text_is_named(tiny_dir, tmp_path, template):
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    broken = load(str(tmp_path / "model"))
+    with pytest.raises(UnusableSampleError) as caught:
+        encode(broken, sample("Is it red?"))
+    file = tmp_path / "model" / "chat_template.jinja"
+    assert caught.value.message == f"the chat template {file} does not show the text of sample 'a' as it is"
+
+
+def test_a_system_turn_that_is_dropped_is_missed(loaded):
+    deaf = with_template(loaded, IN_ORDER)
+    assert encode(deaf, sample("red?")).length
+    with pytest.raises(UnusableSampleError, match="does not show the text"):
+        encode(deaf, sample("red?"), system="Be brief.")
+
+
+def test_images_stand_in_their_places(loaded):
+    two = dataclasses.replace(sample("Left: and right: red?", 2), places=(6, 17))
+    in_order = with_template(loaded, IN_ORDER)
+    expected = "USER: Left:<image>and right:<image>red? ASSISTANT:"
+    assert prompt_text(in_order, two) == expected
+    # LLaVA's own template puts images first; there the places are written into the text.
+    assert prompt_text(loaded, two) == "USER: Left: <image>and right: <image>red? ASSISTANT:"
+    bare = with_template(loaded, None)
+    assert "Left: <image>and right: <image>red?" in prompt_text(bare, two)
+    visual = encode(loaded, two).visual.int()
+    assert int(visual.sum()) == 18 and int(visual.diff().clamp(min=0).sum()) == 2
+    end = dataclasses.replace(sample("red?", 1), places=(4,))
+    assert prompt_text(loaded, end) == "USER: red?<image> ASSISTANT:"
+    first = TEMPLATE.replace("<image>\n", "<image>").replace(
+        "{{ part['text'] }}", "{{ part['text'] | replace('<image>', '') }}"
+    )
+    with pytest.raises(UnusableSampleError, match="as it is, or images in their places in it"):
+        encode(with_template(loaded, first), two)
+
+
+def test_a_template_that_asks_for_the_date_gets_the_same_every_day(loaded):
+    dated = "{% set day = strftime_now('%d %b %Y, %A %-d') %}{{ '\n' }}{{ day }} " + TEMPLATE
+    asks = with_template(loaded, dated)
+    assert prompt_text(asks, sample("red?")).startswith("\n01 Jan 2025, Wednesday 1 USER: <image>")
+    assert model_of(asks)["template_date"] == "2025-01-01"
+    assert "template_date" not in model_of(loaded)
+
+
+def test_text_that_stands_for_images_is_refused_and_control_tokens_are_told(loaded, capfd):
+    chat = with_template(loaded, TEMPLATE)
+    chat.processor.start_image_token = "<unused97>"
+    with pytest.raises(UnusableSampleError, match="contains the image placeholder '<unused97>'"):
+        encode(chat, sample("red <unused97>?"))
+    inputs._warn_of_control.cache_clear()
+    for _ in range(2):
+        encode(chat, sample("red </s> ?"))
+    assert (
+        capfd.readouterr().err.count(
+            "some prompts contain '</s>', which the tokenizer reads as a control token"
+        )
+        == 1
+    )
+
+
+def test_a_forced_answer_spells_the_reference(loaded):
+    with pytest.raises(UnusableSampleError) as caught:
+        answer_ids(loaded, "~red~")  # the tokenizer has no such letter
+    assert caught.value.message.startswith("the answer '~red~' behind the chat template ")
+    assert caught.value.message.endswith(" becomes ' red'") or "<unk>" in caught.value.message
+    chatty = with_template(loaded, TEMPLATE.replace("ASSISTANT: {{", "ASSISTANT: Surely {{"))
+    with pytest.raises(UnusableSampleError, match="becomes ' Surely red'"):
+        answer_ids(chatty, "red")
+
+
 def test_reference_answers_continue_the_prompt(loaded):
     assert answer_ids(loaded, "red").tolist() == [*ids_of(loaded, " red"), 2]
     assert answer_ids(loaded, " red\n").tolist() == [*ids_of(loaded, " red"), 2]
@@ -284,6 +426,51 @@ def test_prompts_that_do_not_fit(loaded):
     assert encode(loaded, sample("x", 0), torch.full((room,), 5)).length == 512
     with pytest.raises(NotFoundError, match="is 513 tokens long"):
         encode(loaded, sample("x", 0), torch.full((room + 1,), 5))
+
+
+def test_of_a_batch_the_bad_sample_is_named(loaded):
+    batch = [sample("red?"), sample("x" * 600, 0, "long:1"), sample("x", id="c")]
+    with pytest.raises(UnusableSampleError, match=r"^sample 'long:1' is 618 tokens long"):
+        encode_batch(loaded, batch)
+
+
+def test_a_thin_picture_is_refused_before_it_grows(loaded):
+    thin = Sample("thin:1", "t", (Image.new("RGB", (200_000, 1)),), "red?")
+    with pytest.raises(
+        UnusableSampleError, match="sample 'thin:1': a picture of 200000 x 1 pixels is too thin"
+    ):
+        encode(loaded, thin)
+
+
+@dataclasses.dataclass
+class Options:
+    limit: int = 10
+    seed: int = 0
+    skip_bad: bool = False
+    positions: str = "first"
+    answers: str = "auto"
+    max_new_tokens: int = 4
+
+
+def test_skipping_reaches_what_the_model_cannot_be_asked(tiny_dir, tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    questions = ["red?", "x" * 600, "what is <unused97>", "two?", "x" * (512 - 18)]
+    rows = [{"image": "a.png", "question": q, "answer": "red"} for q in questions]
+    rows[3]["answer"] = "~"
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, data = ModelSection(name=str(tiny_dir)), [DataSpec(source=str(tmp_path / "qa.jsonl"))]
+
+    def left(**options) -> tuple[list[str], int]:
+        mix = read_samples(model, data, Options(skip_bad=True, **options))
+        return [s.id.rpartition(":")[2] for s in mix.samples], mix.skipped
+
+    assert len(read_samples(model, data, Options()).samples) == 5
+    assert left() == (["0", "2", "3"], 2)  # the picture takes nine tokens more
+    assert left(positions="answer", answers="reference") == (["0", "2"], 3)
+    rows[4]["question"] = "x" * (512 - 28)  # fits alone, but not with an answer of four tokens
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert left() == (["0", "2", "3", "4"], 1)
+    assert left(positions="answer") == (["0", "2", "3"], 2)
 
 
 def test_placeholders_and_images_must_agree(loaded):

@@ -104,7 +104,7 @@ def _prompts(source: Source, processor: Any) -> dict[str, str] | None:
     from vtwcli.data.sample import Sample
     from vtwcli.models.inputs import prompt_text
     from vtwcli.models.loading import LoadedModel
-    from vtwcli.models.prompts import template_of
+    from vtwcli.models.templates import template_of
 
     if template_of(processor) is None:
         return None
