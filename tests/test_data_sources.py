@@ -241,7 +241,7 @@ def test_answers_may_be_several_or_absent(folder):
 
 def test_numbers_are_written_as_people_write_them(folder):
     values = [5, 5.0, 2.5, 1e6, -3.0, 0.1, 1e300]
-    rows = [{"image": "0.png", "question": "?", "answer": value} for value in values]
+    rows = [{"image": "0.png", "question": f"{i}?", "answer": value} for i, value in enumerate(values)]
     write_lines(folder / "qa.jsonl", rows)
     expected = [("5",), ("5",), ("2.5",), ("1000000",), ("-3",), ("0.1",), ("1e+300",)]
     assert [s.references for s in load("qa.jsonl").samples] == expected
@@ -369,7 +369,7 @@ def test_marks_of_images_are_honoured_in_their_places(folder):
         {"image": "0.png", "question": "What is this? <image>"},
         {"image": two, "question": "<image>\n<image>\nWhat differs?"},
         {"image": two, "question": "<image> One. <image> Two."},
-        {"image": two, "question": "What differs?"},
+        {"image": two, "question": "What is alike?"},
     ]
     write_lines(folder / "qa.jsonl", rows)
     mix = load("qa.jsonl")
@@ -378,7 +378,7 @@ def test_marks_of_images_are_honoured_in_their_places(folder):
         ("What is this? ", (14,)),
         ("What differs?", ()),
         (" One.  Two.", (0, 6)),
-        ("What differs?", ()),
+        ("What is alike?", ()),
     ]
     first = mix.samples[0]
     moved = Sample(first.id, first.task, first.images, first.prompt, first.references)

@@ -130,6 +130,7 @@ class _Trial:
             return reply
 
     def _start(self) -> None:
+        atexit.register(self.stop)
         # Isolated, so that no file of the working directory is taken for a module; then with this one's own path.
         code = f"import sys; sys.path[:] = {sys.path!r}; from vtwcli.models.templates import _serve; _serve()"
         try:
@@ -170,7 +171,6 @@ class _Trial:
 
 _trial = _Trial()
 _refused: dict[str, str] = {}  # template -> why, so that another try does not take as long again
-atexit.register(_trial.stop)
 
 
 def _listen(stream: IO[str], replies: queue.Queue[str | None]) -> None:
