@@ -23,7 +23,7 @@ from vtwcli.files import regular
 Model = TypeVar("Model", bound=BaseModel)
 _LARGE = 50_000  # characters; larger JSON is read by the fast reader, which keeps no line numbers
 _MOST_YAML = 200_000  # characters; the YAML reader takes seconds for them
-_MOST_BYTES = 1 << 30
+_MOST_BYTES = 256 << 20
 _MOST_VALUES = 100_000  # that aliases may stand for, besides what is written out
 _LARGEST = 2**63 - 1
 _DEEPEST = 100  # levels of lists and mappings inside each other
@@ -106,13 +106,13 @@ def read(path: Path, kind: str) -> Any:
     try:
         with regular(path).open("rb") as stream:
             data = stream.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise UsageError(f"{path}: cannot read the {kind}: it is larger than {_MOST_BYTES >> 20} MiB")
         text = data.decode("utf-8")
     except (OSError, ValueError) as error:  # a name may be one that no file can have
         not_text = isinstance(error, UnicodeDecodeError)
         reason = "not UTF-8 text" if not_text else getattr(error, "strerror", None) or error
         raise UsageError(f"{path}: cannot read the {kind}: {reason}") from None
-    if len(data) > _MOST_BYTES:
-        raise UsageError(f"{path}: cannot read the {kind}: it is larger than {_MOST_BYTES >> 20} MiB")
     return parse(text, str(path), kind)
 
 

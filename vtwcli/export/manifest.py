@@ -203,7 +203,7 @@ def read_manifest(folder: Path, kind: str = FORMAT) -> dict[str, Any]:
         found, version = manifest["format"], manifest["format_version"]
         if found != kind:
             raise NotFoundError(f"{folder} is an export of the kind {found!r}, not {kind!r}")
-        if version != FORMAT_VERSION:
+        if version != FORMAT_VERSION or type(version) is not int:
             raise NotFoundError(
                 f"{file} has format version {version}, this tool knows {FORMAT_VERSION}", "update vtwcli"
             )
