@@ -158,9 +158,9 @@ class Checkpoint:
         except Exception as error:  # there is no telling what unusual settings make transformers raise
             if attn not in (None, "eager"):  # may be what is wrong; eager attention is everywhere
                 raise
-            odd = self._settings(lambda name, value: _SIZES.search(name) and not 0 < value < 10**9)
             raise NotFoundError(
-                f"{self.path / CONFIG} describes no model that can be built{odd}: {first_line(error)}"
+                f"{self.path / CONFIG} describes no model that can be built{self._settings(_is_odd)}: "
+                f"{first_line(error)}"
             ) from error
         size = sum(buffer.nbytes for _, _, buffer in _computed_buffers(model))
         if size > _NO_BUFFER_BYTES:
@@ -183,9 +183,8 @@ class Checkpoint:
             _ = self.key_map
 
     def _settings(self, which: Callable[[str, int], object]) -> str:
-        """The first settings of config.json that ``which`` takes, in brackets, to be put into an error."""
-        found = [f"{name} is {value}" for name, value in numbers(self._raw) if which(name, value)]
-        return f" ({', '.join(found[:3])})" if found else ""
+        """The settings of config.json that ``which`` takes, in brackets, to be put into an error."""
+        return _named(self._raw, which)
 
     @cached_property
     def _raw(self) -> dict[str, Any]:
@@ -347,6 +346,17 @@ def _bounded(checkpoint: Checkpoint) -> Iterator[None]:
         handle.remove()
 
 
+def _named(raw: dict[str, Any], which: Callable[[str, int], object]) -> str:
+    """The settings of a config that ``which`` takes, in brackets, the three largest; empty where there are none."""
+    found = sorted((-value, name) for name, value in numbers(raw) if which(name, value))
+    return f" ({', '.join(f'{name} is {-value}' for value, name in found[:3])})" if found else ""
+
+
+def _is_odd(name: str, value: int) -> bool:
+    """Whether a setting is a size that no model has."""
+    return _SIZES.search(name) is not None and not 0 < value < 10**9
+
+
 def _computed_buffers(model: PreTrainedModel) -> list[tuple[Any, str, torch.Tensor]]:
     """Owner, name and value of the buffers that no checkpoint holds: rotary tables, position ids..."""
     found = []
@@ -494,10 +504,12 @@ def read_config(path: Path, name: str, trust_remote_code: bool = False) -> tuple
             )
         family, depth = family_of(config), config.get_text_config().num_hidden_layers
         if depth < 1 or any(not 0 <= i < 2**31 for i in placeholder_ids(family, config)):
-            raise ValueError(f"it has {depth} layers and the placeholders {placeholder_ids(family, config)}")
+            raise ValueError(f"{depth} layers, placeholders {placeholder_ids(family, config)}")
         return config, family
     except Exception as error:  # there is no telling what a broken config makes transformers raise
-        raise NotFoundError(f"{file} is not a valid {model_type} config: {first_line(error)}") from error
+        raise NotFoundError(
+            f"{file} is not a valid {model_type} config{_named(raw, _is_odd)}: {first_line(error)}"
+        ) from error
 
 
 def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:

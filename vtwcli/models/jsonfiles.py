@@ -20,12 +20,13 @@ PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preproc
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 _MIB = 1 << 20
-_LARGE = {"tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"}  # hold a vocabulary
-_LIMITS = {".json": 16 * _MIB, ".jinja": _MIB, ".txt": 16 * _MIB}
-_LARGEST = 128 * _MIB
+_LIMITS = {
+    **dict.fromkeys((CONFIG, GENERATION, *TOKENIZER, *PROCESSOR, TEMPLATES[1]), 16 * _MIB),
+    **dict.fromkeys(("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"), 128 * _MIB),  # a vocabulary
+    "model.safetensors.index.json": 128 * _MIB,
+    TEMPLATES[0]: _MIB,
+}
 _DEEPEST = 100  # levels; what transformers does with a config takes several calls a level
-
-
 _BOUNDS = {
     r"(patch|merge)_size": 1_024,  # pixels; patches
     r"height|width|max_image_size\.longest_edge": 16_384,  # pixels
@@ -40,16 +41,14 @@ def check_sizes(path: Path) -> None:
     Raises:
         NotFoundError: names the file and its bound; or a setting of the processor and its.
     """
-    for file in sorted(path.iterdir()):
-        large = file.name in _LARGE or file.name.endswith(".index.json")
-        limit = _LARGEST if large else _LIMITS.get(file.suffix)
-        if limit is not None and file.is_file() and file.stat().st_size > limit:
+    for name, limit in _LIMITS.items():
+        file = path / name
+        if file.is_file() and file.stat().st_size > limit:
             size = file.stat().st_size / _MIB
             raise NotFoundError(
                 f"{file} has {size:,.0f} MiB, and no model needs more than {limit // _MIB} there",
                 DOWNLOAD_AGAIN,
             )
-
     for name in PROCESSOR:
         settings: list[tuple[str, int]] = []
         with suppress(FileNotFoundError, NotFoundError):  # it may not be read at all; who reads it complains
