@@ -10,8 +10,10 @@ from tests import slow_schedule, tiny
 from tests.onnx_exports import EXPORTS
 from vtwcli import evaluate_onnx as onnx
 from vtwcli import ort
-from vtwcli.errors import NotFoundError
+from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.flops import TextShape, kv_bytes
+from vtwcli.recipe import EvalSection, ModelSection
+from vtwcli.variants import reader_of
 
 ROWS = ["t3 i t5", "i t1 i t3", "t4"]
 CPU = torch.device("cpu")
@@ -69,3 +71,12 @@ def test_the_base_and_what_is_no_export(exports, tmp_path):
     assert ort.is_export(directory) and not ort.is_export(tmp_path) and not ort.is_export(tmp_path / "no")
     with pytest.raises(NotFoundError, match="no exported ONNX model"):
         onnx.open_exported(tmp_path, CPU)
+
+
+def test_whose_processor_makes_the_inputs(exports, tmp_path):
+    directory, _ = exports("split")
+    model = ModelSection(name=str(directory))
+    with pytest.raises(UsageError, match="is not here to compare with"):
+        reader_of(model, EvalSection())
+    assert reader_of(model, EvalSection(baseline="demo")) == "demo"
+    assert reader_of(ModelSection(name=str(tmp_path)), EvalSection()) == str(tmp_path)

@@ -107,4 +107,7 @@ def test_exported_graphs_take_what_the_processor_makes(family, tmp_path):
     Image.new("RGB", (900, 4)).save(tmp_path / "picture.png")
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: it is too thin: 900 x 4 pixels, at most 200 to 1 are shown\n"
+    assert (
+        done.stderr
+        == f"error: {tmp_path / 'picture.png'}: it is too thin: 900 x 4 pixels, at most 200 to 1 are shown\n"
+    )

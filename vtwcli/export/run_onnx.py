@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 from vtw_ort import NotFoundError, OnnxModel, UsageError, best_resolution
-from vtw_pixels import check_resized, read_picture
+from vtw_pixels import PictureError, check_resized, read_picture
 
 HERE = Path(__file__).resolve().parent
 MAX_SIDE = 4096  # of Idefics3
@@ -212,7 +212,10 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
     image = None
     if options.image:
-        image, left_out = read_picture(options.image)
+        try:
+            image, left_out = read_picture(options.image)
+        except PictureError as error:
+            sys.exit(f"error: {options.image}: {error}")
         for what in left_out:
             sys.stderr.write(f"warning: {options.image}: {what}\n")
     answer = model.generate(
