@@ -1,4 +1,4 @@
-"""What the runtime takes for granted about a model, broken point by point: each break is an error, never other tokens."""
+"""What the runtime takes for granted about a model, broken point by point: an error each time, never other tokens."""
 
 from __future__ import annotations
 

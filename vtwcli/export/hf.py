@@ -24,6 +24,7 @@ from vtwcli.export.weights import place_weights
 from vtwcli.models.checkpoint import COMPANIONS, Checkpoint, first_line, quiet_libraries, resolve
 from vtwcli.models.families import Family
 from vtwcli.provenance import versions
+from vtwcli.releases import tested
 from vtwcli.schedule import Schedule
 
 CALIBRATION, PICTURE, RECIPE = "calibration.json", "calibration.png", "recipe.yaml"
@@ -112,6 +113,7 @@ def export_hf(
             {
                 "producer": f"vtwcli {__version__}",
                 "versions": versions(),
+                "tested": {"transformers": tested()},
                 "model": {"name": base, "revision": revision, "model_type": family.model_type},
                 "schedule": schedule.to_dict(),
                 "weights": weights,
