@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -25,7 +26,7 @@ def vtw(*args, env=None, cwd=None, **options):
     )
 
 
-COMMANDS = ["analyze", "budget", "calibrate", "eval", "export", "families", "recipe", "run", "verify"]
+COMMANDS = ["analyze", "budget", "calibrate", "env", "eval", "export", "families", "recipe", "run", "verify"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -56,6 +57,18 @@ def test_families_as_table_and_as_json():
     assert "llava-hf/llava-1.5-7b-hf" in done.stdout
     rows = json.loads(vtw("families", "--json").stdout)
     assert {"family": "LLaVA-1.5", "model_type": "llava", "withdraw": "yes"}.items() <= rows[0].items()
+
+
+def test_env_tells_what_is_installed_against_what_was_tested():
+    done = vtw("env")
+    assert done.returncode == 0
+    report = json.loads(vtw("env", "--json").stdout)
+    here = report["libraries"]["transformers"]["installed"]
+    assert here == version("transformers")
+    assert f"transformers     {here}" in done.stdout
+    assert f"tested with transformers {', '.join(report['tested']['transformers'])}" in done.stdout
+    assert report["among_tested"] is (here in report["tested"]["transformers"])
+    assert ("is not among the releases" in done.stderr) is not report["among_tested"]
 
 
 def test_version():

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from vtwcli.export import push as pushing
 from vtwcli.export.hf import baked_schedule
 from vtwcli.export.manifest import check_files, read_manifest
 from vtwcli.models.checkpoint import resolve
+from vtwcli.runtime.pruning import TESTED
 from vtwcli.schedule import Schedule
 
 
@@ -169,8 +171,11 @@ def test_quiet_says_nothing_on_stderr(vtw, tiny_dir):
 
 
 def test_verify(vtw, exported):
-    code, out, _ = vtw("verify", exported, "--max-new-tokens", 2, "--device", "cpu")
+    code, out, err = vtw("verify", exported, "--max-new-tokens", 2, "--device", "cpu")
     assert (code, out) == (0, f"{exported}: verified\n")
+    assert f"exported with {version('transformers')}, its code tested with {', '.join(TESTED)}" in " ".join(
+        err.split()
+    )
 
 
 def test_verify_as_json_against_a_base(vtw, exported, tiny_dir):

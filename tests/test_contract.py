@@ -1,4 +1,4 @@
-"""What the runtime takes for granted about a model, broken point by point: each break is an error, never other tokens."""
+"""What the runtime takes for granted about a model, broken point by point: an error each time, never other tokens."""
 
 from __future__ import annotations
 
@@ -353,3 +353,26 @@ def test_nothing_of_this_is_refused_in_a_model_as_it_is():
     for name in SCHEDULES:
         with pruned(model, schedule(name)):
             generate(model, batch)
+
+
+# ------------------------------------------------------------------ other ways to run
+
+
+def test_compiled_code_of_a_model_without_hooks_is_not_used():
+    """torch.compile does not look at hooks by itself: what it compiled before a schedule would go on without it."""
+    model, batch = llava(layers=2), llava_batch(ROWS)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")
+        full = compiled(**batch).logits[:, -1]
+        with pruned(model, 1):
+            expected = model(**batch).logits[:, -1]
+            torch.testing.assert_close(compiled(**batch).logits[:, -1], expected)
+    assert (full - expected).abs().max() > 1e-3
+
+
+def test_paged_attention_is_refused():
+    """As ``generate_batch`` and servers with continuous batching use it."""
+    model, batch = llava(), llava_batch(ROWS)
+    text_model(model).config._attn_implementation = "paged|sdpa"
+    with pruned(model, 2), pytest.raises(PruningError, match=r"paged\|sdpa is not supported"):
+        generate(model, batch)

@@ -32,6 +32,7 @@ from vtwcli.export.hf import baked_schedule, export_hf
 from vtwcli.export.manifest import check_files, read_manifest
 from vtwcli.models.checkpoint import resolve
 from vtwcli.provenance import versions
+from vtwcli.runtime.pruning import TESTED
 from vtwcli.schedule import Schedule
 
 K = 3
@@ -214,6 +215,7 @@ def test_manifest_lists_every_file(exported):
     assert all((exported / name).stat().st_size == e["bytes"] for name, e in manifest["files"].items())
     assert manifest["producer"] == f"vtwcli {vtwcli.__version__}"
     assert manifest["versions"] == versions()
+    assert manifest["tested"] == {"transformers": list(TESTED)}
     assert manifest["model"] == {"name": "model", "revision": None, "model_type": "llava"}
     assert (manifest["weights"], manifest["dtype"]) == ("linked", "float32")
 
@@ -369,6 +371,7 @@ def test_card_says_what_was_done(exported):
     assert "K=2" not in text
     assert "/home/me" not in text  # the evaluation knows the model by a path of its machine
     assert 'path = "pruned"' in text
+    assert f"was tested with {', '.join(TESTED)}" in " ".join(text.split())
     assert "`house`" in text
     # 64 text and 576 visual tokens: half of the six layers hold 64 instead of 640
     assert "| KV cache after the prefill | 55.0% |" in text

@@ -25,6 +25,7 @@ COMMANDS = {
     "run": "run",
     "recipe": "recipe",
     "families": "families",
+    "env": "env",
 }
 
 

@@ -67,3 +67,9 @@ def verify(
         console.result_text(document(report))
     else:
         console.result_text(f"{directory}: verified")
+        if releases := report.get("transformers"):
+            others = ", ".join(releases["tested"]) or "no release named"
+            console.note(
+                f"with transformers {releases['installed']}; exported with {releases['exported_with']}, its code "
+                f"tested with {others}"
+            )

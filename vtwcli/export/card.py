@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,6 +15,7 @@ from vtwcli import __version__, documents, text
 from vtwcli.errors import UsageError
 from vtwcli.flops import CONVENTIONS, TextShape, kv_bytes, prefill_cost
 from vtwcli.models.families import Family
+from vtwcli.releases import tested
 from vtwcli.schedule import Action, Freeze, Keep, Mute, Schedule, Select, When
 
 _CARRIED = ("license", "license_name", "license_link", "language")
@@ -264,9 +266,11 @@ processor = AutoProcessor.from_pretrained(path)"""
     return f"""{text.code_block(code, "python")}
 
 With `trust_remote_code=True` the model is pruned, in `generate` and in `pipeline("image-text-to-text")`; the code is
-`modeling_vtw.py` and `vtw_pruning.py`, which need torch and transformers only. Without the flag the same files load as
-the unpruned model. A model that was loaded pruned stays so through `save_pretrained`; one that was loaded without the
-flag and saved again loses the two code files, so load it with the flag before saving.{changed}"""
+`modeling_vtw.py`, `vtw_loading.py` and `vtw_pruning.py`, which need torch and transformers only. It was exported with
+transformers {version("transformers")}, and its code was tested with {", ".join(tested())}; where another release
+reads the files or runs the layers otherwise, it stops with an error. Without the flag the same files load as the
+unpruned model. A model that was loaded pruned stays so through `save_pretrained`; one that was loaded without the
+flag and saved again loses the code files, so load it with the flag before saving.{changed}"""
 
 
 def _licence(subject: Subject) -> str:

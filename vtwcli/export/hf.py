@@ -27,6 +27,7 @@ from vtwcli.models.checkpoint import COMPANIONS, Checkpoint, first_line, quiet_l
 from vtwcli.models.families import Family
 from vtwcli.outputs import Inputs, inputs_of
 from vtwcli.provenance import versions
+from vtwcli.releases import tested
 from vtwcli.schedule import Schedule
 
 CALIBRATION, PICTURE, RECIPE = "calibration.json", "calibration.png", "recipe.yaml"
@@ -121,6 +122,7 @@ def export_hf(
             {
                 "producer": f"vtwcli {__version__}",
                 "versions": versions(),
+                "tested": {"transformers": tested()},
                 "model": {"name": base, "revision": revision, "model_type": family.model_type},
                 "schedule": schedule.to_dict(),
                 "weights": weights,

@@ -27,6 +27,7 @@ from vtwcli.models.families import FAMILIES
 from vtwcli.models.inputs import encode
 from vtwcli.models.layers import cache_of
 from vtwcli.models.loading import LoadedModel, choose_device, choose_dtype, load
+from vtwcli.releases import installed
 from vtwcli.schedule import Schedule
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # of the largest logit; half precision: 1e-2
@@ -74,8 +75,8 @@ def verify(
         trust_remote_code: run the directory's code also where it is not this tool's own, byte for byte.
 
     Returns:
-        The report: ``directory``, ``model``, ``schedule``, ``files``, ``smoke``, ``compared_with``,
-        ``max_logit_difference``, ``device`` and ``dtype``.
+        The report: ``directory``, ``model``, ``schedule``, ``files``, ``transformers`` (its releases), ``smoke``,
+        ``compared_with``, ``max_logit_difference``, ``device`` and ``dtype``.
 
     Raises:
         GateError: a check failed; the message says which.
@@ -126,6 +127,11 @@ def verify(
         "model": manifest["model"],
         "schedule": manifest["schedule"],
         "files": {**file_totals(manifest), **files},
+        "transformers": {
+            "installed": installed("transformers"),
+            "exported_with": manifest["versions"]["transformers"],
+            "tested": manifest.get("tested", {}).get("transformers", []),
+        },
         "smoke": {
             "image": sample.id,
             "prompt": sample.prompt,

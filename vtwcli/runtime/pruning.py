@@ -1107,6 +1107,9 @@ def _traced(call: _Call) -> Trace:
     return Trace(samples, list(call.rows_at))
 
 
+_not_compiled = torch.compiler.disable  # hooks decide by values, so under torch.compile they run as they are
+
+
 class Pruning:
     """A schedule at work on a model; made by ``apply`` or ``pruned``.
 
@@ -1133,6 +1136,7 @@ class Pruning:
         if self.plan.idle:
             return
         base = model.get_submodule(path.rpartition(".")[0])
+        _guard_hooks()
         self._caches = [cache_argument(layer, "hidden_states", "attention_mask") for layer in layers]
         add = self._handles.append
         add(base.register_forward_pre_hook(self._enter_base, with_kwargs=True))
@@ -1186,6 +1190,7 @@ class Pruning:
         visual = torch.isin(ids, torch.tensor(self.placeholders, device=ids.device))
         return visual if bool(visual.any()) else None
 
+    @_not_compiled
     def _check_labels(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = _arguments(module, args, kwargs)
         labels, keep = given.get("labels"), given.get("logits_to_keep")
@@ -1206,6 +1211,7 @@ class Pruning:
                 "visual tokens and of the first token behind them to -100"
             )
 
+    @_not_compiled
     def _enter_base(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         visual = self._visual(module, args, kwargs)
         given = _arguments(module, args, kwargs)
@@ -1216,13 +1222,16 @@ class Pruning:
             self.plan, visual, _not_padding(mask, ids), tuple(ids.shape)
         )
 
+    @_not_compiled
     def _check_base(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         if threading.get_ident() in self._calls:
             raise _strange("the model did not call its text model")
 
+    @_not_compiled
     def _leave_base(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         self._calls.pop(threading.get_ident(), None)
 
+    @_not_compiled
     def _enter_text(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         call = self._calls.pop(threading.get_ident(), None)
         if call is None:
@@ -1230,6 +1239,7 @@ class Pruning:
         _kind(module)  # refuses what is not supported before masks are made for it
         return args, {**kwargs, _CALL: call}
 
+    @_not_compiled
     def _leave_text(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         call = kwargs[_CALL]
         hidden = output[0]
@@ -1252,6 +1262,7 @@ class Pruning:
 
     # ------------------------------------------------------------------ layers
 
+    @_not_compiled
     def _enter_layer(
         self, index: int, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
@@ -1360,6 +1371,7 @@ class Pruning:
         assert rows.index is not None
         _take_positions(kwargs, rows.index, call.shape[1], attention)
 
+    @_not_compiled
     def _leave_layer(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Put back the visual rows of a frozen layer."""
         tap = _given_cache(kwargs)
@@ -1378,6 +1390,7 @@ class Pruning:
 
     # ------------------------------------------------------------------ attention
 
+    @_not_compiled
     def _leave_attention(
         self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
     ) -> Any:
@@ -1555,6 +1568,16 @@ def _flash_mask(
 def _split(sinks: list[_Action]) -> tuple[list[_Action], list[_Action]]:
     """The actions on text rows and those on visual rows."""
     return [a for a in sinks if a.readers != "visual"], [a for a in sinks if a.readers != "text"]
+
+
+def _guard_hooks() -> None:
+    """Let torch.compile look at hooks before it runs what it compiled: by default code that was compiled for a model
+    without hooks also serves one of the same class with hooks, and leaves them out."""
+    import torch._dynamo.config as dynamo
+
+    if getattr(dynamo, "skip_nnmodule_hook_guards", False):
+        dynamo.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()
 
 
 def _arguments(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:

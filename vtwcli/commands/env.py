@@ -1,0 +1,35 @@
+"""``vtw env``."""
+
+from __future__ import annotations
+
+from vtwcli import console
+from vtwcli.files import document
+from vtwcli.options import Json
+
+EXAMPLES = """
+Examples:
+
+  vtw env
+
+  vtw env --json | jq -r .libraries.transformers.installed
+
+Then:  vtw calibrate demo
+"""
+
+
+def env(as_json: Json = False) -> None:
+    """Say what is installed, and against what it was tested."""
+    from vtwcli.releases import environment, untested
+
+    report = environment()
+    if as_json:
+        console.result_text(document(report))
+        return
+    lines = [f"vtw {report['vtwcli']}, Python {report['python']}, {report['platform']}"]
+    for name, entry in report["libraries"].items():
+        bounds = f"  (wanted {entry['wanted']})" if entry["wanted"] else ""
+        lines.append(f"{name:16} {entry['installed'] or 'not installed'}{bounds}")
+    lines.append(f"tested with transformers {', '.join(report['tested']['transformers'])}")
+    console.result_text("\n".join(lines))
+    if sentence := untested(report["libraries"]["transformers"]["installed"]):
+        console.warn(sentence)
