@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,14 @@ atexit.register(shutil.rmtree, _home, ignore_errors=True)
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": _home, "HF_MODULES_CACHE": f"{_home}/modules"}
 for _name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
     os.environ.pop(_name, None)
+
+DAY = int(os.environ.get("VTW_TEST_SEED") or datetime.now(UTC).strftime("%Y%m%d"))
+"""The seed of what tests draw anew every day."""
+
+
+def pytest_report_header() -> str:
+    return f"what is drawn today: VTW_TEST_SEED={DAY}"
+
 
 TEMPLATE = (
     "{% for message in messages %}"

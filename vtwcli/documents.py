@@ -149,7 +149,6 @@ def parse_json(text: str, name: str) -> Any:
 
 
 def _yaml(text: str, name: str, hint: str) -> Any:
-    from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     if len(text) > _MOST_YAML:
@@ -160,7 +159,7 @@ def _yaml(text: str, name: str, hint: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an anchor that is used again is fine
             _check_aliases(text, name)
-            return YAML(typ="rt").load(text)
+            return _reader().load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
@@ -173,15 +172,30 @@ def _yaml(text: str, name: str, hint: str) -> Any:
         raise UsageError(f"{name}: not valid YAML: a key, an anchor or a tag cannot be read", hint) from None
 
 
+def _reader() -> Any:
+    """ruamel's reader, which stops where brackets go too deep: its time grows with the square of their number."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.scanner import RoundTripScanner
+
+    class Scanner(RoundTripScanner):
+        def fetch_flow_collection_start(self, *given: Any, **named: Any) -> None:
+            if len(self.flow_context) > _DEEPEST:
+                raise RecursionError
+            super().fetch_flow_collection_start(*given, **named)
+
+    yaml = YAML(typ="rt")
+    yaml.Scanner = Scanner
+    return yaml
+
+
 def _check_aliases(text: str, name: str) -> None:
     """Refuse an alias inside of what it names, which the reader would turn into nothing."""
-    from ruamel.yaml import YAML
     from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
     if "&" not in text or "*" not in text:
         return
     inside: list[str | None] = []
-    for event in YAML(typ="rt").parse(text):
+    for event in _reader().parse(text):
         if isinstance(event, CollectionStartEvent):
             inside.append(event.anchor)
         elif isinstance(event, CollectionEndEvent):
