@@ -259,7 +259,14 @@ def test_an_export_renders_within_the_same_bounds(loaded, tmp_path):
     with pytest.raises(
         NotFoundError, match=f"chat template in {tmp_path / 'chat_template.jinja'} takes more"
     ):
-        onnx_companions._prompts(loaded.processor, tmp_path)
+        source = SimpleNamespace(
+            checkpoint=SimpleNamespace(path=tmp_path),
+            config=loaded.config,
+            family=loaded.family,
+            name="model",
+            revision=None,
+        )
+        onnx_companions._prompts(source, loaded.processor)
     loaded.processor.chat_template = TEMPLATE
 
 

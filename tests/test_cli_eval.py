@@ -13,7 +13,7 @@ from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
 from vtwcli.methods import visipruner
 
-FAST = ("--limit", 2, "--max-new-tokens", 3, "--bootstrap", 20, "--no-timing")
+FAST = ("--limit", 2, "--max-new-tokens", 3, "--bootstrap", 0, "--no-timing")
 
 
 def files(folder: Path) -> list[str]:

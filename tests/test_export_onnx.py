@@ -249,11 +249,13 @@ def test_a_weight_is_converted_when_it_is_written(turned):
     stored = onnx_trace._lazy(half, ["w"], turned, lambda names: weight).numpy()
     assert stored.dtype == np.float16 and stored.shape == tuple(shape)
     assert stored.ravel().tolist() == weight.half()[0].tolist()
-    for wrong in (1e6, float("nan")):
+    for wrong, said in (
+        (1e6, "has values that float16 cannot hold"),
+        (float("nan"), "holds values that are not"),
+    ):
         broken = onnx_trace._lazy(half, ["w"], turned, lambda names, w=wrong: torch.full((1, 3), w))
-        with pytest.raises(VtwError, match="w has values that float16 cannot hold") as caught:
+        with pytest.raises(VtwError, match=f"w {said}"):
             broken.numpy()
-        assert caught.value.hint == "use fp32"
 
 
 def test_fused_operators_from_opset_23(exports):

@@ -25,6 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from tests import tiny
+from vtwcli.errors import NotFoundError
 from vtwcli.models.families import FAMILIES
 from vtwcli.models.layers import capture
 from vtwcli.patches import grid, token_boxes
@@ -91,7 +92,7 @@ def seen(model, inputs: dict, counts=range(1, 80)) -> tuple[torch.Tensor, int]:
             batch[TYPES[model.config.model_type]] = (ids == tiny.IMAGE_ID).long()
         try:
             return capture(model, FAMILIES[model.config.model_type], batch).hidden[0, 1:-1], count
-        except (ValueError, RuntimeError) as error:
+        except NotFoundError as error:
             last = error
     raise last
 

@@ -23,6 +23,7 @@ from vtwcli.data.sample import Sample
 from vtwcli.data.sources import DataMix
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
+from vtwcli.finite import is_distribution, not_finite
 from vtwcli.models.inputs import Encoded
 from vtwcli.models.layers import LayerSource
 from vtwcli.models.loading import LoadedModel
@@ -205,6 +206,9 @@ def _measure(
                     place, sample = samples[i]
                     rows, outcome = probe.found[number, 0], outcomes[number]
                     lens = head(torch.stack([row.out for row in rows])) if options.lens else None
+                    if lens is not None and not bool((sound := is_distribution(lens)).all()):
+                        where = f"the logit lens of layer {int(sound.int().argmin())} is"
+                        raise not_finite(items[i].name, where, loaded.dtype)
                     one = _profile(loaded, outcome, encoded[i], rows, lens, places, options)
                     if place in shown:
                         one = replace(one, map=_map(loaded, sample, encoded[i], rows, map_layers))

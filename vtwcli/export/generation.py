@@ -58,7 +58,7 @@ def clean_files(folder: Path, config: dict[str, Any], schedule: Schedule) -> dic
 def sentences(changed: dict[str, dict[str, Any]]) -> list[str]:
     """What was taken out, in words."""
     return [
-        f"{file}: {name} {json.dumps(value)} was taken out, which a model under a schedule cannot do"
+        f"{file}: {name} {json.dumps(value)} was taken out: a model under a schedule cannot follow it"
         for file, gone in changed.items()
         for name, value in gone.items()
     ]

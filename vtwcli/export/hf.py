@@ -84,7 +84,6 @@ def export_hf(
     family = checkpoint.family
     code = remote_code(family)
     earlier = _earlier(checkpoint)
-    check_finite(checkpoint)
     with publish(output, force, source_of(checkpoint)) as folder:
         weights = place_weights(checkpoint, folder, wanted)
         kind = str(wanted if wanted and weights == "converted" else checkpoint.dtype).removeprefix("torch.")
@@ -117,6 +116,7 @@ def export_hf(
         card = model_card(subject, calibration, evaluation, picture)
         (folder / CARD).write_text(card, encoding="utf-8")
         _check_loading(folder, family, code, config)
+        check_finite(checkpoint)
         return write_manifest(
             folder,
             {

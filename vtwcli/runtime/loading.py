@@ -22,7 +22,7 @@ import transformers
 _PARTS = ("text_config", "vision_config")
 # of the run, the file or training, or told otherwise from release to release
 _NOT_COMPARED = re.compile(
-    r"_.*|transformers_version|dtype|torch_dtype|use_cache|output_.*|return_dict|use_return_dict|is_.*|.*dropout.*|"
+    r"_.*|transformers_version|cache_implementation|dtype|torch_dtype|use_cache|output_.*|return_dict|use_return_dict|is_.*|.*dropout.*|"
     r"initializer_.*|.*_token_id|.*_token_index|rope_theta|partial_rotary_factor|pretraining_tp|chunk_size_.*|"
     r"problem_type|tokenizer_class|prefix|model_type|attn_implementation|base_model_.*|image_seq_length|num_labels"
 )
@@ -157,11 +157,11 @@ def _tail(key: str) -> str:
 
 def _check_tokenizer(config: Any, name: Any, kwargs: dict[str, Any]) -> None:
     """Refuse a tokenizer whose class the release does not have; the library's own message names no remedy."""
-    options = ("revision", "cache_dir", "local_files_only", "token", "subfolder")
-    options = {key: kwargs[key] for key in options if kwargs.get(key) is not None}
+    given = ("revision", "cache_dir", "local_files_only", "token", "subfolder")
+    options: dict[str, Any] = {key: kwargs[key] for key in given if kwargs.get(key) is not None}
     try:
         file = transformers.utils.cached_file(name, "tokenizer_config.json", **options)
-        wanted = json.loads(Path(file).read_text(encoding="utf-8")).get("tokenizer_class")
+        wanted = json.loads(Path(file or "").read_text(encoding="utf-8")).get("tokenizer_class")
     except (OSError, ValueError, TypeError, AttributeError):
         return  # there is none
     if wanted and not any(hasattr(transformers, kind) for kind in (wanted, f"{wanted}Fast")):

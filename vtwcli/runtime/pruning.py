@@ -917,6 +917,7 @@ class _Call:
         # what each token reads of its own chunk
         chunk = given[..., -length:] if shape[3] >= length else given
         read = chunk if chunk.dtype == torch.bool else chunk > torch.finfo(chunk.dtype).min
+        assert self.real is not None
         real = self.real.to(given.device)
         read = read & real[:, None, :, None] & real[:, None, None, :]
         itself = read.diagonal(dim1=2, dim2=3)
@@ -1274,7 +1275,8 @@ class Pruning:
             raise _strange("the layers get more than one positional argument")
         if args:
             kwargs["hidden_states"] = args[0]
-        hidden, cache, name = kwargs.get("hidden_states"), _given_cache(kwargs), self._caches[index]
+        hidden: Any = kwargs.get("hidden_states")
+        cache, name = _given_cache(kwargs), self._caches[index]
         call.enter(index, hidden)
         for known in _CACHE_NAMES:
             kwargs.pop(known, None)
