@@ -13,5 +13,5 @@ play() {
 
 play "ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1" \
   families.py runtime.py sweep.py methods.py probes.py analyze.py
-play "ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=4" \
+play "ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=4 OMP_WAIT_POLICY=PASSIVE" \
   runtime.py runtime_schedules.py sweep.py
