@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from vtwcli.export.manifest import write_manifest
+from vtwcli.provenance import versions
+from vtwcli.schedule import Schedule
 
 COMMIT = "c" * 40
 CHILD = """
@@ -136,7 +138,15 @@ def directory(tmp_path) -> Path:
     path.mkdir()
     (path / "config.json").write_text('{"model_type": "llava"}')
     (path / "README.md").write_text("---\ntags:\n- x\n---\n# Card\n")
-    write_manifest(path, {"model": {"name": "org/base", "revision": None, "model_type": "llava"}})
+    (path / "model.safetensors").write_bytes(b"\0" * 8)
+    facts = {
+        "model": {"name": "org/base", "revision": None, "model_type": "llava"},
+        "schedule": Schedule.withdraw_at(2).to_dict(),
+        "weights": "linked",
+        "dtype": "float32",
+        "versions": versions(),
+    }
+    write_manifest(path, facts)
     (path / "private-notes.txt").write_text("not for the Hub")
     return path
 
@@ -163,7 +173,7 @@ def test_push_uploads_the_listed_files_to_a_private_repository(hub, directory):
     said = run(directory, "me/pruned", hub.address)
     assert said == f"{hub.address}/me/pruned/commit/{COMMIT}"
     assert hub.private["me/pruned"] is True
-    names = ("config.json", "README.md", "manifest.json")
+    names = ("config.json", "README.md", "manifest.json", "model.safetensors")
     assert hub.files == {"me/pruned": {name: (directory / name).read_bytes() for name in names}}
 
 
@@ -172,7 +182,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub, directory):
     assert said == "2 me/public exists on the Hub and is public (choose another name, or push it as public)"
     assert hub.files == {}
     assert run(directory, "me/public", hub.address, visibility="public").endswith(COMMIT)
-    assert set(hub.files["me/public"]) == {"config.json", "README.md", "manifest.json"}
+    assert set(hub.files["me/public"]) == {"config.json", "README.md", "manifest.json", "model.safetensors"}
 
 
 def test_refusals(hub, directory):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests import reference, tiny
 from vtwcli import sweep as sweep_module
 from vtwcli import walk
-from vtwcli.errors import UsageError, VtwError
+from vtwcli.errors import NotFoundError, UsageError, VtwError
 from vtwcli.models.families import FAMILIES
 from vtwcli.models.layers import Resident
 from vtwcli.sweep import Intervention, SweepItem, naive, sweep
@@ -408,7 +408,7 @@ def test_a_failure_inside_the_model_leaves_no_stub():
     model = tiny.llava(layers=2)
     batch = tiny.llava_batch(["t3 i t5"])
     batch["pixel_values"] = batch["pixel_values"][:, :1]
-    with pytest.raises((RuntimeError, ValueError)):
+    with pytest.raises(NotFoundError, match="fails on its inputs"):
         sweep(source(model), [SweepItem(batch, torch.tensor([[16]]))], [Intervention("withdraw", 0)])
     assert count_forwards(model) == 0
 

@@ -197,7 +197,7 @@ def test_what_is_no_export_is_not_found(copy, tiny_dir, tmp_path):
     manifest = json.loads((copy / MANIFEST).read_text())
     for changed, says in (
         ({"format": "vtw-other"}, "an export of the kind 'vtw-other'"),
-        ({"format": "vtw-onnx"}, "is no exported ONNX model"),
+        ({"format": "vtw-onnx"}, "is not a readable manifest"),
         ({"format_version": 2}, "has format version 2"),
         ({"files": {"../secret": {"bytes": 1, "sha256": ""}}}, "outside the directory"),
     ):
