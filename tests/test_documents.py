@@ -38,7 +38,7 @@ def bomb(start: str, wide: int = 9, levels: int = 9) -> str:
         ("data: &d\n  - {source: demo, task: *d}\n", r":2:26: \*d lies in what it names"),
         ("a: &a {<<: *a}", r"\*a lies in what it names"),
         ("model: " + "[" * 300 + "]" * 300, "more than 100 levels deep"),
-        ("model: " + "{a: " * 120 + "1" + "}" * 120, r"r.yaml:1:\d+: model.a.a: lists and mappings lie more"),
+        ("model: " + "{a: " * 120 + "1" + "}" * 120, "more than 100 levels deep"),
         ("model: " + "[" * 100_000, "more than 100 levels deep"),
         ("\n".join(" " * i + "a:" for i in range(400)), "more than 100 levels deep"),
         ('{"model": ' + "[" * 100_000 + "]" * 100_000 + "}", "more than 100 levels deep"),

@@ -291,8 +291,8 @@ def test_commands_on_strange_data(strange, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     few = ["--data", strange, "--limit", "1"]
     for args in (
-        ["eval", "demo", *few, "--layer", "3", "--set", "eval.timing=false", "--output", "e.json"],
-        ["calibrate", "demo", *few, "--eta", "100", "--output", "c.json"],
+        ["eval", "demo", *few, "--layer", "3", "--no-timing", "--bootstrap", "0", "--output", "e.json"],
+        ["calibrate", "demo", *few, "--eta", "100", "--bootstrap", "0", "--output", "c.json"],
         ["analyze", "demo", *few, "--output", "a.json"],
         ["export", "demo", "--calibration", "c.json", "--output", "out"],
     ):

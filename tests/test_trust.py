@@ -58,6 +58,14 @@ def code(proof: Path) -> str:
 OWN = "modeling_vtw.LlavaForConditionalGeneration"
 
 
+@pytest.fixture(autouse=True)
+def stock_classes(monkeypatch):
+    """transformers marks classes that trusted code names as its own; the next tests want them unmarked."""
+    from transformers import LlavaConfig
+
+    monkeypatch.setattr(LlavaConfig, "_auto_class", None)
+
+
 def another_class(folder: Path, proof: Path) -> None:
     (folder / "evil.py").write_text(
         code(proof) + "from .modeling_vtw import LlavaForConditionalGeneration as Base\nclass M(Base): pass\n"
