@@ -49,6 +49,10 @@ def widen(model: Any) -> None:
         if "rotary" in last:
             for buffer in module.buffers():
                 buffer.data = buffer.double()
+        if last.isdigit():  # some releases make routers of float32 whatever the model's type
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.dtype == torch.float32:
+                    tensor.data = tensor.data.double()
         if last.isdigit() or "rotary" in last or "norm" in last:
             module.__class__ = _wide(type(module))
     loss = model.loss_function
