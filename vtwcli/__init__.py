@@ -13,6 +13,7 @@ _PUBLIC = {
     "load": "vtwcli.models.loading",
     "load_data": "vtwcli.data.sources",
     "Schedule": "vtwcli.schedule",
+    "curve": "vtwcli.kl_curve",
     "pruned": "vtwcli.runtime",
     "apply": "vtwcli.runtime",
 }
