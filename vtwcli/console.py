@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from vtwcli.text import fitting, one_line
+from vtwcli.text import escaped, fitting, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,9 +41,7 @@ settings = _Settings()
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError)
-    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
-    codes = (int.from_bytes(units[i : i + 2], "big") for i in range(0, len(units), 2))
-    return "".join(f"\\u{code:04x}" for code in codes), error.end
+    return "".join(map(escaped, error.object[error.start : error.end])), error.end
 
 
 codecs.register_error(ESCAPE, _escaped)

@@ -281,7 +281,7 @@ def _letters(text: str) -> str:
 
 
 def _template_file(loaded: LoadedModel) -> str:
-    return prompts.template_file(loaded.path)
+    return templates.template_file(loaded.path)
 
 
 def _renderings(

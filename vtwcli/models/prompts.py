@@ -11,7 +11,6 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from vtwcli.data.sample import Sample
@@ -26,22 +25,6 @@ _PRINTED = re.compile(
 )  # a list of parts as Python or JSON writes it
 
 Message = dict[str, Any]
-
-
-def template_file(path: Path) -> str:
-    """The file of a model directory in which its template is, for messages."""
-    for name in (
-        "chat_template.jinja",
-        "chat_template.json",
-        "processor_config.json",
-        "tokenizer_config.json",
-    ):
-        file = path / name
-        if file.is_file() and (
-            name.startswith("chat") or '"chat_template"' in file.read_text("utf-8", "replace")
-        ):
-            return str(file)
-    return str(path)
 
 
 def fixed_date(processor: Any) -> str | None:

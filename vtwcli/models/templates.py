@@ -76,13 +76,13 @@ def check(
     if reason := _refused.get(template) or _trial.run(text):
         _refused[template] = reason
         raise NotFoundError(
-            f"the chat template in {_file(path)} {reason}",
+            f"the chat template in {template_file(path)} {reason}",
             "copy the template of the base model beside the weights",
         )
 
 
-def _file(path: Path | None) -> str:
-    """The file that holds a directory's chat template."""
+def template_file(path: Path | None) -> str:
+    """The file that holds a directory's chat template, for messages."""
     if path is None:
         return "the processor"
     for name in TEMPLATES:
