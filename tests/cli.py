@@ -9,7 +9,8 @@ import sys
 from typing import NamedTuple
 from unittest.mock import patch
 
-from vtwcli import cli, console
+from vtwcli import cli
+from vtwcli.io import console
 
 
 class Done(NamedTuple):

@@ -24,13 +24,13 @@ from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.models.inputs import encode, generate_answers
-from vtwcli.models.layers import Resident
 from vtwcli.models.loading import load
-from vtwcli.recipe import AnalyzeSection, CalibrateSection, ModelSection
-from vtwcli.report_analyze import PLOTS, plot, sentences
-from vtwcli.report_analyze_page import heat_map, page, spread_over
-from vtwcli.schedule import Schedule
-from vtwcli.sweep import Intervention, SweepItem, sweep
+from vtwcli.recipe.recipe import AnalyzeSection, CalibrateSection, ModelSection
+from vtwcli.report.analysis import PLOTS, plot, sentences
+from vtwcli.report.analysis_page import heat_map, page, spread_over
+from vtwcli.schedule.schedule import Schedule
+from vtwcli.sweep.layers import Resident
+from vtwcli.sweep.sweep import Intervention, SweepItem, sweep
 
 LAYERS = 6
 

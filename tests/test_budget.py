@@ -9,19 +9,21 @@ import torch
 from tests import reference, slow_schedule
 from tests.cli import vtw
 from tests.test_calibrate import data, launch  # noqa: F401  (data is a fixture)
-from vtwcli import calibrate_visipruner, report_budget, report_calibrate
 from vtwcli.budget import best_within, budget, candidates
 from vtwcli.calibrate import calibrate
-from vtwcli.candidates import pareto
 from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
-from vtwcli.flops import CONVENTIONS, TextShape, prefill_cost
+from vtwcli.io.outputs import Outputs
+from vtwcli.judge.flops import CONVENTIONS, TextShape, prefill_cost
+from vtwcli.measure import visipruner as calibrate_visipruner
+from vtwcli.measure.candidates import pareto
 from vtwcli.models.inputs import encode, generate_answers
 from vtwcli.models.loading import load
-from vtwcli.outputs import Outputs
-from vtwcli.recipe import BudgetSection, CalibrateSection, ModelSection, Recipe
-from vtwcli.schedule import Schedule
+from vtwcli.recipe.recipe import BudgetSection, CalibrateSection, ModelSection, Recipe
+from vtwcli.report import budget as report_budget
+from vtwcli.report import calibration as report_calibrate
+from vtwcli.schedule.schedule import Schedule
 
 LIMIT, TOKENS = 2, 3
 

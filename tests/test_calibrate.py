@@ -18,8 +18,8 @@ from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.models.inputs import encode, generate_answers
 from vtwcli.models.loading import load
-from vtwcli.recipe import CalibrateSection, ModelSection
-from vtwcli.schedule import Schedule
+from vtwcli.recipe.recipe import CalibrateSection, ModelSection
+from vtwcli.schedule.schedule import Schedule
 
 
 @pytest.fixture(scope="module")

@@ -29,15 +29,15 @@ from tests.conftest import TEMPLATE
 from vtwcli.data.sample import Sample
 from vtwcli.demo import model_dir
 from vtwcli.errors import NotFoundError, VtwError
-from vtwcli.export import onnx_companions
-from vtwcli.export.weights import place_weights
+from vtwcli.export.hf.weights import place_weights
+from vtwcli.export.onnx import companions as onnx_companions
 from vtwcli.models import templates
 from vtwcli.models.checkpoint import quiet_libraries, resolve
 from vtwcli.models.inputs import answer_ids, encode, generate_answers
-from vtwcli.models.layers import Resident
 from vtwcli.models.loading import LoadedModel, load
 from vtwcli.models.stored import read_header
-from vtwcli.models.streaming import Streamed
+from vtwcli.sweep.layers import Resident
+from vtwcli.sweep.streaming import Streamed
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,15 @@ import pytest
 import vtwcli
 from tests import cli as cli_in_process
 from tests.test_export_hf import calibration_result
-from vtwcli import cli, files
-from vtwcli.export import hf
-from vtwcli.export import push as pushing
-from vtwcli.export.hf import baked_schedule
-from vtwcli.export.manifest import check_files, read_manifest
+from vtwcli import cli
+from vtwcli.export.directory import push as pushing
+from vtwcli.export.directory.manifest import check_files, read_manifest
+from vtwcli.export.hf import export as hf
+from vtwcli.export.hf.export import baked_schedule
+from vtwcli.io import files
 from vtwcli.models.checkpoint import resolve
 from vtwcli.runtime.pruning import TESTED
-from vtwcli.schedule import Schedule
+from vtwcli.schedule.schedule import Schedule
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from vtwcli import console
+from vtwcli.io import console
 
 
 @pytest.fixture(autouse=True)

@@ -14,13 +14,13 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from vtwcli.data import scenes
 from vtwcli.data.drawing import Drawing, ranges, sample_content, sample_fingerprint
 from vtwcli.data.metrics import score
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
 from vtwcli.data.tasks import BadRow
-from vtwcli.demo import scenes
 from vtwcli.errors import NotFoundError, UsageError
 
 

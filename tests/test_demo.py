@@ -16,12 +16,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vtwcli.calibrate import calibrate
-from vtwcli.data.sources import load_data
-from vtwcli.data.spec import DataSpec
-from vtwcli.demo import model_dir, train
-from vtwcli.demo.card import accuracy
-from vtwcli.demo.model import build_model, build_processor
-from vtwcli.demo.scenes import (
+from vtwcli.data.scenes import (
     ALL_TASKS,
     COLOURS,
     DEFAULT_TASKS,
@@ -37,8 +32,13 @@ from vtwcli.demo.scenes import (
     render,
     scene_seed,
 )
+from vtwcli.data.sources import load_data
+from vtwcli.data.spec import DataSpec
+from vtwcli.demo import model_dir, train
+from vtwcli.demo.card import accuracy
+from vtwcli.demo.model import build_model, build_processor
 from vtwcli.models.loading import load
-from vtwcli.recipe import CalibrateSection, ModelSection
+from vtwcli.recipe.recipe import CalibrateSection, ModelSection
 
 # --- scenes -----------------------------------------------------------------------------------------------------
 

@@ -14,12 +14,12 @@ import pytest
 
 from tests.cli import vtw
 from tests.test_robustness import SCHEDULE, plain
-from vtwcli import documents
 from vtwcli.errors import UsageError
-from vtwcli.export.manifest import read_manifest
+from vtwcli.export.directory.manifest import read_manifest
+from vtwcli.io import documents
 from vtwcli.models.families import FAMILIES
-from vtwcli.recipe import Recipe
-from vtwcli.schedule import Schedule
+from vtwcli.recipe.recipe import Recipe
+from vtwcli.schedule.schedule import Schedule
 
 
 def bomb(start: str, wide: int = 9, levels: int = 9) -> str:
@@ -263,7 +263,7 @@ def judged(folder, document, options):
 
 
 def test_mutated_manifests(tiny_dir, tmp_path):
-    from vtwcli.export.hf import export_hf
+    from vtwcli.export.hf.export import export_hf
 
     folder = tmp_path / "export"
     export_hf(str(tiny_dir), Schedule.withdraw_at(3), folder)

@@ -9,18 +9,18 @@ import torch
 
 from tests import reference
 from tests.test_calibrate import data, launch  # noqa: F401  (data is a fixture)
-from vtwcli import report_eval
-from vtwcli.costs import peak_of
 from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.evaluate import evaluate
-from vtwcli.flops import TextShape, kv_bytes, prefill_ratio, tokens_with_withdrawal
-from vtwcli.gates import sentence
+from vtwcli.judge.flops import TextShape, kv_bytes, prefill_ratio, tokens_with_withdrawal
+from vtwcli.judge.gates import sentence
+from vtwcli.measure.costs import peak_of
 from vtwcli.models.inputs import encode
 from vtwcli.models.loading import load
-from vtwcli.recipe import EvalSection, GatesSection, ModelSection
-from vtwcli.schedule import Schedule
+from vtwcli.recipe.recipe import EvalSection, GatesSection, ModelSection
+from vtwcli.report import evaluation as report_eval
+from vtwcli.schedule.schedule import Schedule
 
 K = 3
 SCHEDULES = [("K=3", Schedule.withdraw_at(K)), ("never", Schedule.withdraw_at(6))]

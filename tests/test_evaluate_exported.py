@@ -13,18 +13,18 @@ import torch
 from tests.test_calibrate import data  # noqa: F401  (the fixture)
 from tests.test_evaluate import options
 from vtwcli.analyze import analyze
-from vtwcli.answers import full_answers, schedule_answers
 from vtwcli.calibrate import calibrate
 from vtwcli.data.sources import default_data, load_data
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.evaluate import evaluate
-from vtwcli.export.hf import export_hf
+from vtwcli.export.hf.export import export_hf
+from vtwcli.measure.answers import full_answers, schedule_answers
 from vtwcli.models.inputs import encode_batch, plain_generation
 from vtwcli.models.loading import load
-from vtwcli.recipe import AnalyzeSection, CalibrateSection, ModelSection
-from vtwcli.report_eval import sentences
-from vtwcli.schedule import Schedule
+from vtwcli.recipe.recipe import AnalyzeSection, CalibrateSection, ModelSection
+from vtwcli.report.evaluation import sentences
+from vtwcli.schedule.schedule import Schedule
 
 K = 3
 SCHEDULE = Schedule.withdraw_at(K)

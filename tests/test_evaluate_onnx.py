@@ -8,12 +8,12 @@ import torch
 
 from tests import slow_schedule, tiny
 from tests.onnx_exports import EXPORTS
-from vtwcli import evaluate_onnx as onnx
 from vtwcli import ort
 from vtwcli.errors import NotFoundError, UsageError
-from vtwcli.flops import TextShape, kv_bytes
-from vtwcli.recipe import EvalSection, ModelSection
-from vtwcli.variants import reader_of
+from vtwcli.judge.flops import TextShape, kv_bytes
+from vtwcli.measure import graphs as onnx
+from vtwcli.measure.variants import reader_of
+from vtwcli.recipe.recipe import EvalSection, ModelSection
 
 ROWS = ["t3 i t5", "i t1 i t3", "t4"]
 CPU = torch.device("cpu")

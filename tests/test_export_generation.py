@@ -13,11 +13,11 @@ from tests.test_calibrate import data  # noqa: F401  (a fixture)
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import GateError
 from vtwcli.evaluate import evaluate
-from vtwcli.export.generation import clean
-from vtwcli.export.hf import export_hf
-from vtwcli.export.verify import verify
-from vtwcli.recipe import EvalSection, ModelSection
-from vtwcli.schedule import Schedule
+from vtwcli.export.formats import verify
+from vtwcli.export.hf.export import export_hf
+from vtwcli.export.hf.generation import clean
+from vtwcli.recipe.recipe import EvalSection, ModelSection
+from vtwcli.schedule.schedule import Schedule
 
 STATIC = Schedule.withdraw_at(3)
 MEASURED = Schedule.from_dict(
@@ -102,7 +102,7 @@ def test_other_settings_stay(tiny_dir, tmp_path, settings):
 
 
 def test_verify_refuses_an_export_that_cannot_generate(tiny_dir, tmp_path):
-    from vtwcli.export.manifest import read_manifest, write_manifest
+    from vtwcli.export.directory.manifest import read_manifest, write_manifest
 
     export_hf(str(tiny_dir), STATIC, tmp_path / "out")
     asking(tiny_dir, tmp_path / "out", cache_implementation="static")  # as an earlier version left it

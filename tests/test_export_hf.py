@@ -25,15 +25,15 @@ import vtwcli
 from tests import reference, tiny
 from tests.tiny import TINY
 from vtwcli.errors import NotFoundError, UsageError, VtwError
-from vtwcli.export import publish as publishing
-from vtwcli.export import weights
-from vtwcli.export.card import describe, front_matter
-from vtwcli.export.hf import baked_schedule, export_hf
-from vtwcli.export.manifest import check_files, read_manifest
+from vtwcli.export.directory import publish as publishing
+from vtwcli.export.directory.card import describe, front_matter
+from vtwcli.export.directory.manifest import check_files, read_manifest
+from vtwcli.export.hf import weights
+from vtwcli.export.hf.export import baked_schedule, export_hf
 from vtwcli.models.checkpoint import resolve
-from vtwcli.provenance import versions
+from vtwcli.results.provenance import versions
 from vtwcli.runtime.pruning import TESTED
-from vtwcli.schedule import Schedule
+from vtwcli.schedule.schedule import Schedule
 
 K = 3
 SCHEDULE = Schedule.withdraw_at(K, model="org/base")

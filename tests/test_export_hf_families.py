@@ -17,10 +17,10 @@ from tests import tiny
 from tests.conftest import build_processor
 from tests.tiny import TINY
 from vtwcli.errors import NotFoundError
-from vtwcli.export.hf import export_hf
+from vtwcli.export.hf.export import export_hf
 from vtwcli.models.families import family_of
 from vtwcli.runtime import pruned
-from vtwcli.schedule import Schedule
+from vtwcli.schedule.schedule import Schedule
 
 ROWS = ["t3 i t5", "t2 i t1 i t4"]
 STEPS = 4

@@ -21,17 +21,19 @@ from tests import reference, slow_schedule, tiny
 from tests.conftest import build_processor
 from tests.onnx_exports import EXPORTS, keep, withdraw
 from vtwcli.errors import GateError, UsageError, VtwError
-from vtwcli.export import onnx as export
-from vtwcli.export import onnx_layers, onnx_parity, onnx_trace
-from vtwcli.export.hf import export_hf
-from vtwcli.export.onnx import export_onnx
-from vtwcli.export.onnx_companions import write_companions
+from vtwcli.export.hf.export import export_hf
+from vtwcli.export.onnx import export
+from vtwcli.export.onnx import layers as onnx_layers
+from vtwcli.export.onnx import parity as onnx_parity
+from vtwcli.export.onnx import trace as onnx_trace
+from vtwcli.export.onnx.companions import write_companions
+from vtwcli.export.onnx.export import export_onnx
 from vtwcli.models.checkpoint import resolve
 from vtwcli.models.inputs import encode_batch
 from vtwcli.models.loading import load
 from vtwcli.ort import OnnxModel
 from vtwcli.runtime import pruned
-from vtwcli.schedule import Schedule
+from vtwcli.schedule.schedule import Schedule
 
 STEPS = 5
 ROWS = ["t3 i t5", "i t1 i t3", "t4"]
@@ -439,7 +441,7 @@ def test_an_existing_directory_is_refused_before_any_work(exports, tmp_path):
 
 @pytest.mark.parametrize("name", ["pixtral", "gemma3"])
 def test_families_without_an_export(name, tmp_path):
-    from vtwcli.export.onnx_graphs import all_graphs
+    from vtwcli.export.onnx.graphs import all_graphs
     from vtwcli.models.families import family_of
 
     model = (tiny.TINY | tiny.VARIANTS)[name].build(layers=1)
@@ -448,7 +450,7 @@ def test_families_without_an_export(name, tmp_path):
 
 
 def test_a_sliding_window_bounds_the_length():
-    from vtwcli.export.onnx_graphs import max_length
+    from vtwcli.export.onnx.graphs import max_length
 
     window = tiny.VARIANTS["llava-mistral-window"].build(layers=1).config.get_text_config()
     assert max_length(window) == 8 and max_length(tiny.llava(layers=1).config.get_text_config()) == 512

@@ -10,9 +10,9 @@ import torch
 
 from tests import reference
 from tests.tiny import TINY
-from vtwcli.export import onnx as export
-from vtwcli.export import onnx_parity
-from vtwcli.export.onnx_graphs import VISION
+from vtwcli.export.onnx import export
+from vtwcli.export.onnx import parity as onnx_parity
+from vtwcli.export.onnx.graphs import VISION
 from vtwcli.models.families import FAMILIES, family_of
 from vtwcli.models.loading import LoadedModel
 from vtwcli.ort import OnnxModel

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from vtwcli.errors import UsageError, VtwError
-from vtwcli.export.publish import check_target, publish
+from vtwcli.export.directory.publish import check_target, publish
 
 
 def files(folder):

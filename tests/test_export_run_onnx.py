@@ -30,7 +30,7 @@ def script():
     """The script as a module; beside an exported model it imports copies of ``vtwcli.ort`` and ``data.pixels``."""
     sys.modules |= {"vtw_ort": ort, "vtw_pixels": pixels}
     try:
-        yield importlib.import_module("vtwcli.export.run_onnx")
+        yield importlib.import_module("vtwcli.export.onnx.run_onnx")
     finally:
         del sys.modules["vtw_ort"], sys.modules["vtw_pixels"]
 

@@ -14,11 +14,11 @@ from tests.test_models_streaming import check_equal
 from tests.tiny import IMAGE_ID, LAYERS, TINY, VARIANTS, VIDEO_ID
 from tests.wide import Narrow
 from vtwcli.errors import NotFoundError
-from vtwcli.export.onnx_graphs import VISION
+from vtwcli.export.onnx.graphs import VISION
 from vtwcli.models.families import FAMILIES, family_of, markdown, placeholder_ids, table
-from vtwcli.models.layers import Resident
 from vtwcli.runtime import PruningError, pruned
-from vtwcli.sweep import Intervention, SweepItem, naive, sweep
+from vtwcli.sweep.layers import Resident
+from vtwcli.sweep.sweep import Intervention, SweepItem, naive, sweep
 
 MODELS = TINY | VARIANTS
 REFUSED = [name for name, row in FAMILIES.items() if row.no_withdraw]

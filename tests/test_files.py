@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vtwcli import files
 from vtwcli.errors import UsageError, VtwError
-from vtwcli.outputs import Outputs
+from vtwcli.io import files
+from vtwcli.io.outputs import Outputs
 
 
 def test_write_is_whole_or_nothing(tmp_path):

@@ -12,23 +12,23 @@ from tests import tiny
 from tests.cli import vtw
 from tests.conftest import build_processor
 from tests.test_calibrate import data  # noqa: F401  (a fixture)
-from vtwcli import files
 from vtwcli.analyze import analyze
 from vtwcli.budget import budget
 from vtwcli.calibrate import calibrate
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import GateError, NotFoundError, UsageError, VtwError
 from vtwcli.evaluate import evaluate
-from vtwcli.export.hf import export_hf
-from vtwcli.export.onnx import export_onnx
-from vtwcli.finite import check_hidden, divergence, log_probabilities
+from vtwcli.export.hf.export import export_hf
+from vtwcli.export.onnx.export import export_onnx
+from vtwcli.io import files
+from vtwcli.judge.kl import check_hidden, divergence, log_probabilities
+from vtwcli.measure.preparation import prepare
 from vtwcli.models.checkpoint import resolve
-from vtwcli.models.layers import Resident
 from vtwcli.models.loading import load
-from vtwcli.preparation import prepare
-from vtwcli.recipe import AnalyzeSection, BudgetSection, CalibrateSection, EvalSection, ModelSection
-from vtwcli.schedule import Schedule
-from vtwcli.sweep import Intervention, sweep
+from vtwcli.recipe.recipe import AnalyzeSection, BudgetSection, CalibrateSection, EvalSection, ModelSection
+from vtwcli.schedule.schedule import Schedule
+from vtwcli.sweep.layers import Resident
+from vtwcli.sweep.sweep import Intervention, sweep
 
 NAN, INF = float("nan"), float("inf")
 DOWN = "model.language_model.layers.{}.mlp.down_proj.weight"

@@ -3,8 +3,8 @@
 import pytest
 from transformers import LlamaConfig, Qwen2Config
 
-from vtwcli import flops
-from vtwcli.flops import TextShape
+from vtwcli.judge import flops
+from vtwcli.judge.flops import TextShape
 
 LLAVA_7B = TextShape(layers=32, hidden=4096, intermediate=11008, heads=32, kv_heads=32, head_dim=128)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from vtwcli.gates import check, sentence
-from vtwcli.recipe import GatesSection
+from vtwcli.judge.gates import check, sentence
+from vtwcli.recipe.recipe import GatesSection
 
 ROW = {
     "worst_task": "caption",

@@ -5,7 +5,7 @@ import torch
 
 from tests import golden
 from vtwcli.runtime import pruned
-from vtwcli.schedule import Schedule
+from vtwcli.schedule.schedule import Schedule
 
 SAMPLES = range(4)
 ATOL = 2e-5  # of logits; the published code computes in float32

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vtwcli import judge
+from vtwcli.judge import statistics as judge
 
 
 def test_difference_and_interval():

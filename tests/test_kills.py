@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_calibrate import data  # noqa: F401  (the fixture)
-from vtwcli.export.manifest import check_files, read_manifest
+from vtwcli.export.directory.manifest import check_files, read_manifest
 
 DATA = ("--data", "data/rows.jsonl", "--limit", "1", "--max-new-tokens", "2")
 RECIPE = """\

@@ -15,14 +15,14 @@ from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import UsageError
 from vtwcli.evaluate import evaluate
-from vtwcli.flops import TextShape, kv_bytes, prefill_cost
+from vtwcli.judge.flops import TextShape, kv_bytes, prefill_cost
 from vtwcli.methods import visipruner, vtw
 from vtwcli.models.inputs import encode
 from vtwcli.models.loading import load
-from vtwcli.recipe import EvalSection, ModelSection, Recipe, ScheduleSection
+from vtwcli.recipe.recipe import EvalSection, ModelSection, Recipe, ScheduleSection
+from vtwcli.recipe.schedules import schedule_of, schedules_of
 from vtwcli.runtime import pruned
-from vtwcli.schedule import Schedule
-from vtwcli.schedules import schedule_of, schedules_of
+from vtwcli.schedule.schedule import Schedule
 
 # thresholds that fit a random model, and what happens in each sample of ROWS: the rule must filter and exit
 RULE = {"shallow_mid_layer": 1, "layer_threshold": 0.99, "tokens_threshold": 1.0, "exit_threshold": 0.7}

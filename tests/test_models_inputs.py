@@ -17,6 +17,7 @@ from tests.conftest import TEMPLATE, build_processor
 from vtwcli.data.sample import Sample
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError
+from vtwcli.measure.preparation import read_samples
 from vtwcli.models import inputs
 from vtwcli.models.families import FAMILIES
 from vtwcli.models.inputs import (
@@ -30,9 +31,8 @@ from vtwcli.models.inputs import (
     visual_mask,
 )
 from vtwcli.models.loading import LoadedModel, load
-from vtwcli.preparation import read_samples
-from vtwcli.provenance import model_of
-from vtwcli.recipe import ModelSection
+from vtwcli.recipe.recipe import ModelSection
+from vtwcli.results.provenance import model_of
 
 IMAGE = tiny.IMAGE_ID
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's

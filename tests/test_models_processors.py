@@ -21,7 +21,7 @@ from vtwcli.data import pixels as pixels_module
 from vtwcli.data.images import decode_image
 from vtwcli.data.sample import Sample
 from vtwcli.errors import NotFoundError
-from vtwcli.export.onnx import export_onnx
+from vtwcli.export.onnx.export import export_onnx
 from vtwcli.models.checkpoint import resolve
 from vtwcli.models.inputs import UnusableSampleError, encode, encode_batch
 

@@ -15,11 +15,11 @@ from transformers import AutoModelForImageTextToText
 from tests import tiny
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.models.checkpoint import resolve
-from vtwcli.models.layers import Resident
 from vtwcli.models.loading import LoadedModel, load
 from vtwcli.models.stored import StoredTensor
-from vtwcli.models.streaming import Streamed
-from vtwcli.sweep import Intervention, SweepItem, naive, sweep
+from vtwcli.sweep.layers import Resident
+from vtwcli.sweep.streaming import Streamed
+from vtwcli.sweep.sweep import Intervention, SweepItem, naive, sweep
 
 INTERVENTIONS = [
     *(Intervention("withdraw", k) for k in range(tiny.LAYERS)),

@@ -16,14 +16,15 @@ from PIL import Image
 
 from tests.cli import vtw
 from tests.test_calibrate import data  # noqa: F401  (the fixture)
-from vtwcli import console, files, report_calibrate
 from vtwcli.errors import UsageError, VtwError
-from vtwcli.export import onnx
-from vtwcli.export.hf import export_hf
-from vtwcli.export.manifest import check_files, read_manifest
-from vtwcli.export.publish import publish
-from vtwcli.outputs import Outputs, is_ours
-from vtwcli.schedule import Schedule
+from vtwcli.export.directory.manifest import check_files, read_manifest
+from vtwcli.export.directory.publish import publish
+from vtwcli.export.hf.export import export_hf
+from vtwcli.export.onnx import export as onnx
+from vtwcli.io import console, files
+from vtwcli.io.outputs import Outputs, is_ours
+from vtwcli.report import calibration as report_calibrate
+from vtwcli.schedule.schedule import Schedule
 
 QUICK = ("--limit", 1, "--max-new-tokens", 2, "--bootstrap", 0, "--eta", 1000)
 SET = ["k.json", "k.png", "k.schedule.yaml"]
@@ -95,7 +96,7 @@ def test_force_replaces_what_the_same_command_wrote(here):
 def test_pictures_are_known_again(tmp_path, suffix):
     from matplotlib.figure import Figure
 
-    from vtwcli.plots import new_figure, save_figure
+    from vtwcli.report.plots import new_figure, save_figure
 
     save_figure(new_figure()[0], tmp_path / f"ours{suffix}")
     assert is_ours(tmp_path / f"ours{suffix}", "picture")
@@ -511,7 +512,7 @@ def test_a_file_that_appears_between_check_and_rename_is_kept(tmp_path, monkeypa
 def test_forced_rivals_leave_one_whole_set(tmp_path):
     """Many processes replace one set again and again; whoever looks sees files of one of them."""
     code = """
-from vtwcli.outputs import Outputs
+from vtwcli.io.outputs import Outputs
 from pathlib import Path
 for turn in range(25):
     places = {"result": Path("k.json"), "schedule": Path("k.yaml")}
@@ -690,19 +691,19 @@ MOMENTS = {
     ),
     "export, at the end": (
         ("export", "model", "--layer", 3, "--dtype", "bfloat16", "--output", "out"),
-        f"from vtwcli.export import hf as m\nm.write_manifest = lambda *_: {KILL}",
+        f"from vtwcli.export.hf import export as m\nm.write_manifest = lambda *_: {KILL}",
     ),
     "export, converting": (
         ("export", "model", "--layer", 3, "--dtype", "bfloat16", "--output", "out"),
-        f"from vtwcli.export import weights as m\nm._cast = lambda *_: {KILL}",
+        f"from vtwcli.export.hf import weights as m\nm._cast = lambda *_: {KILL}",
     ),
     "onnx, at the beginning": (
         ("export", "model", "--layer", 3, "--format", "onnx", "--output", "out"),
-        f"from vtwcli.export import onnx as m\nm.write_graphs = lambda *_, **__: {KILL}",
+        f"from vtwcli.export.onnx import export as m\nm.write_graphs = lambda *_, **__: {KILL}",
     ),
     "run, exporting": (
         ("run", "r.yaml", "--output", "out"),
-        f"from vtwcli.export import hf as m\nm.write_manifest = lambda *_: {KILL}",
+        f"from vtwcli.export.hf import export as m\nm.write_manifest = lambda *_: {KILL}",
     ),
     "run, drawing": (
         ("run", "r.yaml", "--output", "out"),
@@ -787,7 +788,7 @@ def test_killed_while_two_directories_could_not_change_places(here, moment):
     """The old export stands aside for a moment; the new one, which was complete, takes its place."""
     export_hf("model", Schedule.withdraw_at(3), here / "out")
     hook = (
-        "from vtwcli import files\nfrom vtwcli.export import publish as m\n"
+        "from vtwcli.io import files\nfrom vtwcli.export.directory import publish as m\n"
         f"m._exchange = lambda *_: False\nfiles.{moment} = lambda *_: {KILL}"
     )
     process = spawn("export", "model", "--layer", 2, "--output", "out", "--force", before=hook, cwd=here)

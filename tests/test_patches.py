@@ -27,8 +27,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from tests import tiny
 from vtwcli.errors import NotFoundError
 from vtwcli.models.families import FAMILIES
-from vtwcli.models.layers import capture
-from vtwcli.patches import grid, token_boxes
+from vtwcli.models.geometry import grid, token_boxes
+from vtwcli.sweep.layers import capture
 
 PINPOINTS = tiny.ANYRES["image_grid_pinpoints"]
 CLIP = {"size": {"shortest_edge": 12}, "crop_size": {"height": 12, "width": 12}}

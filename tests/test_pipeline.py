@@ -9,17 +9,17 @@ from PIL import Image
 
 from tests.cli import vtw
 from tests.test_calibrate import data  # noqa: F401  (the fixture)
-from vtwcli import pipeline
 from vtwcli.calibrate import calibrate
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import VtwError
 from vtwcli.evaluate import evaluate
-from vtwcli.export.hf import export_hf
-from vtwcli.export.manifest import check_files, read_manifest
-from vtwcli.recipe import CalibrateSection, EvalSection, ModelSection, Recipe
-from vtwcli.run import resolved
-from vtwcli.schedule import Schedule
-from vtwcli.settings import load_recipe
+from vtwcli.export.directory.manifest import check_files, read_manifest
+from vtwcli.export.hf.export import export_hf
+from vtwcli.pipeline import plan as pipeline
+from vtwcli.pipeline.run import resolved
+from vtwcli.recipe.recipe import CalibrateSection, EvalSection, ModelSection, Recipe
+from vtwcli.recipe.settings import load_recipe
+from vtwcli.schedule.schedule import Schedule
 
 CALIBRATE = {"limit": 2, "max_new_tokens": 3, "bootstrap": 0, "eta": 1000}
 EVAL = {"limit": 2, "max_new_tokens": 3, "bootstrap": 0, "timing": False}
@@ -171,8 +171,8 @@ def test_changed_files_are_noticed(folder):
 
 
 def test_large_weight_files_are_sampled(folder, monkeypatch):
-    from vtwcli import fingerprint
     from vtwcli.models.checkpoint import resolve
+    from vtwcli.pipeline import fingerprint
 
     model = ModelSection(name="model")
     monkeypatch.setattr(fingerprint, "_WHOLE", 100_000)
@@ -254,7 +254,7 @@ def test_no_layer_qualifies_is_exit_3_and_ends_the_run(folder):
 
 def test_an_export_that_fails_is_not_published(folder, monkeypatch):
     from vtwcli.errors import GateError
-    from vtwcli.export import verify
+    from vtwcli.export.hf import verify
 
     def fails(directory, **options):
         assert directory.name == "model" and (directory / "manifest.json").exists()

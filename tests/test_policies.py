@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from vtwcli import policies
-from vtwcli.policies import Rule
+from vtwcli.judge import policies
+from vtwcli.judge.policies import Rule
 
 KL = np.array([[9.0, 0.1, 0.4, 0.1, 0.0], [9.0, 0.3, 0.4, 0.1, 0.0]])  # mean 9, 0.2, 0.4, 0.1, 0
 AGREE = np.array([[0.0, 0.5, 1.0, 1.0, 1.0], [0.0, 1.0, 0.5, 1.0, 1.0]])

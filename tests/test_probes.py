@@ -9,9 +9,9 @@ import torch
 
 from tests import reference, tiny
 from vtwcli.models.families import FAMILIES
-from vtwcli.models.layers import Resident
-from vtwcli.probes import LastRowProbe, entropy, masses, sinks, value_norms
-from vtwcli.sweep import SweepItem, sweep
+from vtwcli.sweep.layers import Resident
+from vtwcli.sweep.probes import LastRowProbe, entropy, masses, sinks, value_norms
+from vtwcli.sweep.sweep import SweepItem, sweep
 
 RATIO = 1.5
 

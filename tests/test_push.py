@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from vtwcli.export.manifest import write_manifest
-from vtwcli.provenance import versions
-from vtwcli.schedule import Schedule
+from vtwcli.export.directory.manifest import write_manifest
+from vtwcli.results.provenance import versions
+from vtwcli.schedule.schedule import Schedule
 
 COMMIT = "c" * 40
 CHILD = """
 import sys
 from pathlib import Path
 from vtwcli.errors import VtwError
-from vtwcli.export.push import push
+from vtwcli.export.directory.push import push
 assert "torch" not in sys.modules
 try:
     print(push(Path(sys.argv[1]), sys.argv[2], private=sys.argv[3] == "private"))

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from tests.cli import vtw
-from vtwcli.demo.scenes import examples
-from vtwcli.recipe import Recipe
-from vtwcli.schedule import Schedule
+from vtwcli.data.scenes import examples
+from vtwcli.recipe.recipe import Recipe
+from vtwcli.schedule.schedule import Schedule
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,11 +13,11 @@ from tests.cli import vtw
 from tests.conftest import TEMPLATE, build_processor
 from tests.processors import save_processor
 from vtwcli.models.families import FAMILIES
-from vtwcli.recipe import STEPS, Recipe, json_schema
-from vtwcli.schedules import schedule_of
-from vtwcli.settings import load_recipe
-from vtwcli.starter import starter
-from vtwcli.steps import steps_of
+from vtwcli.pipeline.steps import steps_of
+from vtwcli.recipe.recipe import STEPS, Recipe, json_schema
+from vtwcli.recipe.schedules import schedule_of
+from vtwcli.recipe.settings import load_recipe
+from vtwcli.recipe.starter import starter
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 NAMES = [path.stem for path in RECIPES]

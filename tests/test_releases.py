@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import TINY, VARIANTS
 from vtwcli.data.sample import Sample
-from vtwcli.export.hf import export_hf
+from vtwcli.export.hf.export import export_hf
 from vtwcli.models.families import family_of
 from vtwcli.models.inputs import encode
 from vtwcli.models.loading import load
 from vtwcli.runtime import pruned
 from vtwcli.runtime.pruning import TESTED
-from vtwcli.schedule import Schedule
+from vtwcli.schedule.schedule import Schedule
 
 FOLDER = os.environ.get("VTW_RELEASES")
 RELEASES = sorted(path.name for path in Path(FOLDER).iterdir()) if FOLDER else []

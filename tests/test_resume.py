@@ -9,9 +9,9 @@ from PIL import Image
 from vtwcli.calibrate import calibrate
 from vtwcli.data.spec import DataSpec
 from vtwcli.evaluate import evaluate
-from vtwcli.recipe import CalibrateSection, EvalSection, ModelSection
-from vtwcli.resume import kept, key_of, stamp
-from vtwcli.schedule import Schedule
+from vtwcli.recipe.recipe import CalibrateSection, EvalSection, ModelSection
+from vtwcli.results.resume import kept, key_of, stamp
+from vtwcli.schedule.schedule import Schedule
 
 SCHEDULE = Schedule.withdraw_at(3)
 ROWS = [f"row {i}" for i in range(4)]

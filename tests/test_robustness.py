@@ -17,16 +17,17 @@ from hypothesis import strategies as st
 from tests.cli import vtw
 from tests.conftest import DAY
 from tests.test_calibrate import data  # noqa: F401  (the fixture)
-from vtwcli import report_calibrate, report_eval
 from vtwcli.calibrate import calibrate
 from vtwcli.data.spec import DataSpec
 from vtwcli.evaluate import evaluate
 from vtwcli.export import formats
-from vtwcli.export.card import _calibration, of_schedule
-from vtwcli.pipeline import resolved
-from vtwcli.recipe import CalibrateSection, EvalSection, ModelSection, Recipe
-from vtwcli.schedule import Schedule
-from vtwcli.settings import load_recipe
+from vtwcli.export.directory.card import _calibration, of_schedule
+from vtwcli.pipeline.plan import resolved
+from vtwcli.recipe.recipe import CalibrateSection, EvalSection, ModelSection, Recipe
+from vtwcli.recipe.settings import load_recipe
+from vtwcli.report import calibration as report_calibrate
+from vtwcli.report import evaluation as report_eval
+from vtwcli.schedule.schedule import Schedule
 
 SEEDS = st.integers(0, 2**32)
 SOME = settings(

@@ -16,7 +16,7 @@ from transformers import DynamicCache, LlavaForConditionalGeneration
 from tests import parity, reference
 from tests.tiny import IMAGE_ID, LAYERS, TINY, VARIANTS, llava, llava_batch
 from vtwcli.runtime import PrunedLayer, PruningError, apply, layout_of, pruned, remove
-from vtwcli.schedule import Schedule
+from vtwcli.schedule.schedule import Schedule
 
 # ragged rows: images first, last, twice, in a row without text around it, and nowhere
 LAYOUTS = [

@@ -15,7 +15,7 @@ from tests.test_runtime import batch_of, gradients, joined, labelled, positions
 from tests.tiny import IMAGE_ID, LAYERS, TINY, VARIANTS, llava, llava_batch
 from vtwcli.models.families import FAMILIES
 from vtwcli.runtime import PrunedLayer, PruningError, pruned
-from vtwcli.schedule import Schedule
+from vtwcli.schedule.schedule import Schedule
 
 LAYOUTS = [
     ["t3 i t5"],

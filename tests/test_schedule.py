@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtwcli.errors import UsageError
-from vtwcli.schedule import Schedule
+from vtwcli.schedule.schedule import Schedule
 
 VISIPRUNER = """\
 schedule:

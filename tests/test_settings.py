@@ -5,8 +5,8 @@ import re
 import pytest
 
 from vtwcli.errors import UsageError
-from vtwcli.recipe import CalibrateSection, Recipe
-from vtwcli.settings import load_recipe
+from vtwcli.recipe.recipe import CalibrateSection, Recipe
+from vtwcli.recipe.settings import load_recipe
 
 
 @pytest.fixture

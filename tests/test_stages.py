@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtwcli.schedule import Schedule
-from vtwcli.stages import (
+from vtwcli.judge.stages import (
     Stages,
     boundaries,
     dynamic_schedule,
@@ -16,6 +15,7 @@ from vtwcli.stages import (
     sentences,
     static_schedule,
 )
+from vtwcli.schedule.schedule import Schedule
 
 UNTIL = np.array([[0.001, 0.002, 0.5, 2, 3, 3]])
 WITHDRAWAL = np.array([[3, 2, 1, 0.5, 0.001, 0.0001]])

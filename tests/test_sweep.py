@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import reference, tiny
-from vtwcli import sweep as sweep_module
-from vtwcli import walk
 from vtwcli.errors import NotFoundError, UsageError, VtwError
 from vtwcli.models.families import FAMILIES
-from vtwcli.models.layers import Resident
-from vtwcli.sweep import Intervention, SweepItem, naive, sweep
+from vtwcli.sweep import sweep as sweep_module
+from vtwcli.sweep import walk
+from vtwcli.sweep.layers import Resident
+from vtwcli.sweep.sweep import Intervention, SweepItem, naive, sweep
 
 LAYERS = 4
 

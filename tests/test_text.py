@@ -16,9 +16,10 @@ import pytest
 from markdown_it import MarkdownIt
 
 from tests.cli import vtw
-from vtwcli import console, pages, text
-from vtwcli.files import document, write_text
-from vtwcli.plots import new_figure, save_figure
+from vtwcli.io import console, text
+from vtwcli.io.files import document, write_text
+from vtwcli.report import pages
+from vtwcli.report.plots import new_figure, save_figure
 
 NASTY = [
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<!-- x", "&lt;", "&#60;b&#62;", "[a](javascript:x)",
@@ -318,8 +319,8 @@ def test_a_card_cannot_be_broken_out_of(tmp_path, tiny_dir):
 
     from ruamel.yaml import YAML
 
-    from vtwcli.export.hf import export_hf
-    from vtwcli.schedule import Schedule
+    from vtwcli.export.hf.export import export_hf
+    from vtwcli.schedule.schedule import Schedule
 
     base = Path(shutil.copytree(tiny_dir, tmp_path / "ba`se <b>"))
     base.joinpath("README.md").write_text(

@@ -16,8 +16,8 @@ from vtwcli.errors import NotFoundError
 from vtwcli.evaluate import evaluate
 from vtwcli.models.families import FAMILIES
 from vtwcli.models.loading import load
-from vtwcli.recipe import CalibrateSection, EvalSection, ModelSection
-from vtwcli.schedule import Schedule
+from vtwcli.recipe.recipe import CalibrateSection, EvalSection, ModelSection
+from vtwcli.schedule.schedule import Schedule
 
 
 def changed(source, folder, name, **values):
@@ -108,9 +108,9 @@ def test_a_placeholder_outside_is_fine_where_the_model_replaces_it(name):
     from tests import tiny
     from vtwcli.data.sample import Sample
     from vtwcli.models import inputs
-    from vtwcli.models.layers import Resident
     from vtwcli.models.loading import LoadedModel
-    from vtwcli.sweep import Intervention, SweepItem, sweep
+    from vtwcli.sweep.layers import Resident
+    from vtwcli.sweep.sweep import Intervention, SweepItem, sweep
 
     model, batch = tiny.TINY[name].build(), tiny.TINY[name].batch(["t3 i t4"])
     ids, old, family = batch["input_ids"], model.config.image_token_id, FAMILIES[name]

@@ -13,13 +13,13 @@ import pytest
 from tests.cli import vtw
 from tests.test_calibrate import data  # noqa: F401  (the fixture)
 from vtwcli.errors import UsageError
-from vtwcli.export import own_code
-from vtwcli.export import verify as verifying
-from vtwcli.export.hf import export_hf
-from vtwcli.export.manifest import MANIFEST, file_entries
-from vtwcli.export.verify import verify
+from vtwcli.export.directory import own_code
+from vtwcli.export.directory.manifest import MANIFEST, file_entries
+from vtwcli.export.formats import verify
+from vtwcli.export.hf import verify as verifying
+from vtwcli.export.hf.export import export_hf
 from vtwcli.models.loading import load
-from vtwcli.schedule import Schedule
+from vtwcli.schedule.schedule import Schedule
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vtwcli.errors import GateError, NotFoundError, UsageError
-from vtwcli.export.hf import export_hf
-from vtwcli.export.manifest import MANIFEST
-from vtwcli.export.verify import verify
+from vtwcli.export.directory.manifest import MANIFEST
+from vtwcli.export.formats import verify
+from vtwcli.export.hf.export import export_hf
 from vtwcli.models.loading import load
 from vtwcli.runtime import pruned
-from vtwcli.schedule import Schedule
+from vtwcli.schedule.schedule import Schedule
 
 K = 3
 

@@ -12,7 +12,7 @@ import torch
 
 from tests.onnx_exports import withdraw
 from vtwcli.errors import GateError, UsageError
-from vtwcli.export.verify import verify
+from vtwcli.export.formats import verify
 from vtwcli.models.inputs import encode_batch
 from vtwcli.runtime import pruned
 
@@ -47,11 +47,11 @@ def test_report_of_a_good_export(exports):
 
 
 def test_the_answer_is_that_of_torch(exports):
-    from vtwcli.export.verify import _sample
+    from vtwcli.export.formats import sample_of
 
     report = verify(exports("keep")[0], device="cpu", max_new_tokens=4)
     loaded = exports.loaded("keep")
-    batch = encode_batch(loaded, [_sample(None)])
+    batch = encode_batch(loaded, [sample_of(None)])
     with torch.no_grad(), pruned(loaded.model, report["schedule"]):
         out = loaded.model.generate(**batch, max_new_tokens=4, do_sample=False, eos_token_id=2)
     assert report["smoke"]["tokens"] == out[0, batch["input_ids"].shape[1] :].tolist()

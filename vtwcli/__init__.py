@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "load": "vtwcli.models.loading",
     "load_data": "vtwcli.data.sources",
-    "Schedule": "vtwcli.schedule",
-    "curve": "vtwcli.kl_curve",
+    "Schedule": "vtwcli.schedule.schedule",
+    "curve": "vtwcli.measure.curve",
     "pruned": "vtwcli.runtime",
     "apply": "vtwcli.runtime",
 }

@@ -17,22 +17,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtwcli import console, distributed, policies, stages
 from vtwcli.calibrate import Measured, assemble, measured_of
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import DataMix
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
-from vtwcli.finite import is_distribution, not_finite
+from vtwcli.io import console
+from vtwcli.judge import policies, stages
+from vtwcli.judge.kl import is_distribution, not_finite
+from vtwcli.machine import distributed
+from vtwcli.measure.preparation import check_model, check_options, open_model, prepare, read_samples
+from vtwcli.models.geometry import token_boxes
 from vtwcli.models.inputs import Encoded
-from vtwcli.models.layers import LayerSource
 from vtwcli.models.loading import LoadedModel
-from vtwcli.patches import token_boxes
-from vtwcli.preparation import check_model, check_options, open_model, prepare, read_samples
-from vtwcli.probes import LastRow, LastRowProbe
-from vtwcli.provenance import model_of, provenance_of, run_of, versions
-from vtwcli.recipe import AnalyzeSection, CalibrateSection, ModelSection
-from vtwcli.sweep import Intervention, ItemResult, sweep
+from vtwcli.recipe.recipe import AnalyzeSection, CalibrateSection, ModelSection
+from vtwcli.results.provenance import model_of, provenance_of, run_of, versions
+from vtwcli.sweep.layers import LayerSource
+from vtwcli.sweep.probes import LastRow, LastRowProbe
+from vtwcli.sweep.sweep import Intervention, ItemResult, sweep
 
 FORMAT_VERSION = 1
 _SHARED = ("limit", "seed", "skip_bad", "positions", "answers", "max_new_tokens")

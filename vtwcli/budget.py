@@ -9,15 +9,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from vtwcli.candidates import Candidate, described, flops_of, pareto, token_counts, tried
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import UsageError
-from vtwcli.flops import TextShape
+from vtwcli.judge.flops import TextShape
+from vtwcli.measure.candidates import Candidate, described, flops_of, pareto, token_counts, tried
+from vtwcli.measure.preparation import check_model, load_model, read_samples
 from vtwcli.methods import visipruner, vtw
-from vtwcli.preparation import check_model, load_model, read_samples
-from vtwcli.provenance import model_of, run_of, versions
-from vtwcli.recipe import BudgetSection, ModelSection, ScheduleSection
-from vtwcli.schedule import Action, Keep, Schedule, Select, Withdraw
+from vtwcli.recipe.recipe import BudgetSection, ModelSection, ScheduleSection
+from vtwcli.results.provenance import model_of, run_of, versions
+from vtwcli.schedule.schedule import Action, Keep, Schedule, Select, Withdraw
 
 FORMAT_VERSION = 1
 

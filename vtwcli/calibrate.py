@@ -11,22 +11,32 @@ from typing import Any, get_args
 
 import numpy as np
 
-from vtwcli import calibrate_visipruner, console, distributed, judge, policies
 from vtwcli.data.drawing import sample_content
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import DataMix
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError
-from vtwcli.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape, prefill_cost, tokens_with_withdrawal
+from vtwcli.io import console
+from vtwcli.judge import policies
+from vtwcli.judge import statistics as judge
+from vtwcli.judge.flops import (
+    CONVENTIONS,
+    DEFAULT_CONVENTION,
+    TextShape,
+    prefill_cost,
+    tokens_with_withdrawal,
+)
+from vtwcli.machine import distributed
+from vtwcli.measure import visipruner as calibrate_visipruner
+from vtwcli.measure.preparation import check_model, check_options, open_model, prepare, read_samples
 from vtwcli.models.inputs import Encoded
-from vtwcli.models.layers import LayerSource
 from vtwcli.models.loading import LoadedModel
-from vtwcli.preparation import check_model, check_options, open_model, prepare, read_samples
-from vtwcli.provenance import model_of, provenance_of, run_of, versions
-from vtwcli.recipe import CalibrateSection, ModelSection, Policy, ScheduleSection
-from vtwcli.resume import Keep, kept, key_of, stamp
-from vtwcli.schedule import Schedule
-from vtwcli.sweep import Intervention, ItemResult, naive, sweep
+from vtwcli.recipe.recipe import CalibrateSection, ModelSection, Policy, ScheduleSection
+from vtwcli.results.provenance import model_of, provenance_of, run_of, versions
+from vtwcli.results.resume import Keep, kept, key_of, stamp
+from vtwcli.schedule.schedule import Schedule
+from vtwcli.sweep.layers import LayerSource
+from vtwcli.sweep.sweep import Intervention, ItemResult, naive, sweep
 
 FORMAT_VERSION = 1
 WIDE_INTERVAL = 2  # layers; a wider interval of K means too few samples

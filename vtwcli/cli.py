@@ -11,8 +11,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from vtwcli import __version__, console
+from vtwcli import __version__
 from vtwcli.errors import NotFoundError, VtwError
+from vtwcli.io import console
 
 # subcommand -> its file in ``vtwcli.commands``, in the order of the help page
 COMMANDS = {

@@ -11,24 +11,35 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vtwcli import console, distributed, files, gates, judge
-from vtwcli.answers import Answer, flops_ratio, full_answers, kv_ratio, spent
-from vtwcli.costs import latencies, peak_of
 from vtwcli.data import metrics
 from vtwcli.data.drawing import sample_content
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import DataMix, default_data
 from vtwcli.data.spec import DataSpec
-from vtwcli.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape, kv_bytes, prefill_cost
+from vtwcli.io import console, files
+from vtwcli.judge import gates
+from vtwcli.judge import statistics as judge
+from vtwcli.judge.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape, kv_bytes, prefill_cost
+from vtwcli.machine import distributed
+from vtwcli.measure.answers import Answer, flops_ratio, full_answers, kv_ratio, spent
+from vtwcli.measure.costs import latencies, peak_of
+from vtwcli.measure.preparation import read_samples
+from vtwcli.measure.variants import (
+    FULL,
+    Scheduled,
+    Variant,
+    check_same_prompts,
+    choose,
+    open_variants,
+    reader_of,
+)
 from vtwcli.models.inputs import encode_batch, plain_generation
 from vtwcli.models.loading import LoadedModel
-from vtwcli.preparation import read_samples
-from vtwcli.provenance import run_of, template_date, versions
-from vtwcli.recipe import EvalSection, GatesSection, ModelSection
-from vtwcli.resume import Keep, kept, key_of, stamp
-from vtwcli.schedule import Schedule
-from vtwcli.sweep import peak_memory
-from vtwcli.variants import FULL, Scheduled, Variant, check_same_prompts, choose, open_variants, reader_of
+from vtwcli.recipe.recipe import EvalSection, GatesSection, ModelSection
+from vtwcli.results.provenance import run_of, template_date, versions
+from vtwcli.results.resume import Keep, kept, key_of, stamp
+from vtwcli.schedule.schedule import Schedule
+from vtwcli.sweep.sweep import peak_memory
 
 FORMAT_VERSION = 1
 

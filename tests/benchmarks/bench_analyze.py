@@ -27,9 +27,9 @@ import torch
 
 from vtwcli.analyze import interventions
 from vtwcli.models.families import FAMILIES
-from vtwcli.models.layers import Resident
-from vtwcli.probes import LastRowProbe
-from vtwcli.sweep import SweepItem, sweep
+from vtwcli.sweep.layers import Resident
+from vtwcli.sweep.probes import LastRowProbe
+from vtwcli.sweep.sweep import SweepItem, sweep
 
 
 def build(options: argparse.Namespace, attn: str) -> torch.nn.Module:

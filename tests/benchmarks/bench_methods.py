@@ -19,10 +19,10 @@ from typing import Any
 import shapes
 import torch
 
-from vtwcli.flops import TextShape, prefill_cost
+from vtwcli.judge.flops import TextShape, prefill_cost
 from vtwcli.methods import visipruner, vtw
 from vtwcli.runtime import pruned
-from vtwcli.schedule import Freeze, Keep, Mute, Schedule, Select
+from vtwcli.schedule.schedule import Freeze, Keep, Mute, Schedule, Select
 
 PREFIX, SUFFIX = 35, 29
 STEPS = 8

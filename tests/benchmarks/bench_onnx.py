@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from vtwcli.export import onnx as export
+from vtwcli.export.onnx import export
 from vtwcli.models.families import family_of
 from vtwcli.models.loading import LoadedModel
 from vtwcli.ort import OnnxModel

@@ -27,7 +27,7 @@ def child(options: argparse.Namespace) -> None:
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from vtwcli.export import onnx as export
+    from vtwcli.export.onnx import export
     from vtwcli.models.checkpoint import resolve
 
     torch.set_num_threads(options.threads)

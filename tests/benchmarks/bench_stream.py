@@ -29,8 +29,8 @@ def child(options: argparse.Namespace) -> None:
 
     from vtwcli.models.checkpoint import resolve
     from vtwcli.models.loading import LoadedModel
-    from vtwcli.models.streaming import Streamed
-    from vtwcli.sweep import Intervention, SweepItem, peak_memory, sweep
+    from vtwcli.sweep.streaming import Streamed
+    from vtwcli.sweep.sweep import Intervention, SweepItem, peak_memory, sweep
 
     torch.set_num_threads(options.threads)
     before = peak_memory()["rss"]

@@ -20,8 +20,8 @@ import shapes
 import torch
 
 from vtwcli.models.families import FAMILIES
-from vtwcli.models.layers import Resident, capture, read_out
-from vtwcli.sweep import Intervention, SweepItem, sweep
+from vtwcli.sweep.layers import Resident, capture, read_out
+from vtwcli.sweep.sweep import Intervention, SweepItem, sweep
 
 PREFIX = 35
 

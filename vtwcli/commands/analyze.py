@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vtwcli.files import present
-from vtwcli.options import (
+from vtwcli.commands.options import (
     Attn,
     Data,
     Device,
@@ -30,14 +29,15 @@ from vtwcli.options import (
     option,
     output_paths,
     recipe_of,
-    section_of,
     show,
 )
-from vtwcli.recipe import AnalyzeSection
+from vtwcli.io.files import present
+from vtwcli.recipe.recipe import AnalyzeSection
+from vtwcli.recipe.settings import section_of
 
 if TYPE_CHECKING:
     from vtwcli.analyze import Analysis
-    from vtwcli.outputs import Outputs
+    from vtwcli.io.outputs import Outputs
 
 EXAMPLES = """
 Examples:
@@ -118,7 +118,7 @@ def analyze(
     outputs.check(inputs_here(context.params, base, where, specs))
 
     from vtwcli.analyze import analyze as run
-    from vtwcli.distributed import finish, is_main
+    from vtwcli.machine.distributed import finish, is_main
 
     analysis = run(where, specs, options)
     if is_main():
@@ -137,7 +137,8 @@ def outputs_of(
 
 
 def _publish(analysis: Analysis, outputs: Outputs, as_json: bool) -> None:
-    from vtwcli import report_analyze, report_analyze_page
+    from vtwcli.report import analysis as report_analyze
+    from vtwcli.report import analysis_page as report_analyze_page
 
     report_analyze_page.write_analysis(analysis, outputs)
     show(analysis.result, report_analyze.analysis_view, outputs, as_json)

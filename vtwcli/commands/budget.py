@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vtwcli.errors import GateError
-from vtwcli.options import (
+from vtwcli.commands.options import (
     Attn,
     Data,
     Device,
@@ -29,10 +28,11 @@ from vtwcli.options import (
     option,
     output_paths,
     recipe_of,
-    section_of,
     show,
 )
-from vtwcli.recipe import BudgetSection
+from vtwcli.errors import GateError
+from vtwcli.recipe.recipe import BudgetSection
+from vtwcli.recipe.settings import section_of
 
 EXAMPLES = """
 Examples:
@@ -100,9 +100,9 @@ def budget(
         outputs["schedule"] = None
     outputs.check(inputs_here(context.params, base, where, specs))
 
-    from vtwcli import report_budget
     from vtwcli.budget import budget as run
-    from vtwcli.distributed import finish, is_main
+    from vtwcli.machine.distributed import finish, is_main
+    from vtwcli.report import budget as report_budget
 
     result = run(where, specs, options, base.schedule)
     if is_main():

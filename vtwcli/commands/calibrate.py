@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vtwcli.errors import GateError
-from vtwcli.options import (
+from vtwcli.commands.options import (
     Attn,
     Data,
     Device,
@@ -30,11 +29,12 @@ from vtwcli.options import (
     option,
     output_paths,
     recipe_of,
-    section_of,
     show,
     state_beside,
 )
-from vtwcli.recipe import CalibrateSection
+from vtwcli.errors import GateError
+from vtwcli.recipe.recipe import CalibrateSection
+from vtwcli.recipe.settings import section_of
 
 EXAMPLES = """
 Examples:
@@ -107,9 +107,9 @@ def calibrate(
     outputs = output_paths(where.name, output, as_json, "calibration", beside, plot, force)
     outputs.check(inputs_here(context.params, base, where, specs))
 
-    from vtwcli import report_calibrate
     from vtwcli.calibrate import calibrate as run
-    from vtwcli.distributed import finish, is_main
+    from vtwcli.machine.distributed import finish, is_main
+    from vtwcli.report import calibration as report_calibrate
 
     state = state_beside(outputs["result"], options.resume)
     result = run(where, specs, options, state=state, rule=base.schedule)

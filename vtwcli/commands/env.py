@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vtwcli import console
-from vtwcli.files import document
-from vtwcli.options import Json
+from vtwcli.commands.options import Json
+from vtwcli.io import console
+from vtwcli.io.files import document
 
 EXAMPLES = """
 Examples:
@@ -19,7 +19,7 @@ Then:  vtw calibrate demo
 
 def env(as_json: Json = False) -> None:
     """Say what is installed, and against what it was tested."""
-    from vtwcli.releases import environment, untested
+    from vtwcli.machine.releases import environment, untested
 
     report = environment()
     if as_json:

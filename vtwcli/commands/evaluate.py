@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vtwcli.errors import GateError
-from vtwcli.options import (
+from vtwcli.commands.options import (
     Attn,
     Consecutive,
     Data,
@@ -38,11 +37,12 @@ from vtwcli.options import (
     option,
     output_paths,
     recipe_of,
-    section_of,
     show,
     state_beside,
 )
-from vtwcli.recipe import EvalSection, GatesSection
+from vtwcli.errors import GateError
+from vtwcli.recipe.recipe import EvalSection, GatesSection
+from vtwcli.recipe.settings import section_of
 
 EXAMPLES = """
 Examples:
@@ -154,21 +154,22 @@ def evaluate(
     options = section_of(EvalSection, context.params, base.eval)
     limits = section_of(GatesSection, context.params, base.gates)
     where, specs = model_of(context.params, base), data_of(context.params, base)
-    from vtwcli.schedules import schedules_of
+    from vtwcli.recipe.schedules import schedules_of
 
     schedules = schedules_of(context.params, base)
     beside = {"markdown": ".md", "page": ".html", "plot": ".png"}
     outputs = output_paths(where.name, output, as_json, "evaluation", beside, force=force, trace=trace)
     outputs.check(inputs_here(context.params, base, where, specs))
 
-    from vtwcli import gates, report_eval
+    from vtwcli.judge import gates
+    from vtwcli.report import evaluation as report_eval
 
     file = base.schedule.file
     calibrated = _calibrated(calibration, schedule or ([Path(file)] if file else []))
     state = state_beside(outputs["result"], options.resume)
 
-    from vtwcli.distributed import finish, is_main
     from vtwcli.evaluate import evaluate as run
+    from vtwcli.machine.distributed import finish, is_main
 
     lines: list[str] | None = None if trace is None else []
     result, samples = run(
@@ -192,7 +193,7 @@ def evaluate(
 
 def _calibrated(calibration: Path | None, schedules: Sequence[Path]) -> dict[str, Any] | None:
     """The samples of the calibration result, and of those schedule files that are one."""
-    from vtwcli.results import calibration_in, read_calibration
+    from vtwcli.results.reading import calibration_in, read_calibration
 
     found = [read_calibration(calibration), *map(calibration_in, schedules)]
     samples = [sample for document in found if document for sample in document["samples"]]

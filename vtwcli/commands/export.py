@@ -7,10 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vtwcli import console
-from vtwcli.errors import UsageError
-from vtwcli.files import document
-from vtwcli.options import (
+from vtwcli.commands.options import (
     Consecutive,
     ExitLayers,
     ExitThreshold,
@@ -32,9 +29,12 @@ from vtwcli.options import (
     model_of,
     option,
     recipe_of,
-    section_of,
 )
-from vtwcli.recipe import ExportSection
+from vtwcli.errors import UsageError
+from vtwcli.io import console
+from vtwcli.io.files import document
+from vtwcli.recipe.recipe import ExportSection
+from vtwcli.recipe.settings import section_of
 
 EXAMPLES = """
 Examples:
@@ -108,9 +108,9 @@ def export(
     where = model_of({**context.params, "dtype": None}, base)
     if output is None:
         raise UsageError("no output directory given", "--output DIR")
-    from vtwcli.export.publish import check_target
-    from vtwcli.results import read_calibration, read_evaluation
-    from vtwcli.schedules import schedules_of
+    from vtwcli.export.directory.publish import check_target
+    from vtwcli.recipe.schedules import schedules_of
+    from vtwcli.results.reading import read_calibration, read_evaluation
 
     paths = [path for path in (schedule, calibration) if path is not None]
     named = schedules_of({**context.params, "schedule": paths}, base)
@@ -135,7 +135,7 @@ def export(
         recipe=recipe.read_text(encoding="utf-8") if recipe else None,
     )
     if push_to_hub:
-        from vtwcli.export.push import push
+        from vtwcli.export.directory.push import push
 
         console.note(f"uploaded {push(output, push_to_hub, private=not public)}")
     if as_json:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vtwcli import console
-from vtwcli.files import document
-from vtwcli.options import Json
+from vtwcli.commands.options import Json
+from vtwcli.io import console
+from vtwcli.io.files import document
 
 EXAMPLES = """
 Examples:

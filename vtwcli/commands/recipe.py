@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from vtwcli import console
+from vtwcli.commands.options import Force
 from vtwcli.errors import UsageError
-from vtwcli.files import document
-from vtwcli.options import Force
+from vtwcli.io import console
+from vtwcli.io.files import document
 
 EXAMPLES = """
 Examples:
@@ -39,8 +39,8 @@ def init(
     force: Force = False,
 ) -> None:
     """Write a commented starter that shows every option with its default."""
-    from vtwcli.outputs import Outputs, inputs_of
-    from vtwcli.starter import starter
+    from vtwcli.io.outputs import Outputs, inputs_of
+    from vtwcli.recipe.starter import starter
 
     if output is None:
         console.result_text(starter(model))
@@ -61,7 +61,7 @@ def check(
     Tells every problem of every file. Looks at the files alone, and at a
     schedule that one names: not at the environment, the model or the data.
     """
-    from vtwcli.settings import check_recipe
+    from vtwcli.pipeline.steps import check_recipe
 
     wrong = False
     for path in recipes:
@@ -79,6 +79,6 @@ def check(
 @app.command("schema")
 def schema() -> None:
     """Print the JSON schema of recipes; editors complete and check with it."""
-    from vtwcli.recipe import json_schema
+    from vtwcli.recipe.recipe import json_schema
 
     console.result_text(document(json_schema()))

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from vtwcli import console
+from vtwcli.commands.options import Force, Json, Quiet, Sets, Trust, Verbose, begin, recipe_of
 from vtwcli.errors import GateError
-from vtwcli.files import document
-from vtwcli.options import Force, Json, Quiet, Sets, Trust, Verbose, begin, recipe_of
+from vtwcli.io import console
+from vtwcli.io.files import document
 
 EXAMPLES = """
 Examples:
@@ -68,9 +68,10 @@ def run(
     or a gate fails; then nothing is exported.
     """
     begin(quiet, verbose)
-    from vtwcli import pipeline, report_run
-    from vtwcli.distributed import finish, is_main
-    from vtwcli.run import alone
+    from vtwcli.machine.distributed import finish, is_main
+    from vtwcli.pipeline import plan as pipeline
+    from vtwcli.pipeline import summary as report_run
+    from vtwcli.pipeline.run import alone
 
     loaded = recipe_of({"recipe": recipe, "sets": sets, "trust_remote_code": trust_remote_code})
     folder = output or Path(loaded.output or f"vtw-run-{recipe.stem}")

@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vtwcli import console
-from vtwcli.files import document
-from vtwcli.options import (
+from vtwcli.commands.options import (
     Device,
     Dtype,
     Json,
@@ -18,6 +16,8 @@ from vtwcli.options import (
     Verbose,
     begin,
 )
+from vtwcli.io import console
+from vtwcli.io.files import document
 
 EXAMPLES = """
 Examples:
@@ -52,7 +52,7 @@ def verify(
     Exit code 3 when a check fails, 4 when it is not an export.
     """
     begin(quiet, verbose)
-    from vtwcli.export.verify import verify as run
+    from vtwcli.export.formats import verify as run
 
     report = run(
         directory,

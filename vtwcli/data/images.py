@@ -11,11 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtwcli import console
 from vtwcli.data.rows import first_line
 from vtwcli.data.spec import is_path
 from vtwcli.data.tasks import BadRow, shown
-from vtwcli.files import regular
+from vtwcli.io import console
+from vtwcli.io.files import regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vtwcli.data.tasks import ORGANISATIONS, BadRow, Row, listed, shown
-from vtwcli.documents import nearest
 from vtwcli.errors import NotFoundError
-from vtwcli.files import regular
+from vtwcli.io.documents import nearest
+from vtwcli.io.files import regular
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 CELL = 64 << 20  # characters of a table's cell; pictures in base64 have millions

@@ -11,7 +11,6 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
-from vtwcli import console
 from vtwcli.data.drawing import Drawing, ranges, sample_content
 from vtwcli.data.images import decode_image
 from vtwcli.data.metrics import METRICS
@@ -35,9 +34,10 @@ from vtwcli.data.tasks import (
     text,
     texts,
 )
-from vtwcli.documents import nearest
 from vtwcli.errors import NotFoundError, UsageError
-from vtwcli.export.manifest import exported_from
+from vtwcli.export.directory.manifest import exported_from
+from vtwcli.io import console
+from vtwcli.io.documents import nearest
 
 IMAGE_MARK = "<image>"
 Check = Callable[[Sample], None]
@@ -253,7 +253,7 @@ def _open(spec: DataSpec, drawing: Drawing) -> Rows:
 
 def _demo(spec: DataSpec, drawing: Drawing) -> Rows:
     """Generated scenes that the demo model has not seen in training; the two splits share none either."""
-    from vtwcli.demo import scenes
+    from vtwcli.data import scenes
 
     for option in ("path", "config", "revision"):
         if getattr(spec, option) is not None:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from vtwcli.documents import Section, nearest
 from vtwcli.errors import UsageError
+from vtwcli.io.documents import Section, nearest
 
 
 class Columns(Section):

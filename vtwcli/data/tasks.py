@@ -15,8 +15,8 @@ from decimal import Decimal
 from typing import Any
 
 from vtwcli.data.spec import Columns
-from vtwcli.documents import nearest
 from vtwcli.errors import VtwError
+from vtwcli.io.documents import nearest
 
 DEFAULT_MIX = ("scienceqa", "gqa", "ocrbench", "flickr30k")
 """Read from the Hub for a real model when nothing else is asked for: choice, short answer, text, caption."""

@@ -1,11 +1,5 @@
-"""The demo: a small trained LLaVA model, the generator of its data and its training script."""
+"""The demo: a small trained LLaVA model and its training script."""
 
-from __future__ import annotations
+from vtwcli.io.files import demo_model as model_dir
 
-from importlib.resources import files
-from pathlib import Path
-
-
-def model_dir() -> Path:
-    """The directory of the shipped model, as ``from_pretrained`` takes it."""
-    return Path(str(files(__name__) / "model"))
+__all__ = ["model_dir"]

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from vtwcli import files
 from vtwcli.calibrate import calibrate
 from vtwcli.data.sample import Sample
+from vtwcli.data.scenes import ALL_TASKS, DEFAULT_TASKS
 from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
-from vtwcli.demo.scenes import ALL_TASKS, DEFAULT_TASKS
+from vtwcli.io import files
 from vtwcli.models.inputs import generate_answers
 from vtwcli.models.loading import LoadedModel, load
-from vtwcli.recipe import CalibrateSection, ModelSection
+from vtwcli.recipe.recipe import CalibrateSection, ModelSection
 from vtwcli.runtime import pruned
 
 RECORD = "training.json"
@@ -120,7 +120,7 @@ generated scenes of coloured shapes. It exists to show, without a download, what
 model that really looks at its images. It is good for nothing else.
 
 - Vision: CLIP ViT, 112 pixels, 64 visual tokens. Text: Llama, {depth} layers of width {settings["width"]}.
-- Data: `vtwcli.demo.scenes`; training and evaluation scenes come from disjoint seeds.
+- Data: `vtwcli.data.scenes`; training and evaluation scenes come from disjoint seeds.
 - Training: `python -m vtwcli.demo.train --output DIR {options}`,
   {record["minutes"]:.0f} minutes on {record["threads"]} threads of a shared CPU (torch {record["torch"]},
   transformers {record["transformers"]}). The model was never trained with visual tokens withdrawn.

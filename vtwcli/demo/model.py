@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from vtwcli.demo.scenes import SIDE, TRAINED_TASKS, ask, draw_scene, scene_seed
+from vtwcli.data.scenes import SIDE, TRAINED_TASKS, ask, draw_scene, scene_seed
 
 VOCAB = 512
 PATCH = 14

@@ -27,9 +27,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from vtwcli.data.scenes import COLOURS, SHAPES, TRAINED_TASKS, Scene, ask, draw_scene, render, scene_seed
 from vtwcli.demo.card import RECORD, write_card
 from vtwcli.demo.model import PATCH, PATCHES, PatchReader, build_model, build_processor
-from vtwcli.demo.scenes import COLOURS, SHAPES, TRAINED_TASKS, Scene, ask, draw_scene, render, scene_seed
 
 QUESTIONS = {"colour": 1, "shape": 1, "existence": 2, "number": 2, "caption": 1, "where": 1, "relation": 2}
 # The later stages dwell on what was learned last: stage, questions, factor on the learning rates.

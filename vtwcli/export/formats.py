@@ -1,12 +1,14 @@
-"""One export function for all formats, as the command line and recipes call it."""
+"""Export and verify for all formats, as the command line and recipes call them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from vtwcli.recipe import ExportSection, ModelSection
-from vtwcli.schedule import Schedule
+from vtwcli.data.sample import Sample
+from vtwcli.errors import NotFoundError
+from vtwcli.recipe.recipe import ExportSection, ModelSection
+from vtwcli.schedule.schedule import Schedule
 
 _HF_DTYPES = {"auto": None, "fp32": "float32", "fp16": "float16"}
 _ONNX_DTYPES = {"auto": "fp32", "float32": "fp32", "float16": "fp16"}
@@ -40,7 +42,7 @@ def export(
         UsageError, NotFoundError, GateError, VtwError: as ``export_hf`` and ``export_onnx``.
     """
     if options.format == "onnx":
-        from vtwcli.export.onnx import export_onnx
+        from vtwcli.export.onnx.export import export_onnx
         from vtwcli.models.checkpoint import resolve
 
         return export_onnx(
@@ -53,7 +55,7 @@ def export(
             quantize=options.quantize,
             force=force,
         )
-    from vtwcli.export.hf import export_hf
+    from vtwcli.export.hf.export import export_hf
 
     return export_hf(
         model.name,
@@ -65,3 +67,76 @@ def export(
         evaluation=evaluation,
         recipe=recipe,
     )
+
+
+def verify(
+    directory: Path,
+    *,
+    base: str | None = None,
+    image: Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_new_tokens: int = 16,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Check an exported directory, whatever its format, from its digests to what it generates.
+
+    Args:
+        directory: what ``export`` made.
+        base: the base model; by default the one in the manifest, if it is on this machine.
+        image: what to ask about; by default a drawn scene.
+        device: as for ``load``.
+        dtype: as for ``load``.
+        max_new_tokens: length of the answer.
+        trust_remote_code: run the directory's code also where it is not this tool's own, byte for byte.
+
+    Returns:
+        The report of ``verify_hf`` or ``verify_onnx``.
+
+    Raises:
+        GateError: a check failed; the message says which.
+        NotFoundError: not an export, or it or the base cannot be read.
+        UsageError: some code in the directory is not this tool's, and is not trusted; then nothing of it ran.
+    """
+    from vtwcli import ort
+
+    sample = sample_of(image)
+    if ort.is_export(directory):
+        from vtwcli.export.onnx.verify import verify_onnx
+
+        return verify_onnx(
+            directory,
+            sample,
+            base=base,
+            device=device,
+            dtype=dtype,
+            steps=max_new_tokens,
+            trust_remote_code=trust_remote_code,
+        )
+    from vtwcli.export.hf.verify import verify_hf
+
+    return verify_hf(
+        directory,
+        sample,
+        base=base,
+        device=device,
+        dtype=dtype,
+        max_new_tokens=max_new_tokens,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def sample_of(image: Path | None) -> Sample:
+    """What an export is asked: about an image, or about a drawn scene."""
+    from vtwcli.data.images import decode_image
+    from vtwcli.data.tasks import BadRow
+
+    if image is None:
+        from vtwcli.data.scenes import examples
+
+        example = next(examples("eval", 1, tasks=("caption",)))
+        return Sample("a drawn scene", "smoke", (example.image,), example.question)
+    try:
+        return Sample(str(image), "smoke", (decode_image(str(image), "image", None),), "Describe the image.")
+    except BadRow as error:
+        raise NotFoundError(f"{image}: {error}") from error

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from vtwcli.schedule import Action, Keep, Mute, Schedule, Select, When, Withdraw
+from vtwcli.schedule.schedule import Action, Keep, Mute, Schedule, Select, When, Withdraw
 
 
 def schedule(

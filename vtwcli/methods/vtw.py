@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vtwcli.schedule import Schedule
+from vtwcli.schedule.schedule import Schedule
 
 
 def schedule(layer: int, **provenance: Any) -> Schedule:

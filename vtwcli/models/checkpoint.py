@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vtwcli import console, files
 from vtwcli.errors import NotFoundError
+from vtwcli.io import console, files
 from vtwcli.models.broken_torchvision import hide_if_broken
 from vtwcli.models.families import FAMILIES, Family, family_of, placeholder_ids, supported
 from vtwcli.models.jsonfiles import CONFIG, GENERATION, check_sizes, numbers, read_json
@@ -541,9 +541,9 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
 def _locate(name: str, patterns: list[str]) -> tuple[Path, str | None]:
     """The local directory of a model with the files of ``patterns``, and the Hub commit if it has one."""
     if name == "demo":
-        from vtwcli.demo import model_dir
+        from vtwcli.io.files import demo_model
 
-        return Path(model_dir()), None
+        return demo_model(), None
     path = Path(name).expanduser()
     if name and path.is_dir():
         _check_regular(path)

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtwcli import console
 from vtwcli.data.pixels import PictureError, check_resized
 from vtwcli.data.sample import Sample
 from vtwcli.data.tasks import shown
 from vtwcli.errors import NotFoundError, VtwError
-from vtwcli.finite import check_generation
+from vtwcli.io import console
+from vtwcli.judge.kl import check_generation
 from vtwcli.models import prompts, templates
 from vtwcli.models.checkpoint import first_line, quiet_libraries
 from vtwcli.models.loading import LoadedModel
@@ -482,3 +482,9 @@ def _check_length(loaded: LoadedModel, samples: Sequence[Sample], lengths: Seque
                 f"sample {sample.id!r} is {length} tokens long, more than the model's {limit} positions",
                 "use a shorter prompt or fewer images; --skip-bad leaves such rows out",
             )
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in what a model or ``generate`` returned."""
+    names = ("cache", "past_key_values")
+    return next(found for name in names if (found := getattr(output, name, None)) is not None)

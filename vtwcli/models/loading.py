@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from vtwcli import distributed
 from vtwcli.errors import NotFoundError, UsageError, VtwError
+from vtwcli.machine import distributed
 from vtwcli.models.broken_torchvision import advice as torchvision_advice
 from vtwcli.models.broken_torchvision import hide_if_broken
 from vtwcli.models.checkpoint import Checkpoint, first_line, quiet_libraries, resolve

@@ -18,8 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from vtwcli import console
 from vtwcli.errors import NotFoundError
+from vtwcli.io import console
 from vtwcli.models.jsonfiles import PROCESSOR, TEMPLATES, TOKENIZER, read_json
 
 SECONDS = 5.0

@@ -17,7 +17,7 @@ import torch
 from vtwcli.models.families import family_of, placeholder_ids
 from vtwcli.runtime import pruning
 from vtwcli.runtime.pruning import PrunedLayer, Pruning, PruningError, Trace, remove
-from vtwcli.schedule import Keep, Schedule, Withdraw
+from vtwcli.schedule.schedule import Keep, Schedule, Withdraw
 
 __all__ = ["PrunedLayer", "Pruning", "PruningError", "Trace", "apply", "layout_of", "pruned", "remove"]
 

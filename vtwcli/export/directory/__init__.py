@@ -1,0 +1,1 @@
+"""What every export has, whatever its format: manifest, card, own code, and how it appears."""

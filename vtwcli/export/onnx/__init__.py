@@ -1,0 +1,1 @@
+"""ONNX graphs of a pruned model, split where tokens leave."""

@@ -1,0 +1,361 @@
+"""Export to ONNX graphs that are split where the visual tokens leave.
+
+A directory with ``vision_encoder``, ``embed_tokens`` and the decoder in one or two graphs, a manifest that says how
+to drive them, the processor's files, a parity report, and a script that runs it all without this package.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vtwcli import __version__
+from vtwcli.data.sample import Sample
+from vtwcli.errors import UsageError
+from vtwcli.export.directory.manifest import file_entries, save_json
+from vtwcli.export.directory.publish import check_target, publish
+from vtwcli.export.directory.source import own_files, source_of
+from vtwcli.export.onnx.companions import write_companions
+from vtwcli.export.onnx.source import Source
+from vtwcli.io import console
+from vtwcli.models.checkpoint import COMPANIONS, Checkpoint, quiet_libraries
+from vtwcli.models.families import placeholder_ids
+from vtwcli.models.loading import LoadedModel, load, memory_available, memory_needed
+from vtwcli.ort import FORMAT, FORMAT_VERSION, MANIFEST, OnnxModel
+from vtwcli.results.provenance import versions
+from vtwcli.schedule.schedule import Schedule
+
+if TYPE_CHECKING:
+    from vtwcli.export.onnx.graphs import Graph, Port
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+OPSETS = range(18, 25)
+FUSED_OPSET = 23  # the first with Attention and RMSNormalization as single operators
+QUANTIZERS = ("int8", "int4")
+PARITY = "parity.json"
+
+
+def export_onnx(
+    model: LoadedModel | Checkpoint,
+    schedule: Schedule | Mapping[str, Any] | int,
+    output: Path,
+    *,
+    dtype: str = "fp32",
+    opset: int = 20,
+    merged: bool = False,
+    quantize: str | None = None,
+    samples: Sequence[Sample] | None = None,
+    steps: int = 16,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write a model with its schedule as ONNX graphs, and prove that they compute what torch computes.
+
+    The weights go from the checkpoint's files to the graphs' files one tensor at a time. The parity check runs the
+    model in float32: a ``LoadedModel`` in float32 is used as it is; otherwise it is loaded where it fits, and where
+    it does not, the graphs are compared with it layer by layer.
+
+    Args:
+        model: what to export.
+        schedule: static: ``withdraw`` at one layer, or nothing.
+        output: directory to make; nothing is there before everything is checked.
+        dtype: ``fp32`` or ``fp16``, of weights and activations.
+        opset: 18 to 24; from 23 on attention and norms are single operators.
+        merged: one decoder graph with the removal of visual tokens inside, instead of two.
+        quantize: ``int8`` or ``int4`` weights of the decoder.
+        samples: for the parity check; None takes synthetic ones.
+        steps: new tokens per sample in the parity check.
+        force: replace an existing directory.
+
+    Returns:
+        The report: ``output``, ``withdrawal_layer``, ``bytes``, ``graphs``, ``parity``, ``seconds``.
+
+    Raises:
+        UsageError: options or a schedule that cannot be exported.
+        GateError: the graphs differ from torch; nothing is left.
+        NotFoundError: weights or processor cannot be read.
+    """
+    _check_options(dtype, opset, quantize)
+    check_target(output, force, source_of(model))
+    source = Source.of(model)
+    if source.checkpoint is not None:
+        own_files(source.checkpoint, COMPANIONS)  # what is refused must not take the time of an export
+    plan = as_schedule(schedule)
+    plan.check_depth(source.depth, source.family.first_withdrawal)
+    cuts = removals(plan, source.depth)
+    began = time.perf_counter()
+    with publish(output, force, source_of(model)) as folder:
+        manifest = write_graphs(source, cuts, folder, dtype=dtype, opset=opset, merged=merged)
+        manifest["schedule"] = plan.to_dict()
+        write_companions(source, manifest, folder)
+        written = time.perf_counter()
+        report = check(source, plan, folder, manifest, samples, steps, quantize)
+        save_json(folder / PARITY, report)
+        manifest["files"] = file_entries(folder)
+        save_json(folder / MANIFEST, manifest)
+    return {
+        "output": str(output),
+        "withdrawal_layer": manifest["withdrawal_layer"],
+        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+        "graphs": [graph["file"] for graph in manifest["graphs"]],
+        "parity": report,
+        "seconds": {"export": written - began, "parity": time.perf_counter() - written},
+    }
+
+
+def as_schedule(schedule: Schedule | Mapping[str, Any] | int) -> Schedule:
+    """A schedule from its canonical form, or from a withdrawal layer."""
+    if isinstance(schedule, Schedule):
+        return schedule
+    return Schedule.withdraw_at(schedule) if isinstance(schedule, int) else Schedule.from_dict(dict(schedule))
+
+
+def removals(schedule: Schedule, depth: int) -> list[dict[str, Any]]:
+    """The actions at which the graphs are cut, in canonical form; those that start at layer L never do.
+
+    Raises:
+        UsageError: the schedule is dynamic or has actions that graphs cannot have.
+    """
+    if not schedule.is_static:
+        raise UsageError(
+            "a dynamic schedule cannot be exported to ONNX: where and what is removed depends on the sample, and "
+            "graphs are cut at fixed layers",
+            "run it and put the layer that its trace shows into a static schedule, for example "
+            "{at: 16, action: withdraw}; or export with --format hf",
+        )
+    kept = [action for action in schedule.to_dict()["actions"] if action["at"] < depth]
+    for action in kept:
+        if action["action"] not in ("withdraw", "keep"):
+            raise UsageError(
+                f"the action {action['action']} cannot be exported to ONNX",
+                "use a schedule of withdraw and keep, or --format hf",
+            )
+        if action.get("select", {}).get("score") == "random":
+            raise UsageError(
+                "keep with random scores cannot be exported to ONNX, they are drawn by torch", "use uniform"
+            )
+    layers = [action["at"] for action in kept]
+    if len(set(layers)) < len(layers):
+        raise UsageError("two actions at one layer cannot be exported to ONNX", "give them different layers")
+    return kept
+
+
+def write_graphs(
+    source: Source, cuts: Sequence[Mapping[str, Any]], folder: Path, *, dtype: str, opset: int, merged: bool
+) -> dict[str, Any]:
+    """Write the graphs and return what a manifest says of them; see ``export_onnx``."""
+    from vtwcli.export.onnx import graphs as onnx_graphs
+    from vtwcli.export.onnx import modules as onnx_modules
+    from vtwcli.export.onnx import trace as onnx_trace
+
+    model = source.skeleton(DTYPES[dtype])
+    model.get_submodule(source.family.text_model).config._attn_implementation = onnx_modules.ATTENTION
+    mode = onnx_trace.fake_parameters(model)  # before the wrappers, which hold some parameters themselves
+    names = onnx_trace.parameter_names(model)
+    graphs = onnx_graphs.all_graphs(model, source.family, cuts, merged, DTYPES[dtype])
+    attention = onnx_modules.fused_attention if opset >= FUSED_OPSET else onnx_modules.attention
+    with (
+        console.progress("export", total=len(graphs)) as task,
+        onnx_modules.exportable_attention(attention),
+        quiet_libraries(),
+    ):
+        for graph in graphs:
+            task.update(graph.role)
+            onnx_trace.write(graph, mode, names, source.read, opset, folder)
+            task.advance()
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "producer": f"vtwcli {__version__}",
+        "versions": versions(),
+        "model": {
+            "name": source.public_name,
+            "revision": source.revision,
+            "model_type": source.family.model_type,
+        },
+        "withdrawal_layer": next((cut["at"] for cut in cuts if cut["action"] == "withdraw"), None),
+        "dtype": dtype,
+        "opset": opset,
+        "merged": merged,
+        "quantize": None,
+        "graphs": [_graph_entry(graph) for graph in graphs],
+        "text": {
+            "layers": source.depth,
+            "max_length": onnx_graphs.max_length(source.config.get_text_config()),
+        },
+        "vision": _vision_entry(source),
+        "positions": "grid" if onnx_graphs.VISION[source.family.model_type].arrange == "patches" else "count",
+        "tokens": {
+            "placeholder_ids": list(placeholder_ids(source.family, source.config)),
+            "eos_ids": [],
+            "pad_id": 0,
+        },
+    }
+
+
+def _graph_entry(graph: Graph) -> dict[str, Any]:
+    def port(port: Port) -> dict[str, Any]:
+        return {
+            "name": port.name,
+            "dtype": str(port.dtype).removeprefix("torch."),
+            "shape": list(port.dims),
+        }
+
+    return {
+        "role": graph.role,
+        "file": f"{graph.role}.onnx",
+        "layers": list(graph.layers) if graph.layers is not None else None,
+        "removal": graph.removal,
+        "inputs": [port(p) for p in graph.inputs],
+        "outputs": [port(p) for p in graph.outputs],
+    }
+
+
+def _vision_entry(source: Source) -> dict[str, Any]:
+    """What the runtime must know to put the features of images in order."""
+    from vtwcli.export.onnx.graphs import VISION
+
+    config, vision = source.config, source.config.vision_config
+    entry: dict[str, Any] = {"arrange": VISION[source.family.model_type].arrange}
+    for name in ("image_size", "patch_size", "spatial_merge_size"):
+        if isinstance(value := getattr(vision, name, None), int):
+            entry[name] = value
+    if (window := getattr(vision, "window_size", None)) is not None:
+        entry["window"] = window // vision.spatial_merge_size // vision.patch_size
+    if entry["arrange"] == "anyres":
+        entry["grid_pinpoints"] = [list(pair) for pair in config.image_grid_pinpoints]
+        ratio = getattr(config, "vision_aspect_ratio", None)
+        entry["max_tiles"] = int(ratio.removeprefix("anyres_max_")) if ratio else None
+    return entry
+
+
+def check(
+    source: Source,
+    schedule: Schedule,
+    folder: Path,
+    manifest: dict[str, Any],
+    samples: Sequence[Sample] | None,
+    steps: int,
+    quantize: str | None,
+) -> dict[str, Any]:
+    """Compare the written graphs with torch; see ``onnx_parity`` and, for large models, ``onnx_layers``.
+
+    Quantization comes after the comparison that must hold, and is measured by a second one. Graphs that are
+    quantized already are only measured.
+
+    Args:
+        source: the model.
+        schedule: what the graphs execute.
+        folder: where they are.
+        manifest: of them; gets ``quantize``.
+        samples: questions; None takes ``synthetic_samples``.
+        steps: new tokens per sample.
+        quantize: ``int8`` or ``int4``, to be done here; None leaves the graphs as they are.
+
+    Raises:
+        GateError: they differ.
+        UsageError: the model does not fit in memory, and the check cannot do without it.
+    """
+    from vtwcli.export.onnx import layers as onnx_layers
+    from vtwcli.export.onnx import parity as onnx_parity
+    from vtwcli.export.onnx import quantize as quantizers
+    from vtwcli.models.inputs import encode_batch
+
+    chosen = list(samples) if samples is not None else synthetic_samples()
+    cuts, exported, loaded = removals(schedule, source.depth), OnnxModel(folder), source.loaded
+    facts = {"reference": "torch float32", "samples": len(chosen), "steps": steps}
+    if loaded is None:
+        assert source.checkpoint is not None
+        path, trust = str(source.checkpoint.path), source.checkpoint.trust_remote_code
+        whole = memory_needed(source.checkpoint, torch.float32) * 2 <= memory_available(torch.device("cpu"))
+        if not whole:
+            _check_layers_will_do(cuts, quantize)
+            console.note("the model does not fit in memory: comparing layer by layer")
+        loaded = load(path, device="cpu", dtype="float32", trust_remote_code=trust, weights=whole)
+        if not whole:
+            layer = cuts[0]["at"] if cuts else None
+            result = onnx_layers.parity(loaded, layer, exported, chosen, steps)
+            _tell(manifest["quantize"] or manifest["dtype"], result)
+            if manifest["quantize"] is None:
+                onnx_parity.gate(result, manifest["dtype"])
+            return {"method": "layer by layer", **facts, **result}
+    plan = schedule.to_dict() if cuts else None
+    references = []
+    for at in range(0, len(chosen), 4):
+        part = chosen[at : at + 4]
+        names, inputs = [sample.id for sample in part], encode_batch(loaded, part)
+        wanted = onnx_parity.torch_steps(loaded.model, plan, inputs, steps, names)
+        references.append(onnx_parity.Reference(inputs, *wanted, names))
+    result = onnx_parity.measure(exported, references)
+    _tell(manifest["quantize"] or manifest["dtype"], result)
+    if manifest["quantize"] is None:
+        onnx_parity.gate(result, manifest["dtype"])
+    report = {"method": "generation", **facts, **result}
+    if quantize is not None:
+        exported.release()
+        for graph in exported.decoders:
+            quantizers.quantize(folder / graph["file"], quantize)
+        manifest["quantize"] = quantize
+        result = onnx_parity.measure(OnnxModel(folder), references)
+        _tell(quantize, result)
+        report["quantized"] = {"kind": quantize, **result}
+    return report
+
+
+def _tell(kind: str, result: Mapping[str, Any]) -> None:
+    console.note(
+        f"{kind} graphs against torch float32: {result['agreement']:.1%} of {result['positions']} tokens agree, logits "
+        f"differ by up to {result['max_logit_difference']:.1e}, mean KL {max(0.0, result['mean_kl']):.1e} nats"
+    )
+
+
+def _check_layers_will_do(cuts: Sequence[Mapping[str, Any]], quantize: str | None) -> None:
+    if any(cut["action"] != "withdraw" for cut in cuts):
+        raise UsageError(
+            "a schedule with keep is checked by generation, for which the model does not fit in memory",
+            "use a schedule of withdraw",
+        )
+    if quantize is not None:
+        raise UsageError(
+            "the quantizers need the model in memory, and it does not fit", "leave out --quantize"
+        )
+
+
+def synthetic_samples() -> list[Sample]:
+    """Two questions of different length about noise of different shape, and one without an image."""
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+
+    def noise(high: int, wide: int) -> Image.Image:
+        blocks = random.integers(0, 256, (high // 16, wide // 16, 3), dtype=np.uint8)
+        return Image.fromarray(blocks).resize((wide, high), Image.Resampling.BICUBIC)
+
+    return [
+        Sample("square", "synthetic", (noise(336, 336),), "What is in the picture?"),
+        Sample(
+            "wide", "synthetic", (noise(240, 480),), "Describe the colours that you see, one after the other."
+        ),
+        Sample("text", "synthetic", (), "How many days has a week?"),
+    ]
+
+
+def _check_options(dtype: str, opset: int, quantize: str | None) -> None:
+    absent = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+    if absent:
+        raise UsageError(
+            f"export to ONNX needs the package {absent[0]}", "install it with: pip install 'vtwcli[onnx]'"
+        )
+    if dtype not in DTYPES:
+        raise UsageError(f"{dtype!r} is no export type", f"use {' or '.join(DTYPES)}")
+    if opset not in OPSETS:
+        raise UsageError(f"opset {opset} is not supported", f"use {OPSETS[0]} to {OPSETS[-1]}")
+    if quantize is not None and quantize not in QUANTIZERS:
+        raise UsageError(f"{quantize!r} is no quantization", f"use {' or '.join(QUANTIZERS)}")
+    if quantize is not None and dtype != "fp32":
+        raise UsageError("quantization starts from fp32", "leave out --dtype")

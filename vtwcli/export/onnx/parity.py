@@ -1,0 +1,185 @@
+"""Is the export the model? Generation over the graphs compared with the torch runtime, value by value.
+
+The tokens of the torch run are forced upon the graphs, so that every step has the same context and one flipped token
+does not hide what comes after it. Greedy tokens are identical if and only if every step's first choices are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtwcli.errors import GateError, NotFoundError
+from vtwcli.judge.kl import HINT, check_generation, divergence, log_probabilities, sample_name
+from vtwcli.models.families import family_of
+from vtwcli.ort import NotFinite, OnnxModel
+
+RELATIVE_TOLERANCE = 2e-4
+"""fp32: largest difference of a logit, as a share of the largest logit (at least 1)."""
+
+HALF_KL = 1e-2
+"""fp16: largest mean KL in nats."""
+
+
+@torch.no_grad()
+def torch_steps(
+    model: Any,
+    schedule: Mapping[str, Any] | None,
+    inputs: Mapping[str, Tensor],
+    steps: int,
+    names: Sequence[str] = (),
+) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy tokens [B, n] of the torch runtime and the logits they were chosen from [B, n, V].
+
+    Args:
+        model: the stock model.
+        schedule: in canonical form, or None for the full model.
+        inputs: left-padded model inputs.
+        steps: n.
+        names: of the rows' samples, for messages.
+
+    Raises:
+        NotFoundError: logits that are not finite; names the sample, the layer and the type.
+    """
+    from transformers import GenerationConfig
+
+    from vtwcli.runtime import pruned
+
+    pad = model.generation_config.pad_token_id
+    config = GenerationConfig(max_new_tokens=steps, do_sample=False, pad_token_id=0 if pad is None else pad)
+    before = model.generation_config
+    model.generation_config = config  # the checkpoint's own may carry penalties and end tokens
+    try:
+        with pruned(model, schedule) if schedule is not None else nullcontext():
+            run = partial(model.generate, **inputs, output_logits=True, return_dict_in_generate=True)
+            out = run()
+            logits = torch.stack(out.logits, 1)
+            layers = model.get_submodule(family_of(model.config).text_model).layers
+            mask = inputs.get("attention_mask")
+            check_generation(logits, [steps] * len(logits), names, layers, run, mask, model.dtype)
+    finally:
+        model.generation_config = before
+    return out.sequences[:, -steps:].cpu().numpy(), logits.float().cpu().numpy()
+
+
+def arrays(inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Model inputs as the graphs' runtime takes them: on the CPU, pixels in float32."""
+    return {
+        name: (value.float() if value.is_floating_point() else value).cpu().numpy()
+        for name, value in inputs.items()
+    }
+
+
+def onnx_steps(
+    exported: OnnxModel, inputs: Mapping[str, Any], tokens: np.ndarray, names: Sequence[str] = ()
+) -> np.ndarray:
+    """The graphs' logits [B, n, V] before each of the forced ``tokens`` [B, n].
+
+    Args:
+        exported: the graphs.
+        inputs: model inputs as torch tensors.
+        tokens: what the reference chose.
+        names: of the rows' samples, for messages.
+
+    Raises:
+        NotFoundError: logits that are not finite; names the sample.
+    """
+    try:
+        logits, state = exported.prefill(arrays(inputs))
+        columns = [logits]
+        for t in range(tokens.shape[1] - 1):
+            columns.append(exported.step(tokens[:, t], state))
+    except NotFinite as error:
+        raise NotFoundError(f"{sample_name(names, error.row)}: {error.what}", HINT) from error
+    return np.stack(columns, 1)
+
+
+def compare(reference: np.ndarray, logits: np.ndarray, whose: str = "the graphs") -> dict[str, Any]:
+    """How far logits [..., V] are from a reference; ``whose`` they are, for messages.
+
+    Returns:
+        ``positions``; ``agreement``, the share of positions with the same first choice; ``max_logit_difference``;
+        ``max_logit``; ``mean_kl`` and ``max_kl``, KL(P_onnx || P_torch) in nats, from float64.
+    """
+    ours, theirs = (log_probabilities(torch.from_numpy(x), whose) for x in (logits, reference))
+    kl = divergence(ours, theirs, whose)
+    same = logits.argmax(-1) == reference.argmax(-1)
+    ruled_out = logits == reference  # both -inf, whose difference is no number
+    difference = np.subtract(logits, reference, out=np.zeros_like(reference), where=~ruled_out)
+    return {
+        "positions": int(same.size),
+        "agreement": float(same.mean()),
+        "max_logit_difference": float(np.abs(difference).max()),
+        "max_logit": float(np.abs(reference[np.isfinite(reference)]).max()),
+        "mean_kl": float(kl.mean()),
+        "max_kl": float(kl.max()),
+    }
+
+
+def merge(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One result of ``compare`` for several batches."""
+    weights = np.array([result["positions"] for result in results], dtype=float)
+    weights /= weights.sum()
+    worst = {name: max(r[name] for r in results) for name in ("max_logit_difference", "max_logit", "max_kl")}
+    mean = {name: float(np.dot(weights, [r[name] for r in results])) for name in ("agreement", "mean_kl")}
+    return {"positions": sum(r["positions"] for r in results), **mean, **worst}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What torch computed for one batch.
+
+    Attributes:
+        inputs: model inputs.
+        tokens: greedy tokens [B, n].
+        logits: from which they were chosen [B, n, V].
+        names: of the rows' samples, for messages.
+    """
+
+    inputs: Mapping[str, Tensor]
+    tokens: np.ndarray
+    logits: np.ndarray
+    names: Sequence[str] = ()
+
+
+def measure(exported: OnnxModel, references: Sequence[Reference]) -> dict[str, Any]:
+    """How far the graphs are from torch on some batches; see ``compare``.
+
+    Raises:
+        GateError: logits of the graphs that are not finite.
+    """
+    try:
+        return merge(
+            [compare(r.logits, onnx_steps(exported, r.inputs, r.tokens, r.names)) for r in references]
+        )
+    except NotFoundError as error:
+        raise GateError(f"parity failed: {error.message}", error.hint) from error
+
+
+def gate(result: Mapping[str, Any], dtype: str) -> None:
+    """Refuse an export that is not the model.
+
+    Raises:
+        GateError: fp32: another first choice, or a logit further off than ``RELATIVE_TOLERANCE``; fp16: a mean KL
+            above ``HALF_KL``. Values that are not numbers fail too.
+    """
+    hint = "the graphs do not compute what the model computes; nothing was written"
+    if dtype == "fp32":
+        allowed = RELATIVE_TOLERANCE * max(1.0, result["max_logit"])
+        if not (result["agreement"] == 1.0 and result["max_logit_difference"] <= allowed):
+            raise GateError(
+                f"parity failed: {result['agreement']:.2%} of {result['positions']} tokens agree with torch, logits "
+                f"differ by up to {result['max_logit_difference']:.2g} (allowed {allowed:.2g})",
+                hint,
+            )
+    elif not result["mean_kl"] <= HALF_KL:
+        raise GateError(
+            f"parity failed: mean KL to torch {result['mean_kl']:.2g} nats (allowed {HALF_KL:.2g})", hint
+        )

@@ -1,0 +1,1 @@
+"""What the command runs on: processes, releases of libraries, memory."""

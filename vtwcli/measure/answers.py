@@ -1,0 +1,218 @@
+"""What the full model and schedules say to the same batch: answers, KL and agreement along the full model's answer.
+
+B is the number of rows of a batch, R of generated tokens, V the size of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtwcli.errors import UsageError
+from vtwcli.judge.flops import DEFAULT_CONVENTION, Convention, TextShape, kv_bytes, prefill_cost
+from vtwcli.judge.kl import divergence, log_probabilities, sample_name
+from vtwcli.models.inputs import answer_of, greedy
+from vtwcli.models.loading import LoadedModel
+from vtwcli.runtime import PruningError, Trace, pruned
+from vtwcli.schedule.schedule import Keep, Schedule, Withdraw
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one variant of the model says to one sample, plain values only.
+
+    Attributes:
+        text: the greedy answer; empty where it was not asked for.
+        ids: its tokens, up to and with the end token.
+        kl: KL(P_pruned ‖ P_full) in nats at each position of the full model's answer, [R]; zeros for the full model.
+        agree: whether the most likely token there is the full model's, [R].
+        visual_per_layer: visual tokens present in each layer.
+        text_tokens: other tokens of the prompt.
+        actions: what the schedule's ``withdraw`` and ``keep`` actions did, in order: ``action``, ``layer`` (at which
+            it started, None if it did not) and, for ``keep``, ``kept`` (counted among the sample's visual tokens).
+    """
+
+    text: str
+    ids: list[int]
+    kl: list[float]
+    agree: list[bool]
+    visual_per_layer: list[int]
+    text_tokens: int
+    actions: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def tokens_per_layer(self) -> list[int]:
+        """Tokens of the prompt in each layer, text and visual."""
+        return [self.text_tokens + visual for visual in self.visual_per_layer]
+
+
+def flops_ratio(
+    shape: TextShape,
+    pruned: Sequence[Answer],
+    full: Sequence[Answer],
+    convention: Convention = DEFAULT_CONVENTION,
+) -> float:
+    """Cost of all prompts' prefill over the full model's; rows that are computed and put back count in full."""
+
+    def total(answers: Sequence[Answer]) -> int:
+        return sum(prefill_cost(shape, answer.tokens_per_layer, convention) for answer in answers)
+
+    return total(pruned) / total(full)
+
+
+def kv_ratio(pruned: Sequence[Answer], full: Sequence[Answer]) -> float:
+    """Entries that the KV cache holds for all prompts, over the full model's."""
+
+    def total(answers: Sequence[Answer]) -> int:
+        return sum(sum(answer.tokens_per_layer) for answer in answers)
+
+    return total(pruned) / total(full)
+
+
+def spent(shape: TextShape, answer: Answer, full: Answer, bytes_per_value: int) -> dict[str, Any]:
+    """One line of a trace: tokens, actions, and the FLOPs and KV bytes of the prompt's prefill."""
+    return {
+        "visual_tokens": full.visual_per_layer[0],
+        "text_tokens": answer.text_tokens,
+        "actions": answer.actions,
+        "visual_per_layer": answer.visual_per_layer,
+        "convention": DEFAULT_CONVENTION,
+        "flops": prefill_cost(shape, answer.tokens_per_layer),
+        "full_flops": prefill_cost(shape, full.tokens_per_layer),
+        "kv_bytes": kv_bytes(shape, answer.tokens_per_layer, bytes_per_value),
+        "full_kv_bytes": kv_bytes(shape, full.tokens_per_layer, bytes_per_value),
+    }
+
+
+@dataclass(frozen=True)
+class Full:
+    """The full model's greedy answers to a batch, which other variants are compared with.
+
+    Attributes:
+        answers: one per row.
+        tokens: what was generated, [B, R]; behind the end of an answer padding.
+        logits: raw, of each generated token, [B, R, V].
+        names: what the rows' samples are called in messages.
+    """
+
+    answers: list[Answer]
+    tokens: Tensor
+    logits: Tensor
+    names: Sequence[str] = ()
+
+
+@torch.no_grad()
+def full_answers(
+    loaded: LoadedModel, batch: dict[str, Tensor], max_new_tokens: int, names: Sequence[str] = ()
+) -> Full:
+    """What the model says as it is; ``batch`` is padded on the left, ``names`` are its samples'."""
+    depth = len(loaded.layers)
+    texts = [int(x) for x in _text_counts(loaded, batch)]
+    visual = [int(m) - t for m, t in zip(batch["attention_mask"].sum(1), texts, strict=True)]
+    tokens, logits = greedy(loaded, batch, max_new_tokens, names)
+    answers = []
+    for row, v, t in zip(tokens.tolist(), visual, texts, strict=True):
+        ids = answer_of(loaded, row)
+        answers.append(_answer(loaded, ids, [0.0] * len(ids), [True] * len(ids), [v] * depth, t))
+    return Full(answers, tokens, logits, names)
+
+
+@torch.no_grad()
+def schedule_answers(
+    loaded: LoadedModel,
+    name: str,
+    schedule: Schedule,
+    batch: dict[str, Tensor],
+    full: Full,
+    max_new_tokens: int,
+    *,
+    free: bool = True,
+) -> list[Answer]:
+    """What the model says under a schedule, by row, compared with ``full``.
+
+    Args:
+        name: of the schedule, for messages.
+        batch: the prompts that ``full`` answers.
+        free: let the schedule answer too; else it is only forced along the full model's answer.
+
+    Raises:
+        UsageError: a schedule that cannot be executed on this model.
+    """
+    said = None
+    try:
+        with pruned(loaded.model, schedule) as handle:
+            if free:
+                said = greedy(loaded, batch, max_new_tokens, full.names)[0].tolist()
+            length = full.tokens.shape[1]
+            _, forced = greedy(loaded, batch, length, full.names, full.tokens.to(loaded.device))
+            trace = handle.trace
+    except PruningError as error:
+        raise UsageError(f"schedule {name}: {error}") from None
+    found = compared(loaded, full, forced, said)
+    for b, answer in enumerate(found):
+        layers = answer.visual_per_layer if trace is None else trace.samples[b]["visual_per_layer"]
+        found[b] = replace(
+            answer,
+            visual_per_layer=[int(n) for n in layers],
+            actions=_actions(schedule, trace, b),
+        )
+    return found
+
+
+def compared(
+    loaded: LoadedModel, full: Full, forced: Tensor, said: list[list[int]] | None = None
+) -> list[Answer]:
+    """Answers of a variant, by row, with all visual tokens in all layers: whoever removed some puts the counts in.
+
+    Args:
+        loaded: whose tokenizer and end tokens to use.
+        full: what the full model says.
+        forced: the variant's raw logits when it is led along ``full.tokens``, [B, R, V].
+        said: the tokens that it generates freely, a row each.
+    """
+    found = []
+    for b, whole in enumerate(full.answers):
+        length = len(whole.ids)
+        name = sample_name(full.names, b)
+        p = log_probabilities(forced[b, :length], name)
+        q = log_probabilities(full.logits[b, :length], name).to(p.device)
+        kl = divergence(p, q, name).tolist()
+        agree = (p.argmax(-1) == q.argmax(-1)).tolist()
+        ids = [] if said is None else answer_of(loaded, said[b])
+        found.append(_answer(loaded, ids, kl, agree, whole.visual_per_layer, whole.text_tokens))
+    return found
+
+
+def _actions(schedule: Schedule, trace: Trace | None, row: int) -> list[dict[str, Any]]:
+    """``Answer.actions`` of one row of the batch; without a trace no action ever starts."""
+    leaving = [action for action in schedule.actions if isinstance(action, Withdraw | Keep)]
+    found: list[dict[str, Any]] = []
+    for number, action in enumerate(leaving):
+        start = None if trace is None else trace.samples[row]["starts"][number]
+        found.append({"action": action.action, "layer": start})
+        if isinstance(action, Keep):
+            found[-1]["kept"] = None if trace is None else trace.samples[row]["kept"][number]
+    return found
+
+
+def _text_counts(loaded: LoadedModel, batch: dict[str, Tensor]) -> Tensor:
+    visual = torch.isin(
+        batch["input_ids"], torch.tensor(loaded.placeholder_ids, device=batch["input_ids"].device)
+    )
+    return (batch["attention_mask"].bool() & ~visual).sum(1)
+
+
+def _answer(
+    loaded: LoadedModel,
+    ids: list[int],
+    kl: list[float],
+    agree: list[bool],
+    layers: list[int],
+    text: int,
+) -> Answer:
+    said = loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return Answer(said, ids, [float(f"{x:.9g}") for x in kl], agree, layers, text)

@@ -1,0 +1,179 @@
+"""Schedules tried on the same samples by the real runtime: how far each is from the full model, and its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vtwcli.data.sample import Sample
+from vtwcli.errors import NotFoundError
+from vtwcli.io import console
+from vtwcli.judge.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape
+from vtwcli.machine import distributed
+from vtwcli.measure.answers import Answer, flops_ratio, full_answers, kv_ratio, schedule_answers
+from vtwcli.models.inputs import encode_batch, plain_generation
+from vtwcli.models.loading import LoadedModel
+from vtwcli.schedule.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule that may be chosen.
+
+    Attributes:
+        name: for tables and plots.
+        method: the group it belongs to.
+        schedule: what the runtime executes.
+        parameters: what the method made it from.
+    """
+
+    name: str
+    method: str
+    schedule: Schedule
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What came of the candidates on the samples that have visual tokens.
+
+    Attributes:
+        samples: those samples.
+        full: the full model's answers, [S].
+        rows: each candidate's answers along the full model's, [C][S].
+    """
+
+    samples: list[Sample]
+    full: list[Answer]
+    rows: list[list[Answer]]
+
+    @property
+    def tasks(self) -> list[str]:
+        """The task of each sample."""
+        return [sample.task for sample in self.samples]
+
+    def kl(self, candidate: int) -> NDArray[np.float64]:
+        """Each sample's KL in nats, mean over answer positions, [S]."""
+        return np.array([np.mean(answer.kl) for answer in self.rows[candidate]])
+
+    def agreement(self, candidate: int) -> NDArray[np.float64]:
+        """Each sample's share of answer positions whose most likely token is the full model's, [S]."""
+        return np.array([np.mean(answer.agree) for answer in self.rows[candidate]])
+
+    def by_task(self, values: NDArray[np.float64]) -> dict[str, float]:
+        """Mean of values [S] by task, in order of appearance."""
+        names = np.array(self.tasks)
+        return {task: float(values[names == task].mean()) for task in dict.fromkeys(self.tasks)}
+
+
+def tried(
+    loaded: LoadedModel,
+    candidates: Sequence[Candidate],
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    batch_size: int,
+) -> Tried:
+    """Force every candidate along the full model's own greedy answers; with several processes each takes its share.
+
+    Raises:
+        NotFoundError: no sample has a visual token.
+        UsageError: a candidate that cannot be executed on this model.
+    """
+    found = distributed.gathered(partial(_mine, loaded, candidates, samples, max_new_tokens, batch_size))
+    seeing = [i for i, row in enumerate(found) if row[0].visual_per_layer[0]]
+    if not seeing:
+        raise NotFoundError("no sample has a visual token, so there is nothing to prune", "add images")
+    if len(seeing) < len(samples):
+        console.warn(f"{len(samples) - len(seeing)} samples have no visual token; they do not count")
+    return Tried(
+        [samples[i] for i in seeing],
+        [found[i][0] for i in seeing],
+        [[found[i][1 + c] for i in seeing] for c in range(len(candidates))],
+    )
+
+
+def _mine(
+    loaded: LoadedModel,
+    candidates: Sequence[Candidate],
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    batch_size: int,
+) -> dict[int, list[Answer]]:
+    """By place of this process's samples: the full model's answer, then each candidate's."""
+    mine = distributed.share(samples)
+    done: dict[int, list[Answer]] = {}
+    total = -(-len(mine) // batch_size) * len(candidates)
+    with (
+        console.progress(f"{len(candidates)} schedules x {len(mine)} samples", total) as bar,
+        plain_generation(loaded),
+    ):
+        for at in range(0, len(mine), batch_size):
+            part = mine[at : at + batch_size]
+            batch = encode_batch(loaded, [sample for _, sample in part])
+            full = full_answers(loaded, batch, max_new_tokens, [sample.id for _, sample in part])
+            columns = [full.answers]
+            for one in candidates:
+                columns.append(
+                    schedule_answers(loaded, one.name, one.schedule, batch, full, max_new_tokens, free=False)
+                )
+                bar.advance()
+            for (place, _), row in zip(part, zip(*columns, strict=True), strict=True):
+                done[place] = list(row)
+    return done
+
+
+def described(candidate: Candidate, number: int, found: Tried, shape: TextShape) -> dict[str, Any]:
+    """A candidate's row of a result document, plain JSON values.
+
+    Returns:
+        ``name``, ``method``, ``parameters``, ``kl`` (mean over samples, nats), ``kl_by_task``, ``worst_kl`` (of the
+        worst task), ``agreement``, ``flops_ratio`` (by convention), ``kv_ratio``, ``visual_tokens`` (mean number
+        present in each layer) and ``schedule``.
+    """
+    mine, kl = found.rows[number], found.kl(number)
+    by_task = found.by_task(kl)
+    return {
+        "name": candidate.name,
+        "method": candidate.method,
+        "parameters": candidate.parameters,
+        "kl": float(kl.mean()),
+        "kl_by_task": by_task,
+        "worst_kl": max(by_task.values()),
+        "agreement": float(found.agreement(number).mean()),
+        "flops_ratio": {c: flops_ratio(shape, mine, found.full, c) for c in CONVENTIONS},
+        "kv_ratio": kv_ratio(mine, found.full),
+        "visual_tokens": [float(n) for n in np.mean([answer.visual_per_layer for answer in mine], axis=0)],
+        "schedule": candidate.schedule.to_dict(),
+    }
+
+
+def flops_of(row: dict[str, Any]) -> float:
+    """What a row's schedule costs: its prefill's FLOPs by the default convention, relative to the full model's."""
+    return float(row["flops_ratio"][DEFAULT_CONVENTION])
+
+
+def pareto(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the rows than which no other is both closer to the full model and cheaper, cheapest first.
+
+    Closeness is ``kl``, cost ``flops_of``; of equal rows the first counts.
+    """
+    front, best = [], float("inf")
+    for row in sorted(rows, key=lambda row: (flops_of(row), row["kl"])):
+        if row["kl"] < best:
+            front.append(row["name"])
+            best = row["kl"]
+    return front
+
+
+def token_counts(found: Tried) -> dict[str, Any]:
+    """What ratios refer to: the convention, and the mean numbers of visual and text tokens of a prompt."""
+    return {
+        "convention": DEFAULT_CONVENTION,
+        "visual_tokens": float(np.mean([answer.visual_per_layer[0] for answer in found.full])),
+        "text_tokens": float(np.mean([answer.text_tokens for answer in found.full])),
+    }

@@ -1,0 +1,74 @@
+"""What exported ONNX graphs say to a batch of the base model's inputs, and what that costs; ``evaluate`` calls it.
+
+B is the number of rows of a batch, R the number of generated tokens, V the vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vtwcli.export.directory.manifest import at_hand
+from vtwcli.export.onnx.parity import arrays, onnx_steps
+from vtwcli.io import console
+from vtwcli.ort import OnnxModel, has_device
+
+
+def open_exported(directory: str | Path, device: torch.device) -> OnnxModel:
+    """An exported directory on a device, or on the CPU where ONNX Runtime lacks it; with as many threads as torch.
+
+    Raises:
+        NotFoundError: no export to ONNX.
+    """
+    place = device.type
+    if not has_device(place):
+        console.note(f"this ONNX Runtime has no device {place!r}: the graphs run on the CPU")
+        place = "cpu"
+    return OnnxModel(directory, place, threads=torch.get_num_threads())
+
+
+def base_of(exported: OnnxModel) -> str | None:
+    """What to load as the full model: the base, if it is on this machine."""
+    return at_hand(exported.manifest["model"])
+
+
+def generated(
+    exported: OnnxModel,
+    batch: Mapping[str, Tensor],
+    max_new_tokens: int,
+    eos_ids: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Greedy answers, a row each; behind an answer's end the padding token.
+
+    Args:
+        exported: the graphs.
+        batch: inputs of the base model, padded on either side.
+        max_new_tokens: longest answer.
+        eos_ids: tokens that end an answer; None takes the export's own.
+    """
+    tokens = exported.generate(arrays(batch), max_new_tokens, eos_ids=eos_ids)
+    return [[int(token) for token in row] for row in tokens]
+
+
+def forced_logits(
+    exported: OnnxModel, batch: Mapping[str, Tensor], tokens: Tensor, names: Sequence[str] = ()
+) -> Tensor:
+    """Raw logits [B, R, V], float32, from which each of the full model's ``tokens`` [B, R] would be chosen."""
+    return torch.from_numpy(onnx_steps(exported, batch, tokens.cpu().numpy(), names))
+
+
+def generation_time(exported: OnnxModel, batch: Mapping[str, Tensor], tokens: int) -> float:
+    """Wall-clock seconds of generating ``tokens`` tokens from pixels and ids."""
+    inputs = arrays(batch)
+    began = time.perf_counter()
+    exported.generate(inputs, tokens, eos_ids=[])
+    return time.perf_counter() - began
+
+
+def cache_bytes(exported: OnnxModel, batch: Mapping[str, Tensor]) -> int:
+    """Bytes of the keys and values that are held after the prompt, read off the tensors."""
+    return exported.prefill(arrays(batch))[1].cache_bytes()

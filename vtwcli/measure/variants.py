@@ -1,0 +1,277 @@
+"""What is compared with the full model: schedules that torch runs, or exported ONNX graphs, under the same calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vtwcli import ort
+from vtwcli.errors import UsageError
+from vtwcli.export.directory.manifest import at_hand, read_manifest
+from vtwcli.export.hf.export import CALIBRATION, baked_schedule
+from vtwcli.machine import distributed
+from vtwcli.measure import costs
+from vtwcli.measure.answers import Answer, Full, compared, schedule_answers
+from vtwcli.measure.preparation import check_model, load_model
+from vtwcli.models.inputs import plain_generation
+from vtwcli.models.loading import LoadedModel, choose_device
+from vtwcli.recipe.recipe import EvalSection, ModelSection
+from vtwcli.results.reading import read_calibration
+from vtwcli.runtime import pruned
+from vtwcli.schedule.schedule import Schedule
+
+if TYPE_CHECKING:
+    from vtwcli.ort import OnnxModel
+
+EXPORTED = "exported"  # the name of the schedule that comes with a directory
+FULL = "full"  # the full model's own name among them
+
+Batch = dict[str, Tensor]
+
+
+class Variant(Protocol):
+    """One thing that is compared with the full model.
+
+    Attributes:
+        name: in tables and documents.
+        schedule: what it runs.
+        inputs: the model whose processor and types its batches are made with.
+        dtype: of its KV cache.
+        folder: where its files are.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def inputs(self) -> LoadedModel: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def folder(self) -> Path: ...
+
+    def answers(self, batch: Batch, full: Full, max_new_tokens: int) -> list[Answer]:
+        """What it says to a batch, by row, compared with the full model."""
+
+    def generation_time(self, batch: Batch, tokens: int) -> float:
+        """Wall-clock seconds of generating ``tokens`` tokens."""
+
+    def cache_bytes(self, batch: Batch) -> int:
+        """Bytes of the keys and values that are held after the prompt, read off the tensors."""
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A model under a schedule, run by torch; where the schedule has no action, the model as it is."""
+
+    name: str
+    schedule: Schedule
+    inputs: LoadedModel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.inputs.dtype
+
+    @property
+    def folder(self) -> Path:
+        return self.inputs.path
+
+    def answers(self, batch: Batch, full: Full, max_new_tokens: int) -> list[Answer]:
+        with plain_generation(self.inputs):
+            return schedule_answers(self.inputs, self.name, self.schedule, batch, full, max_new_tokens)
+
+    def generation_time(self, batch: Batch, tokens: int) -> float:
+        with self._running(), plain_generation(self.inputs):
+            return costs.generation_time(self.inputs, batch, tokens)
+
+    def cache_bytes(self, batch: Batch) -> int:
+        with self._running(), plain_generation(self.inputs):
+            return costs.cache_bytes(self.inputs, batch)
+
+    def _running(self) -> AbstractContextManager[object]:
+        return pruned(self.inputs.model, self.schedule) if self.schedule.actions else nullcontext()
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """Exported ONNX graphs, with the schedule that is built into them; inputs come from the full model's processor."""
+
+    name: str
+    schedule: Schedule
+    inputs: LoadedModel
+    exported: OnnxModel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float16 if self.exported.manifest["dtype"] == "fp16" else torch.float32
+
+    @property
+    def folder(self) -> Path:
+        return self.exported.directory
+
+    def answers(self, batch: Batch, full: Full, max_new_tokens: int) -> list[Answer]:
+        from vtwcli.measure.graphs import forced_logits, generated
+
+        forced = forced_logits(self.exported, batch, full.tokens, full.names)
+        said = generated(self.exported, batch, max_new_tokens)
+        found = compared(self.inputs, full, forced, said)
+        return [
+            replace(
+                one,
+                visual_per_layer=self.schedule.visual_per_layer(
+                    len(one.visual_per_layer), one.visual_per_layer[0]
+                ),
+            )
+            for one in found
+        ]
+
+    def generation_time(self, batch: Batch, tokens: int) -> float:
+        from vtwcli.measure.graphs import generation_time
+
+        return generation_time(self.exported, batch, tokens)
+
+    def cache_bytes(self, batch: Batch) -> int:
+        from vtwcli.measure.graphs import cache_bytes
+
+        return cache_bytes(self.exported, batch)
+
+
+def choose(
+    model: ModelSection, schedules: Sequence[tuple[str, Schedule]], options: EvalSection
+) -> tuple[list[tuple[str, Schedule]], dict[str, Any] | None]:
+    """What to compare with the full model, found out before data and weights are read.
+
+    Args:
+        model: a stock model, an exported directory, or a directory of ONNX graphs.
+        schedules: names and schedules that were asked for.
+        options: ``backend``.
+
+    Returns:
+        The schedules, those of an exported directory where none were asked for; and the calibration result that an
+        exported directory carries along with them.
+
+    Raises:
+        NotFoundError: the model is missing or unreadable, or nothing can leave it.
+        UsageError: nothing to compare, a name that is taken, or another backend than the directory is for.
+    """
+    if ort.is_export(model.name):
+        if options.backend == "torch":
+            raise UsageError(
+                f"{model.name} holds ONNX graphs, which torch does not run", "leave out --backend"
+            )
+        if schedules:
+            raise UsageError(
+                f"{model.name} holds ONNX graphs, which run the schedule they were exported with",
+                "leave out --schedule, --layer and --method, or evaluate the base model",
+            )
+        exported = read_manifest(Path(model.name), ort.FORMAT)
+        return [(EXPORTED, Schedule.from_dict(exported.get("schedule"), "the manifest's schedule"))], None
+    if options.backend == "onnx":
+        raise UsageError(
+            f"{model.name} is not a directory of ONNX graphs",
+            f"make one: vtw export {model.name} --layer K --format onnx --output DIR",
+        )
+    checkpoint, carried, named = check_model(model), None, list(schedules)
+    if not named and (baked := baked_schedule(checkpoint.config)) is not None:
+        named = [(EXPORTED, baked)]
+        file = checkpoint.path / CALIBRATION
+        carried = read_calibration(file) if file.exists() else None
+    if not named:
+        raise UsageError(
+            "nothing to compare with the full model", "give --schedule FILE, --layer K or --layers"
+        )
+    if len({name for name, _ in named}) != len(named):
+        raise UsageError("two schedules have the same name")
+    if any(name == FULL for name, _ in named):
+        raise UsageError(f"a schedule cannot be called {FULL!r}, as the full model is", "rename its file")
+    return named, carried
+
+
+def reader_of(model: ModelSection, options: EvalSection) -> str:
+    """The name of the model whose processor makes the inputs; of ONNX graphs the full model's.
+
+    Raises:
+        UsageError: ONNX graphs whose base model is not here.
+    """
+    if not ort.is_export(model.name):
+        return model.name
+    base = read_manifest(Path(model.name), ort.FORMAT)["model"]
+    name = options.baseline or at_hand(base)
+    if name is None:
+        raise _no_base(base["name"])
+    return name
+
+
+def _no_base(name: str) -> UsageError:
+    return UsageError(f"the base model {name!r} is not here to compare with", "name it with --baseline MODEL")
+
+
+def open_variants(
+    model: ModelSection, schedules: Sequence[tuple[str, Schedule]], options: EvalSection
+) -> tuple[LoadedModel, list[Variant]]:
+    """The full model, and what is compared with it.
+
+    The full model is ``options.baseline`` where that is given. Else it is the model itself, for an exported Hugging
+    Face directory its own weights without the schedule, for ONNX graphs the base model that their manifest names.
+
+    Args:
+        model: as for ``choose``.
+        schedules: what ``choose`` gave.
+        options: ``baseline``.
+
+    Raises:
+        NotFoundError: a model is missing or unreadable.
+        UsageError: a baseline of another family, or none for ONNX graphs whose base model is not here.
+    """
+    if ort.is_export(model.name):
+        return _open_graphs(model, schedules, options)
+    own = _load(model, model.name)
+    full = own if options.baseline is None else _load(model, options.baseline)
+    _check_family(full, own.family.model_type, model.name)
+    return full, [Scheduled(name, schedule, own) for name, schedule in schedules]
+
+
+def _open_graphs(
+    model: ModelSection, schedules: Sequence[tuple[str, Schedule]], options: EvalSection
+) -> tuple[LoadedModel, list[Variant]]:
+    from vtwcli.measure.graphs import base_of, open_exported
+
+    exported = open_exported(model.name, choose_device(distributed.local_device(model.device)))
+    base = options.baseline or base_of(exported)
+    if base is None:
+        raise _no_base(exported.manifest["model"]["name"])
+    full = _load(model, base)
+    _check_family(full, exported.manifest["model"]["model_type"], model.name)
+    return full, [Graphs(name, schedule, full, exported) for name, schedule in schedules]
+
+
+def _load(model: ModelSection, name: str) -> LoadedModel:
+    return load_model(model.model_copy(update={"name": name}))
+
+
+def _check_family(full: LoadedModel, family: str, name: str) -> None:
+    if full.family.model_type != family:
+        raise UsageError(
+            f"{full.name} is of the family {full.family.model_type!r}, but {name} is of {family!r}",
+            "the baseline is the model that the other was made from",
+        )
+
+
+def check_same_prompts(full: LoadedModel, variant: Variant, mine: Batch, theirs: Batch) -> None:
+    """Refuse variants that read other tokens than the full model: their answers cannot be compared by token.
+
+    Raises:
+        UsageError: token ids differ.
+    """
+    if not torch.equal(mine["input_ids"].cpu(), theirs["input_ids"].cpu()):
+        raise UsageError(
+            f"{full.name} and {variant.inputs.name} read the same prompt as different tokens",
+            "the baseline is the model that the other was made from",
+        )

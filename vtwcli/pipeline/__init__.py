@@ -1,0 +1,1 @@
+"""A recipe run step by step, and only what no longer holds."""

@@ -1,0 +1,328 @@
+"""Runs a recipe's steps in one directory: what is still valid is kept, the rest runs, a failed gate stops the export.
+
+Steps are ``calibrate``, ``analyze``, ``eval`` and ``export``, in this order; a step belongs to a recipe that has its
+section. ``run.json`` in the directory remembers for each finished step the digests of its inputs and of its files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from vtwcli.data.sources import default_data
+from vtwcli.errors import UsageError, VtwError
+from vtwcli.export.directory.publish import check_target
+from vtwcli.io import console, documents, files
+from vtwcli.io.outputs import (
+    Inputs,
+    Outputs,
+    check_holds_no_input,
+    check_no_input,
+    inputs_of,
+    is_ours,
+    same_file,
+)
+from vtwcli.judge import gates
+from vtwcli.machine.distributed import is_main
+from vtwcli.pipeline.fingerprint import data_records, digest, file_digest, model_record
+from vtwcli.pipeline.run import (
+    FILES,
+    KEPT,
+    LOCK,
+    RECIPE,
+    RUN,
+    SUMMARY,
+    Planned,
+    Record,
+    Run,
+    is_run_file,
+    read_run,
+    resolved,
+    save,
+    seen_from,
+)
+from vtwcli.pipeline.steps import KINDS, RUNNERS, steps_of
+from vtwcli.recipe.recipe import STEPS, Recipe
+from vtwcli.recipe.schedules import schedule_of
+from vtwcli.results.provenance import versions
+
+
+def prepare(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    text: str | None = None,
+    only: Collection[str] = (),
+    start: str | None = None,
+    force: bool = False,
+    file: Path | None = None,
+) -> Run:
+    """Find out what there is to do; reads the model's and the data's fingerprints, and writes nothing.
+
+    A kept result is valid while the recipe's section, the model, the data, the tool's version and the steps before it
+    are those that it came from, and its files are as they were written.
+
+    Args:
+        recipe: as loaded, paths as seen from here.
+        folder: the output directory; need not exist.
+        text: the recipe's file as it is written.
+        only: run these steps alone; what they need must be there and valid.
+        start: run this step and those behind it, valid results or not.
+        force: run every step, in a directory where nothing but the results of runs is.
+        file: the recipe's file, which no step may write.
+
+    Raises:
+        UsageError: nothing to run, a step that is not there, or a file that the run did not write is in its way.
+        NotFoundError: model or data missing or unreadable.
+    """
+    names = steps_of(recipe)
+    for name in [*only, *([] if start is None else [start])]:
+        if name not in names:
+            near = documents.nearest(name, names)
+            raise UsageError(
+                f"{name!r} is not a step of this recipe",
+                f"did you mean {near!r}?" if near else f"its steps: {', '.join(names)}",
+            )
+    if files.present(folder) and not folder.is_dir():
+        raise UsageError(f"{folder} exists and is not a directory", "choose another --output")
+    files.check_folder(folder)
+    seen = files.signature(folder / RUN)
+    records, started = read_run(folder, force)
+    model = model_record(recipe.model)
+    data: dict[str, str] = {}
+    inputs: dict[str, dict[str, str]] = {}
+    for name in names:
+        inputs[name] = _inputs(recipe, folder, name, model, inputs, data)
+    steps: list[Planned] = []
+    first = names.index(start) if start is not None else len(names)
+    for i, name in enumerate(names):
+        stale = _stale(folder, name, inputs[name], records.get(name))
+        if only and name not in only:
+            if stale and any(name in STEPS[one] for one in only):
+                raise UsageError(
+                    f"{name} has no valid result ({stale})", f"leave out --only, or --only {name} too"
+                )
+            steps.append(Planned(name, inputs[name], False, "not asked for" if stale else KEPT))
+        elif force or i >= first or name in only:
+            steps.append(Planned(name, inputs[name], True, stale or "asked for"))
+        else:
+            steps.append(Planned(name, inputs[name], bool(stale), stale or KEPT))
+    running = [one.name for one in steps if one.runs]
+    owned = _check_way(folder, running, records, started, force, run_inputs(recipe, file))
+    return Run(recipe, folder, text, model, steps, records, started, file=file, owned=owned, seen=seen)
+
+
+def execute(run: Run) -> dict[str, Any]:
+    """Run what ``prepare`` planned and write the results.
+
+    Returns:
+        The run's document. ``passed`` is False, and ``failure`` says why, when no layer qualified or a gate failed;
+        then no later step ran and nothing was exported.
+
+    Raises:
+        VtwError: a step failed otherwise. Steps that finished before it are kept.
+    """
+    save(run)  # before anything else: it says whose directory this is
+    if is_main() and not (run.file and same_file(run.folder / RECIPE, run.file)):
+        files.write_text(run.folder / RECIPE, documents.to_yaml(resolved(run.recipe, run.folder)))
+    total = len(run.steps)
+    for number, step in enumerate(run.steps, 1):
+        if run.failure is not None:
+            console.note(f"[{number}/{total}] {step.name}: not run")
+            continue
+        if step.runs or step.kept:
+            run.reached.add(step.name)
+        if step.runs:
+            _run_step(run, step)
+            how = f"{run.records[step.name].seconds:.1f} s"
+        elif step.kept:
+            how = "kept"
+        else:
+            continue
+        console.note(f"[{number}/{total}] {step.name}: {run.records[step.name].words} ({how})")
+        _judge(run, step.name)
+    run.finished = True
+    save(run)
+    return run.document()
+
+
+def _run_step(run: Run, step: Planned) -> None:
+    """Run a step and keep its record; until it has finished, its files belong to nobody's result."""
+    run.records.pop(step.name, None)
+    run.started.add(step.name)
+    save(run)
+    began = time.perf_counter()
+    try:
+        result = RUNNERS[step.name](run)
+    except BaseException as error:  # whatever ends the run, its file and its summary say so
+        run.failure = f"{step.name}: {_reason(error)}"
+        save(run)
+        raise
+    written = [run.folder / file for file in FILES[step.name].values() if is_main()]
+    digests = {str(file.relative_to(run.folder)): file_digest(file) for file in written if file.is_file()}
+    seconds = round(time.perf_counter() - began, 3)
+    words = result.pop("words")
+    run.records[step.name] = Record(
+        inputs=step.inputs, files=digests, seconds=seconds, words=words, result=result
+    )
+    run.started.discard(step.name)
+    save(run)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, VtwError):
+        return error.message
+    return "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else type(error).__name__
+
+
+def _inputs(
+    recipe: Recipe,
+    folder: Path,
+    name: str,
+    model: dict[str, Any],
+    earlier: Mapping[str, dict[str, str]],
+    data: dict[str, str],
+) -> dict[str, str]:
+    """The digests of what a step depends on; the same wherever the command is called."""
+    placed = seen_from(recipe, folder)
+    section = getattr(placed, name)
+    options: list[Any] = [section.model_dump(mode="json", exclude={"resume"})]
+    models: list[Any] = [model["fingerprint"], placed.model.model_dump()]
+    if name in ("eval", "export") and recipe.schedule.names_one:
+        named = schedule_of(recipe.schedule)
+        options.append(named[1].to_dict() if named else None)
+    if name == "calibrate" and recipe.calibrate.method != "vtw":
+        options.append(placed.schedule.model_dump(mode="json"))  # the parameters that it does not search
+    if name == "eval" and recipe.eval.baseline is not None:
+        baseline = recipe.model.model_copy(update={"name": recipe.eval.baseline})
+        models.append(model_record(baseline)["fingerprint"])
+    found = {
+        "options": digest(options),
+        "model": digest(models),
+        "tool": digest(versions()),
+        "after": digest([earlier.get(one) for one in STEPS[name]]),
+    }
+    if name != "export":
+        found["data"] = _data(recipe, placed, section, data)
+    return found
+
+
+def _data(recipe: Recipe, placed: Recipe, section: Any, known: dict[str, str]) -> str:
+    choice = (section.limit, section.seed, section.skip_bad)
+    if str(choice) not in known:  # steps that take the same samples read them once
+        specs = list(recipe.data) or default_data(recipe.model.name)
+        records = data_records(specs, limit=choice[0], seed=choice[1], skip_bad=choice[2])
+        # the records name what was read as seen from here
+        plain = [record | {"source": None, "path": None} for record in records]
+        known[str(choice)] = digest([[spec.model_dump(mode="json") for spec in placed.data or specs], plain])
+    return known[str(choice)]
+
+
+def _stale(folder: Path, name: str, inputs: dict[str, str], record: Record | None) -> str | None:
+    """Why a step's kept result cannot be taken, or None when it can."""
+    if record is None:
+        return "no result yet"
+    if changed := [kind for kind in inputs if record.inputs.get(kind) != inputs[kind]]:
+        words = {"after": "an earlier step", "tool": "versions", "options": "its options"}
+        return f"changed: {', '.join(words.get(kind, kind) for kind in changed)}"
+    missing = [file for file in record.files if not (folder / file).is_file()]
+    return f"{missing[0]} is missing" if missing else None
+
+
+def run_inputs(recipe: Recipe, file: Path | None) -> Inputs:
+    """What the run reads from this machine."""
+    specs = [name for spec in recipe.data for name in (spec.source, spec.path)]
+    return inputs_of(
+        {"the model": recipe.model.name, "the baseline": recipe.eval.baseline, "the recipe": file}
+        | {"the recipe's schedule": recipe.schedule.file, "the data": specs}
+    )
+
+
+def _check_way(
+    folder: Path,
+    names: Collection[str],
+    records: Mapping[str, Record],
+    started: Collection[str],
+    force: bool,
+    inputs: Inputs,
+) -> frozenset[Path]:
+    """Refuse to replace what no run wrote, what somebody changed since, and what the run reads.
+
+    Args:
+        names: steps that run.
+
+    Returns:
+        Files that runs wrote, and that this one may replace.
+
+    Raises:
+        UsageError: a file in the way.
+    """
+    hint = "choose another --output" if force else "choose another --output, or --force to replace it"
+    if not files.present(folder / RUN):
+        for name in (RECIPE, SUMMARY):
+            if files.present(folder / name) and not any(same_file(folder / name, file) for _, file in inputs):
+                raise UsageError(f"{folder / name} exists already", hint)
+    for name in (RUN, SUMMARY):
+        check_no_input(folder / name, inputs)
+    for record in records.values():
+        for file, known in record.files.items():
+            path = folder / file
+            if not force and path.is_file() and file_digest(path) != known:
+                raise UsageError(f"{path} was changed since vtw run wrote it", hint)
+    owned = frozenset(folder / file for record in records.values() for file in record.files)
+    for name in names:
+        if name == "export":
+            _check_model(folder / "model", force or name in started or name in records, inputs, hint)
+            continue
+        outputs = Outputs(
+            {kind: folder / file for kind, file in FILES[name].items()}, KINDS[name], True, owned
+        )
+        if not force and name not in started:
+            for made in outputs.values():
+                if made is not None and made not in owned and files.present(made):
+                    raise UsageError(f"{made} exists already", hint)
+        outputs.check(inputs)
+    if force:
+        _check_strangers(folder)
+    return owned
+
+
+def _check_model(target: Path, ours: bool, inputs: Inputs, hint: str) -> None:
+    if files.present(target) and not ours:
+        check_holds_no_input(target, inputs)
+        raise UsageError(f"{target} exists already", hint)
+    check_target(target, True, inputs)
+
+
+def _check_strangers(folder: Path) -> None:
+    """Refuse a directory that is not wholly a run's: ``--force`` is for what runs made.
+
+    Raises:
+        UsageError: names the first thing that is not a run's.
+    """
+    found = sorted(path.name for path in folder.iterdir()) if files.present(folder) else []
+    ours = is_ours(folder / RUN, "vtw-run")
+    for name in found:
+        if not is_run_file(name) or not (ours or files.is_stage(name) or name == LOCK):
+            why = f"which vtw run did not make{'' if ours else f', and no {RUN}'}"
+            raise UsageError(
+                f"{folder} holds {name}, {why}, so --force does not replace what is there",
+                "choose another --output, or run steps again with --from STEP",
+            )
+
+
+def _judge(run: Run, name: str) -> None:
+    """Note why the run must stop behind a step, if it must."""
+    if name == "calibrate" and not run.recipe.schedule.names_one:
+        calibration = run.result("calibrate")
+        if calibration is not None and calibration["schedule"] is None:
+            run.failure = run.records[name].words.rstrip(".")
+    if name == "eval":
+        evaluation = run.result("eval")
+        assert evaluation is not None
+        run.gates = gates.check(evaluation["schedules"], run.recipe.gates)
+        failed = [gate for gate in run.gates if not gate["passed"]]
+        if failed:
+            run.failure = gates.sentence(failed[0])

@@ -1,0 +1,29 @@
+"""The recipe and its sections: every option of every command with its one default."""
+
+from vtwcli.recipe.recipe import (
+    STEPS,
+    AnalyzeSection,
+    BudgetSection,
+    CalibrateSection,
+    EvalSection,
+    ExportSection,
+    GatesSection,
+    ModelSection,
+    Policy,
+    Recipe,
+    ScheduleSection,
+)
+
+__all__ = [
+    "STEPS",
+    "AnalyzeSection",
+    "BudgetSection",
+    "CalibrateSection",
+    "EvalSection",
+    "ExportSection",
+    "GatesSection",
+    "ModelSection",
+    "Policy",
+    "Recipe",
+    "ScheduleSection",
+]

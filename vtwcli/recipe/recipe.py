@@ -1,0 +1,356 @@
+"""What a user may ask for: every option with its type, its check and its one default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from vtwcli.data.spec import DataSpec, is_path
+from vtwcli.errors import UsageError
+from vtwcli.io.documents import Section
+
+
+class ModelSection(Section):
+    """Which model, where it runs and in which precision."""
+
+    name: str = Field("demo", description="local directory, Hub id with optional @revision, or demo")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto, float32, bfloat16 or float16"
+    )
+    attn: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
+        None, description="attention implementation: sdpa, eager or flash_attention_2"
+    )
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    stream: bool | None = Field(
+        None, description="read one layer at a time from disk; by default only when the model does not fit"
+    )
+
+
+Policy = Literal["paper", "sustained", "quantile", "agreement", "worst-task", "budget"]
+
+
+class CalibrateSection(Section):
+    """How K, or VisiPruner's boundary and thresholds, are found."""
+
+    method: Literal["vtw", "visipruner"] = Field(
+        "vtw", description="vtw: the withdrawal layer; visipruner: its boundary and thresholds"
+    )
+    limit: int = Field(20, ge=1, description="samples per task")
+    eta: float = Field(0.003, gt=0, description="KL threshold in nats")
+    min_layer: int | None = Field(
+        None, ge=0, description="first candidate layer; by default 5 for 16 layers and more, else 1"
+    )
+    policy: Policy = Field(
+        "worst-task", description="paper, sustained, quantile, agreement, worst-task or budget"
+    )
+    positions: Literal["first", "answer"] = Field(
+        "answer", description="first: the next token after the prompt; answer: every token of the answer"
+    )
+    answers: Literal["auto", "generated", "reference"] = Field(
+        "auto",
+        description="whose answer is teacher-forced: the full model's own greedy one, or the reference; "
+        "auto is generated, and reference when layers are streamed",
+    )
+    max_new_tokens: int = Field(48, ge=1, description="longest generated answer")
+    quantile: float = Field(0.95, gt=0, le=1, description="of the samples' KL, for the policy quantile")
+    agreement: float = Field(0.98, gt=0, le=1, description="least top-1 agreement, for the policy agreement")
+    budget: float = Field(
+        0.6, gt=0, le=1, description="largest share of the full cost, for the policy budget"
+    )
+    budget_of: Literal["flops", "kv"] = Field("flops", description="what the budget counts: flops or kv")
+    bootstrap: int = Field(1000, ge=0, description="resamples for the interval of K; 0 for none")
+    seed: int = Field(0, ge=0, description="of sample choice and bootstrap")
+    skip_bad: bool = Field(False, description="skip unreadable samples and count them")
+    resume: bool = Field(False, description="keep finished samples across an interruption")
+
+
+class AnalyzeSection(Section):
+    """What a profile measures and shows."""
+
+    limit: int = Field(20, ge=1, description="samples per task")
+    eta: float = Field(0.003, gt=0, description="KL threshold in nats that bounds the stages")
+    min_layer: int | None = Field(
+        None,
+        ge=0,
+        description="first candidate for the deep stage; by default 5 for 16 layers and more, else 1",
+    )
+    window: int = Field(3, ge=1, description="layers of the knock-out window")
+    freeze: bool | None = Field(
+        None,
+        description="measure what each layer's update of visual tokens gives: about L/2 full passes a sample; by "
+        "default unless layers are streamed",
+    )
+    positions: Literal["first", "answer"] = Field(
+        "answer", description="first: the next token after the prompt; answer: every token of the answer"
+    )
+    answers: Literal["auto", "generated", "reference"] = Field(
+        "auto",
+        description="whose answer is teacher-forced: the full model's own greedy one, or the reference; "
+        "auto is generated, and reference when layers are streamed",
+    )
+    max_new_tokens: int = Field(48, ge=1, description="longest generated answer")
+    lens: int = Field(3, ge=0, description="tokens of the logit lens in each layer; 0 for none")
+    maps: int = Field(4, ge=0, description="samples shown with heat maps")
+    map_layers: tuple[int, ...] | None = Field(
+        None, description="layers of the heat maps, e.g. 0,4,8; by default six over the whole depth"
+    )
+    sink_ratio: float = Field(
+        5.0, gt=1, description="a sink gets this many times the attention of the average visual token"
+    )
+    tokens_threshold: float = Field(
+        0.2, ge=0, description="norm of contribution above which a token is critical"
+    )
+    layer_threshold: float = Field(
+        0.995, ge=-1, le=1, description="VisiPruner: a layer with a cosine below it chooses the tokens"
+    )
+    exit_threshold: float = Field(
+        0.999,
+        ge=-1,
+        le=1,
+        description="VisiPruner: a layer whose cosines are all at least this counts to the exit",
+    )
+    exit_layers: int = Field(
+        2, ge=1, description="VisiPruner: how many layers must count until all tokens leave"
+    )
+    seed: int = Field(0, ge=0, description="of sample choice")
+    skip_bad: bool = Field(False, description="skip unreadable samples and count them")
+
+    @field_validator("map_layers", mode="before")
+    @classmethod
+    def _split_layers(cls, value: Any) -> Any:
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+class ScheduleSection(Section):
+    """Which schedule to run: a file, a withdrawal layer, or a method with its parameters."""
+
+    file: str | None = Field(None, description="schedule or calibration result")
+    layer: int | None = Field(None, ge=0, description="withdraw at this layer")
+    method: Literal["vtw", "visipruner"] | None = Field(
+        None, description="vtw (withdrawal at a layer) or visipruner"
+    )
+    shallow_mid_layer: int = Field(6, ge=0, description="text does not read vision in the layers before this")
+    layer_threshold: float = Field(
+        0.995, ge=-1, le=1, description="the first layer behind with a cosine below it chooses the tokens"
+    )
+    tokens_threshold: float = Field(0.2, ge=0, description="norm of contribution above which a token stays")
+    exit_threshold: float = Field(
+        0.999, ge=-1, le=1, description="a layer whose cosines are all at least this counts towards the exit"
+    )
+    exit_layers: int = Field(2, ge=1, description="how many layers must count until all tokens leave")
+    consecutive: bool = Field(False, description="they must follow one another, as the paper says")
+    layer0: Literal["7b", "13b"] = Field("7b", description="what layer 0 mutes: 7b or 13b form")
+
+    @property
+    def names_one(self) -> bool:
+        """Whether a schedule is named, and not only parameters."""
+        return (self.file, self.layer, self.method) != (None, None, None)
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> ScheduleSection:
+        named = [name for name in ("file", "layer", "method") if getattr(self, name) is not None]
+        if len(named) > 1 and not (named == ["layer", "method"] and self.method == "vtw"):
+            raise ValueError(f"give one of file, layer and method, not {' and '.join(named)}")
+        if self.method == "vtw" and self.layer is None:
+            raise ValueError("method vtw needs a layer")
+        return self
+
+
+Compared = Literal["vtw", "visipruner", "attention", "contribution", "random", "uniform", "two-step"]
+
+
+class BudgetSection(Section):
+    """Which schedules of all methods are compared, and the budget."""
+
+    limit: int = Field(10, ge=1, description="samples per task")
+    max_flops: float | None = Field(
+        None, gt=0, description="budget: share of the full prefill FLOPs; names the best schedule within"
+    )
+    methods: tuple[Compared, ...] = Field(get_args(Compared), min_length=1, description="what is compared")
+    ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (0.5, 0.25, 0.1), min_length=1, description="shares of visual tokens that subsets keep"
+    )
+    keep_layer: int = Field(2, ge=1, description="layer at which subsets are chosen")
+    thresholds: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        (0.05, 0.1, 0.2, 0.4, 0.8), min_length=1, description="VisiPruner's norms of contribution to try"
+    )
+    max_new_tokens: int = Field(32, ge=1, description="longest answer")
+    batch_size: int = Field(8, ge=1, description="samples at once")
+    seed: int = Field(0, ge=0, description="of sample choice and of the random control")
+    skip_bad: bool = Field(False, description="skip unreadable samples and count them")
+
+    @field_validator("methods", "ratios", "thresholds", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+class EvalSection(Section):
+    """How a schedule is judged."""
+
+    limit: int = Field(50, ge=1, description="samples per task")
+    max_new_tokens: int = Field(48, ge=1, description="longest answer")
+    batch_size: int = Field(8, ge=1, description="samples generated at once")
+    bootstrap: int = Field(1000, ge=0, description="resamples for the intervals of differences; 0 for none")
+    seed: int = Field(0, ge=0, description="of sample choice and bootstrap")
+    skip_bad: bool = Field(False, description="skip unreadable samples and count them")
+    timing: bool = Field(True, description="measure latencies, full and pruned in turn")
+    repeats: int = Field(5, ge=1, description="counted timing runs of each variant")
+    timing_tokens: int = Field(8, ge=1, description="tokens generated to time decoding")
+    baseline: str | None = Field(
+        None,
+        description="full model to compare with; by default the model itself, of ONNX graphs their base model",
+    )
+    backend: Literal["auto", "torch", "onnx"] = Field(
+        "auto", description="what runs MODEL: torch, or onnx for a directory of ONNX graphs"
+    )
+    resume: bool = Field(False, description="keep finished samples across an interruption")
+
+
+class GatesSection(Section):
+    """What an evaluation must show; a gate that does not hold ends with exit code 3."""
+
+    max_drop: float | None = Field(None, ge=0, description="largest drop of the worst task's metric")
+    max_kl: float | None = Field(None, ge=0, description="largest mean KL over answer positions")
+    min_agreement: float | None = Field(
+        None, ge=0, le=1, description="least share of tokens whose first choice stays"
+    )
+    max_flops: float | None = Field(None, gt=0, description="largest share of the full prefill FLOPs")
+
+
+class ExportSection(Section):
+    """What an exported directory holds."""
+
+    format: Literal["hf", "onnx"] = Field(
+        "hf", description="hf, a Hugging Face directory, or onnx, split graphs"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp32", "fp16"] = Field(
+        "auto",
+        description="auto keeps the weights as they are (onnx: float32); else float32, bfloat16 or float16",
+    )
+    opset: int = Field(20, ge=18, le=24, description="of the ONNX graphs, 18 to 24")
+    merged: bool = Field(False, description="one ONNX decoder with the removal inside, instead of two")
+    quantize: Literal["int8", "int4"] | None = Field(
+        None, description="int8 or int4 weights of the ONNX decoder"
+    )
+
+    @model_validator(mode="after")
+    def _fits_the_format(self) -> ExportSection:
+        if self.format == "hf" and (self.merged or self.quantize):
+            raise ValueError(f"{'merged' if self.merged else 'quantize'} goes with format onnx only")
+        if self.format == "onnx" and self.dtype == "bfloat16":
+            raise ValueError("ONNX graphs are float32 or float16, not bfloat16")
+        return self
+
+
+# the steps of a run in order, each a section, with the steps whose results it uses where the recipe has them
+STEPS: dict[str, tuple[str, ...]] = {
+    "calibrate": (),
+    "analyze": (),
+    "eval": ("calibrate",),
+    "export": ("calibrate", "eval"),
+}
+
+
+def _short_source(value: Any) -> Any:
+    """The command line's form of a data source, ``gqa:limit=3``."""
+    try:
+        return DataSpec.parse(value) if isinstance(value, str) else value
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+
+
+class Recipe(Section):
+    """One file from model to verified artefact; every part has a default.
+
+    A list under ``data`` holds data sources, each a mapping or the command line's short form. ``vtw run`` runs the
+    steps (``calibrate``, ``analyze``, ``eval``, ``export``) whose sections are there, be they empty.
+    """
+
+    model: ModelSection = ModelSection()
+    data: tuple[Annotated[DataSpec, BeforeValidator(_short_source)], ...] = ()
+    calibrate: CalibrateSection = CalibrateSection()
+    analyze: AnalyzeSection = AnalyzeSection()
+    schedule: ScheduleSection = ScheduleSection()
+    budget: BudgetSection = BudgetSection()
+    eval: EvalSection = EvalSection()
+    gates: GatesSection = GatesSection()
+    export: ExportSection = ExportSection()
+    output: str | None = Field(None, description="directory of a run's results; by default vtw-run-NAME")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, value: Any) -> Any:
+        """A section with nothing in it (``eval:``) is there, with its defaults."""
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: {} if one is None and key in cls.model_fields and key not in ("data", "output") else one
+            for key, one in value.items()
+            if one is not None or key != "data"
+        }
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _short_model(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    def relative_to(self, folder: Path) -> Recipe:
+        """The same recipe with paths as seen from the working directory; in its file they are relative to it.
+
+        The output may be still to make; of the others those that exist beside the file are paths.
+        """
+
+        def seen(name: str) -> str:
+            inside = str(folder / name)
+            return inside if is_path(inside) and not Path(name).is_absolute() else name
+
+        found = self.with_paths(seen)
+        output = None if self.output is None else str(folder / self.output)
+        return found.model_copy(update={"output": output}) if output else found
+
+    def with_paths(self, change: Callable[[str], str]) -> Recipe:
+        """The same recipe with ``change`` applied to whatever may be a path on this machine, but for the output.
+
+        ``demo`` and the names of built-in tasks never are.
+        """
+        from vtwcli.data.tasks import TASKS  # no help page needs them
+
+        def changed(section: Section, field: str, *names: str) -> Section:
+            value = getattr(section, field)
+            unset = value is None or value in ("", *names)
+            return section if unset else section.model_copy(update={field: change(value)})
+
+        parts: dict[str, Any] = {
+            "model": changed(self.model, "name", "demo"),
+            "data": tuple(changed(changed(spec, "source", "demo", *TASKS), "path") for spec in self.data),
+            "schedule": changed(self.schedule, "file"),
+            "eval": changed(self.eval, "baseline", "demo"),
+        }
+        return self.model_copy(update={name: parts[name] for name in parts if name in self.model_fields_set})
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of recipe files, short forms and empty sections included."""
+    schema = Recipe.model_json_schema()
+    sections = schema["properties"]
+    for name, part in sections.items():
+        choices = part.pop("anyOf", None) or [
+            {key: part.pop(key) for key in ("$ref", "type", "items") if key in part}
+        ]
+        part.pop("default", None)
+        short = [{"type": "string"}] if name == "model" else []
+        sections[name] = {
+            "anyOf": [*short, *(c for c in choices if c != {"type": "null"}), {"type": "null"}],
+            **part,
+        }
+    [data] = [choice for choice in sections["data"]["anyOf"] if "items" in choice]
+    data["items"] = {"anyOf": [{"type": "string"}, data["items"]]}
+    schema["$defs"]["DataSpec"]["properties"]["tasks"]["anyOf"].append({"type": "string"})
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Recipe of vtw"}

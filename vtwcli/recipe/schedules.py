@@ -1,0 +1,71 @@
+"""Which schedules a command runs: files, withdrawal layers, or a method with its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vtwcli.errors import UsageError
+from vtwcli.methods import visipruner, vtw
+from vtwcli.recipe.recipe import Recipe, ScheduleSection
+from vtwcli.recipe.settings import section_of
+from vtwcli.schedule.schedule import Schedule
+
+VISIPRUNER = tuple(name for name in ScheduleSection.model_fields if name not in ("file", "layer", "method"))
+
+
+def schedule_of(section: ScheduleSection) -> tuple[str, Schedule] | None:
+    """Name and schedule of a recipe's section; None where it names none.
+
+    Raises:
+        UsageError: the file cannot be read or holds no schedule.
+    """
+    if section.file is not None:
+        path = Path(section.file)
+        return path.stem.removesuffix(".schedule"), Schedule.from_file(path)
+    if section.method == "visipruner":
+        return "visipruner", visipruner.schedule(**section.model_dump(include=set(VISIPRUNER)))
+    if section.layer is not None:
+        return f"K={section.layer}", vtw.schedule(section.layer)
+    return None
+
+
+def schedules_of(given: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, Schedule]]:
+    """Names and schedules that a command's options name, else that of the recipe, else none.
+
+    Args:
+        given: the options: ``schedule`` (a path or several), ``layer``, ``layers`` (``"4,6,8"``), ``method`` and its
+            parameters.
+        recipe: whose ``schedule`` section they override.
+
+    Raises:
+        UsageError: a layer that is no number, a method without what it needs, or parameters without the method.
+    """
+    paths = given.get("schedule") or ()
+    paths = [paths] if isinstance(paths, Path) else list(paths)
+    layers = [] if given.get("layer") is None else [int(given["layer"])]
+    for part in (given.get("layers") or "").split(",") if given.get("layers") else ():
+        if not part.strip().isdigit():
+            raise UsageError(f"--layers: {part!r} is not a layer number", "for example --layers 8,12,16")
+        layers.append(int(part))
+    if any(k < 0 for k in layers):
+        raise UsageError(f"--layer: {min(layers)} is not a layer number")
+    method = given.get("method")
+    if method == "vtw" and not layers:
+        raise UsageError(
+            "--method vtw needs a layer", "give --layer K; vtw calibrate finds it and writes its schedule"
+        )
+    named = [ScheduleSection(file=str(path)) for path in paths] + [ScheduleSection(layer=k) for k in layers]
+    parameters = {name: given[name] for name in VISIPRUNER if given.get(name) is not None}
+    base = recipe.schedule
+    if method is not None and method != "vtw":
+        rest = {name: getattr(base, name) for name in VISIPRUNER if name in base.model_fields_set}
+        named.append(section_of(ScheduleSection, {"method": method, **parameters}, ScheduleSection(**rest)))
+    elif not named and base.names_one:
+        named.append(section_of(ScheduleSection, parameters, base))
+    if parameters and not any(section.method == "visipruner" for section in named):
+        option = "--" + next(iter(parameters)).replace("_", "-")
+        raise UsageError(f"{option} is a parameter of VisiPruner", "add --method visipruner")
+    found = [schedule_of(section) for section in named]
+    return [one for one in found if one is not None]

@@ -1,0 +1,1 @@
+"""Many schedules in one pass through the layers."""
