@@ -27,6 +27,8 @@ from vtwcli.judge import policies, stages
 from vtwcli.judge.kl import is_distribution, not_finite
 from vtwcli.machine import distributed
 from vtwcli.measure.preparation import check_model, check_options, open_model, prepare, read_samples
+from vtwcli.methods import visipruner
+from vtwcli.methods.method import Shape
 from vtwcli.models.geometry import token_boxes
 from vtwcli.models.inputs import Encoded
 from vtwcli.models.loading import LoadedModel
@@ -85,7 +87,7 @@ class Profile:
         curves: the KL curves, each the mean over compared positions.
         layers: the last row's measures, by layer; None where there is nothing to measure.
         critical: critical tokens of each layer, counted among the sample's visual tokens.
-        kept_minimum: [L][L], see ``stages.filter_and_exit``.
+        kept_minimum: [L][L], see ``visipruner.filter_and_exit``.
         lens: most likely tokens of each layer's last row, with their probabilities, [L][N].
         map: attention and contribution at the shown layers with the tokens' boxes, for shown samples.
     """
@@ -128,7 +130,7 @@ def analyze(
         The result document is plain JSON values: ``measures`` (by name of ``MEASURES``: ``mean`` and ``std`` [L],
         ``samples`` [S][L]; ``knockout_window`` has L - window + 1 entries), ``stages`` (``shallow``, ``middle``,
         ``deep`` as [first, behind the last], ``sentences``, ``tasks``), ``visipruner`` (see
-        ``stages.filter_and_exit``), ``schedules`` (``static``, ``dynamic``), ``samples`` (with ``critical`` tokens,
+        ``visipruner.filter_and_exit``), ``schedules`` (``static``, ``dynamic``), ``samples`` (with ``critical`` tokens,
         ``filter``, ``exit``, ``kept`` and ``lens``), ``maps``, ``model``, ``data``, ``versions``, ``seed`` and ``run``.
         Only ``run`` differs between equal runs. Samples without visual tokens do not count and are left out.
 
@@ -378,7 +380,7 @@ def _result(
     )
     rules = (options.layer_threshold, options.exit_threshold, options.exit_layers)
     ends = [
-        stages.filter_and_exit(
+        visipruner.filter_and_exit(
             one.layers["minimum_cosine"], one.layers["critical"], one.kept_minimum, len(found.shallow), *rules
         )
         for one in seeing
@@ -387,9 +389,14 @@ def _result(
         None if f is None else one.layers["critical"][f - 1] for one, (f, _) in zip(seeing, ends, strict=True)
     ]
     provenance = provenance_of(loaded, mix, eta=options.eta, positions=options.positions)
-    dynamic = stages.dynamic_schedule(
-        found, options.tokens_threshold, *rules, loaded.family.first_withdrawal, provenance
+    rule = visipruner.VisiPruner(
+        tokens_threshold=options.tokens_threshold,
+        layer_threshold=options.layer_threshold,
+        exit_threshold=options.exit_threshold,
+        exit_layers=options.exit_layers,
     )
+    model = Shape(depth, loaded.family.first_withdrawal)
+    dynamic = visipruner.behind(len(found.shallow), model, rule, provenance)
     mean = {name: measures[name]["mean"] for name in measures}
     result = {
         "format": "vtw-analysis",

@@ -27,8 +27,9 @@ from vtwcli.judge.flops import (
     tokens_with_withdrawal,
 )
 from vtwcli.machine import distributed
-from vtwcli.measure import visipruner as calibrate_visipruner
 from vtwcli.measure.preparation import check_model, check_options, open_model, prepare, read_samples
+from vtwcli.measure.search import search
+from vtwcli.methods import METHODS
 from vtwcli.models.inputs import Encoded
 from vtwcli.models.loading import LoadedModel
 from vtwcli.recipe.recipe import CalibrateSection, ModelSection, Policy, ScheduleSection
@@ -74,7 +75,7 @@ def calibrate(
         data: sources of samples; by default the demo data for ``demo`` and a small mix of public tasks otherwise.
         options: policy, threshold, positions and so on.
         state: file that keeps finished samples across an interruption (``options.resume``).
-        rule: VisiPruner's parameters that are not searched; see ``calibrate_visipruner``, also for its document.
+        rule: VisiPruner's parameters that are not searched; see ``measure.search``, also for its document.
 
     Returns:
         The result document, plain JSON values: ``withdrawal_layer`` (int or None), ``num_layers``, ``policy``,
@@ -87,8 +88,8 @@ def calibrate(
         NotFoundError: model or data missing or unreadable, or no sample has a visual token.
         UsageError: options that contradict each other or the model.
     """
-    if options.method == "visipruner":
-        return calibrate_visipruner.calibrate(model, data, options, rule)
+    if METHODS[options.method].searched:
+        return search(model, data, options, rule.rule())
     started = time.perf_counter()
     check_model(model)
     mix = read_samples(model, data, options)
