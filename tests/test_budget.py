@@ -18,7 +18,7 @@ from vtwcli.io.outputs import Outputs
 from vtwcli.judge.flops import CONVENTIONS, TextShape, prefill_cost
 from vtwcli.measure.candidates import pareto
 from vtwcli.measure.search import accepted, choice
-from vtwcli.methods.method import Answers
+from vtwcli.methods.method import Answers, Shape
 from vtwcli.methods.visipruner import shallow_boundary
 from vtwcli.models.inputs import encode, generate_answers
 from vtwcli.models.loading import load
@@ -131,14 +131,14 @@ def test_of_equal_schedules_the_front_holds_one():
 def test_candidates_fit_every_depth():
     for depth in (4, 6, 12, 32):
         for first in (0, 3):
-            found = candidates(depth, first)
+            found = candidates(Shape(depth, first))
             assert len({one.name for one in found}) == len(found)
             for one in found:
                 one.schedule.check_depth(depth, first)
-    names = [one.name for one in candidates(32, 0)]
+    names = [one.name for one in candidates(Shape(32))]
     assert {"K=0", "K=31", "visipruner S=6 t=0.2", "attention 25%, K=16", "random 10%"} <= set(names)
     with pytest.raises(UsageError, match="--keep-layer: 9 is not a layer of the model"):
-        candidates(6, 0, section(keep_layer=9))
+        candidates(Shape(6), section(keep_layer=9))
 
 
 def test_budget_is_deterministic_and_describes_itself(compared, tiny_dir, data):  # noqa: F811

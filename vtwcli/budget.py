@@ -5,19 +5,16 @@ Muted columns and frozen rows are not compared: alone they save no FLOPs in this
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import UsageError
-from vtwcli.judge.flops import TextShape
-from vtwcli.measure.candidates import described, flops_of, pareto, token_counts, tried
-from vtwcli.measure.preparation import check_model, load_model, read_samples
+from vtwcli.measure.candidates import described, flops_of, pareto, token_counts
+from vtwcli.measure.study import Study
 from vtwcli.methods import METHODS
 from vtwcli.methods.method import Candidate, Grid, Shape
 from vtwcli.recipe.recipe import BudgetSection, ModelSection, ScheduleSection
-from vtwcli.results.provenance import model_of, run_of, versions
 
 FORMAT_VERSION = 1
 
@@ -47,26 +44,18 @@ def budget(
         NotFoundError: model or data missing or unreadable, or no sample has a visual token.
         UsageError: options that do not fit the model.
     """
-    began = time.perf_counter()
-    check_model(model)
-    mix = read_samples(model, data, options)
-    loaded = load_model(model)
-    timing = {"load": time.perf_counter() - began}
-    depth, shape = len(loaded.layers), TextShape.from_config(loaded.model.config)
-    chosen = candidates(depth, loaded.family.first_withdrawal, options, rule)
-    begun = time.perf_counter()
-    found = tried(loaded, chosen, mix.samples, options.max_new_tokens, options.batch_size)
-    timing["schedules"] = time.perf_counter() - begun
-    rows = [described(one, number, found, shape) for number, one in enumerate(chosen)]
+    study = Study.open(model, data, options, whole=True)
+    chosen = candidates(study.shape, options, rule)
+    found = study.try_(chosen, options.max_new_tokens, options.batch_size)
+    rows = [described(one, number, found, study.text) for number, one in enumerate(chosen)]
     front = pareto(rows)
     for row in rows:
         row["pareto"] = row["name"] in front
-    timing["total"] = time.perf_counter() - began
     return {
         "format": "vtw-budget",
         "format_version": FORMAT_VERSION,
-        "model": model_of(loaded),
-        "num_layers": depth,
+        "model": study.model(),
+        "num_layers": study.shape.depth,
         "options": options.model_dump(mode="json"),
         "rule": rule.rule(),
         "cost": token_counts(found),
@@ -75,11 +64,8 @@ def budget(
         "pareto": front,
         "max_flops": options.max_flops,
         "best": best_within(rows, options.max_flops),
-        "data": list(mix.sources),
-        "skipped": mix.skipped,
-        "seed": options.seed,
-        "versions": versions(),
-        "run": run_of(loaded, timing),
+        **study.data(options.seed),
+        "run": study.run(),
     }
 
 
@@ -90,21 +76,20 @@ def best_within(rows: Sequence[dict[str, Any]], max_flops: float | None) -> str 
 
 
 def candidates(
-    depth: int,
-    first_withdrawal: int,
+    model: Shape,
     options: BudgetSection = BudgetSection(),
     rule: ScheduleSection = ScheduleSection(),
 ) -> list[Candidate]:
-    """The schedules that are compared on a model of ``depth`` layers: those that each method names.
+    """The schedules that are compared on a model: those that each method names.
 
     Raises:
         UsageError: a ``keep_layer`` that the model does not have.
     """
-    at = max(options.keep_layer, first_withdrawal, 1)
-    if at >= depth:
-        raise UsageError(f"--keep-layer: {at} is not a layer of the model (0..{depth - 1})")
+    at = max(options.keep_layer, model.first_withdrawal, 1)
+    if at >= model.depth:
+        raise UsageError(f"--keep-layer: {at} is not a layer of the model (0..{model.depth - 1})")
     grid = Grid(options.ratios, at, options.thresholds, options.seed)
-    model, fixed = Shape(depth, first_withdrawal), rule.rule()
+    fixed = rule.rule()
     tried = [
         one
         for name in METHODS

@@ -23,7 +23,7 @@ from vtwcli.judge.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape, kv_by
 from vtwcli.machine import distributed
 from vtwcli.measure.answers import Answer, flops_ratio, full_answers, kv_ratio, spent
 from vtwcli.measure.costs import latencies, peak_of
-from vtwcli.measure.preparation import read_samples
+from vtwcli.measure.samples import read_samples
 from vtwcli.measure.variants import (
     FULL,
     Scheduled,

@@ -6,7 +6,6 @@ model.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -18,17 +17,14 @@ from vtwcli.data.sample import Sample
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io import console
-from vtwcli.judge.flops import TextShape
 from vtwcli.machine import distributed
-from vtwcli.measure.candidates import described, flops_of, pareto, token_counts, tried
-from vtwcli.measure.preparation import check_model, check_options, open_model, prepare, read_samples
+from vtwcli.measure.candidates import described, flops_of, pareto, token_counts
+from vtwcli.measure.samples import check_model
+from vtwcli.measure.study import Study
 from vtwcli.methods import METHODS
-from vtwcli.methods.method import Answers, Shape
-from vtwcli.models.loading import LoadedModel
+from vtwcli.methods.method import Answers
 from vtwcli.recipe.recipe import CalibrateSection, ModelSection
-from vtwcli.results.provenance import model_of, provenance_of, run_of, versions
 from vtwcli.schedule.intervention import Intervention
-from vtwcli.sweep.layers import LayerSource
 from vtwcli.sweep.probes import LastRowProbe
 from vtwcli.sweep.sweep import sweep
 
@@ -64,7 +60,6 @@ def search(
         NotFoundError: model or data missing or unreadable, or no sample has a visual token.
         UsageError: options that contradict each other or the model.
     """
-    began = time.perf_counter()
     method = METHODS[options.method]
     if options.resume:
         raise UsageError(f"--resume does not go with --method {method.key}")
@@ -77,22 +72,15 @@ def search(
         raise UsageError(
             f"--method {method.key} compares along the model's own answers", "leave out --answers"
         )
-    mix = read_samples(model, data, options)
-    loaded, source = open_model(model.model_copy(update={"stream": False}))
-    check_options(options, source)
-    timing = {"load": time.perf_counter() - began}
-    depth = source.depth
-    shape = Shape(depth, loaded.family.first_withdrawal)
-    asked = method.ask(shape)
-    seen = measured(loaded, source, mix.samples, asked, options, timing)
+    study = Study.open(model, data, options, whole=True)
+    study.check_sweep()
+    mix = study.mix
+    seen = measured(study, method.ask(study.shape))
     answers = answered(seen, mix.samples, options)
-    candidates = method.candidates(shape, answers, rule)
-    begun = time.perf_counter()
+    candidates = method.candidates(study.shape, answers, rule)
     longest = 1 if options.positions == "first" else options.max_new_tokens
-    found = tried(loaded, candidates, mix.samples, longest, _BATCH)
-    timing["schedules"] = time.perf_counter() - begun
-    text = TextShape.from_config(loaded.model.config)
-    rows = [described(one, number, found, text) for number, one in enumerate(candidates)]
+    found = study.try_(candidates, longest, _BATCH)
+    rows = [described(one, number, found, study.text) for number, one in enumerate(candidates)]
     front = pareto(rows)
     for number, row in enumerate(rows):
         row["pareto"] = row["name"] in front
@@ -103,18 +91,17 @@ def search(
     schedule = None
     if chosen is not None:
         how = {"policy": options.policy, "eta": options.eta, "positions": options.positions}
-        provenance = provenance_of(loaded, mix, **how)
+        provenance = study.provenance(**how)
         [one] = [one for one in candidates if one.name == chosen["name"]]
         schedule = one.schedule.model_copy(
             update={"provenance": {**one.schedule.provenance, **provenance}}
         ).to_dict()
-    timing["total"] = time.perf_counter() - began
     return {
         "format": "vtw-calibration",
         "format_version": FORMAT_VERSION,
         "method": method.key,
-        "model": model_of(loaded),
-        "num_layers": depth,
+        "model": study.model(),
+        "num_layers": study.shape.depth,
         "withdrawal_layer": None,
         **{name: parameters.get(name) for name in method.searched},
         "chosen": None if chosen is None else chosen["name"],
@@ -134,22 +121,12 @@ def search(
             {"id": sample.id, "fingerprint": fingerprint, "task": sample.task}
             for sample, fingerprint in zip(mix.samples, mix.fingerprints, strict=True)
         ],
-        "data": list(mix.sources),
-        "skipped": mix.skipped,
-        "seed": options.seed,
-        "versions": versions(),
-        "run": run_of(loaded, timing, streamed=source.together),
+        **study.data(options.seed),
+        "run": study.run(streamed=False),
     }
 
 
-def measured(
-    loaded: LoadedModel,
-    source: LayerSource,
-    samples: Sequence[Sample],
-    asked: Sequence[Intervention],
-    options: CalibrateSection,
-    timing: dict[str, float],
-) -> list[dict[str, Any]]:
+def measured(study: Study[CalibrateSection], asked: Sequence[Intervention]) -> list[dict[str, Any]]:
     """What the sweep says of each sample: ``kl`` of every intervention asked for, and sizes of contribution.
 
     Returns:
@@ -158,13 +135,11 @@ def measured(
     """
 
     def work() -> dict[int, dict[str, Any]]:
-        mine = distributed.share(samples)
-        _, items = prepare(loaded, source, [sample for _, sample in mine], options, timing)
-        begun = time.perf_counter()
-        done = {}
-        with console.progress(
-            f"{source.depth} layers x {len(items)} samples", len(items) * source.depth
-        ) as bar:
+        mine = distributed.share(study.samples)
+        _, items = study.encode([sample for _, sample in mine])
+        source, done = study.source, {}
+        words = f"{source.depth} layers x {len(items)} samples"
+        with study.part("sweep"), console.progress(words, len(items) * source.depth) as bar:
             for (place, _), item in zip(mine, items, strict=True):
                 probe = LastRowProbe(_SINK_RATIO)
                 [outcome] = sweep(source, [item], list(asked), probes=[probe], progress=bar)
@@ -174,7 +149,6 @@ def measured(
                     "kl": outcome.kl.mean(1).tolist(),
                     "sizes": np.quantile(sizes, np.linspace(0, 1, 101)).tolist() if len(sizes) else [],
                 }
-        timing["sweep"] = time.perf_counter() - begun
         return done
 
     return distributed.gathered(work)
