@@ -409,10 +409,12 @@ class PrunedLayer(DynamicLayer):
         return self.seen
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """Length and offset of the masks the model makes: those of all tokens seen. Releases before 5.10 give the
-        positions of the queries in place of their number."""
+        """Length and offset of the masks the model makes: those of all tokens seen, or of a window's, since layers of
+        one kind share a mask and others may be the library's. Releases before 5.10 give the positions of the queries
+        in place of their number."""
         queries = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
-        return self.seen + queries, 0
+        seen = self.seen if self.window is None else min(self.seen, self.window - 1)
+        return seen + queries, self.seen - seen
 
     @property
     def awaited(self) -> bool:
