@@ -21,6 +21,7 @@ ROWS = {
     "visipruner": {
         "shallow_mid_layer": 2, "layer_threshold": 0.99, "tokens_threshold": 1.0, "exit_threshold": 0.7
     },
+    "fastv": {"layer": 3, "count": 4},
     "attention": {"layer": 3, "ratio": 0.5},
     "contribution": {"layer": 3, "ratio": 0.25},
     "random": {"layer": 3, "ratio": 0.5, "seed": 1},
