@@ -46,11 +46,11 @@ def cache_argument(module: nn.Module) -> str:
     Raises:
         VtwError: it takes none that is known.
     """
-    from vtwcli.runtime import pruning
+    from vtwcli.runtime import contract
 
     try:
-        return pruning.cache_argument(module)
-    except pruning.PruningError as error:
+        return contract.cache_argument(module)
+    except contract.PruningError as error:
         raise VtwError(str(error)) from error
 
 
