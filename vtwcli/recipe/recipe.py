@@ -275,13 +275,8 @@ class ExportSection(Section):
         return self
 
 
-# the steps of a run in order, each a section, with the steps whose results it uses where the recipe has them
-STEPS: dict[str, tuple[str, ...]] = {
-    "calibrate": (),
-    "analyze": (),
-    "eval": ("calibrate",),
-    "export": ("calibrate", "eval"),
-}
+STEPS = ("calibrate", "analyze", "budget", "eval", "export")
+"""The sections that are steps of a run, in order; what each does stands in ``pipeline.steps``."""
 
 
 def _short_source(value: Any) -> Any:
@@ -296,7 +291,7 @@ class Recipe(Section):
     """One file from model to verified artefact; every part has a default.
 
     A list under ``data`` holds data sources, each a mapping or the command line's short form. ``vtw run`` runs the
-    steps (``calibrate``, ``analyze``, ``eval``, ``export``) whose sections are there, be they empty.
+    steps (``calibrate``, ``analyze``, ``budget``, ``eval``, ``export``) whose sections are there, be they empty.
     """
 
     model: ModelSection = ModelSection()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtwcli.io import files
+from vtwcli.io import files, text
 from vtwcli.io.outputs import Outputs
 from vtwcli.methods import METHODS
 from vtwcli.report.plots import GREEN, save_figure
+from vtwcli.report.tables import markdown_table, terminal_table
 from vtwcli.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -47,37 +48,69 @@ def _best(result: dict[str, Any]) -> Schedule:
 def budget_view(result: dict[str, Any]) -> Group:
     """The terminal view: every schedule, the cheapest first, with the Pareto front marked."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("schedule", *COLUMNS, ""):
-        table.add_column(name, justify="left" if name in ("schedule", "") else "right", no_wrap=True)
+    rows, styles = [], []
     for row in sorted(result["candidates"], key=lambda row: (flops(result, row), row["kl"])):
-        marks = ["*" if row["pareto"] else " "] + (["best"] if row["name"] == result["best"] else [])
-        style = "bold green" if row["name"] == result["best"] else ("" if row["pareto"] else "dim")
-        table.add_row(*cells(result, row), " ".join(marks), style=style)
+        best = row["name"] == result["best"]
+        mark = "*" if row["pareto"] else " "
+        rows.append([*cells(result, row), f"{mark} best" if best else mark])
+        styles.append("bold green" if best else "" if row["pareto"] else "dim")
+    table = terminal_table(["schedule", *COLUMNS, ""], rows, ["schedule", ""], styles)
     return Group(table, Text(""), Text(budget_sentence(result)))
 
 
 def budget_sentence(result: dict[str, Any]) -> str:
     """What the table says in words: the front, and the best schedule within the budget."""
     cost, samples = result["cost"], sum(task["samples"] for task in result["tasks"].values())
-    text = (
+    words = (
         f"{len(result['candidates'])} schedules on {samples} samples; * marks the Pareto front: no other schedule is "
         f"both cheaper and closer to the full model. FLOPs ({cost['convention']}) of the prefill and "
         f"KV cache as shares of the full model's at {cost['visual_tokens']:.0f} visual + "
         f"{cost['text_tokens']:.0f} text tokens."
     )
+    return " ".join([words, *_within(result)])
+
+
+def budget_line(result: dict[str, Any]) -> str:
+    """What came out, in a line."""
+    count = f"{len(result['candidates'])} schedules, {len(result['pareto'])} of them on the Pareto front."
+    return " ".join([count, *_within(result)])
+
+
+def _within(result: dict[str, Any]) -> list[str]:
+    """A sentence on what fits into the budget, if there is a budget."""
     if result["max_flops"] is None:
-        return text
+        return []
     if result["best"] is None:
-        return f"{text} None costs at most {100 * result['max_flops']:.3g}%."
+        return [f"None costs at most {100 * result['max_flops']:.3g}%."]
     best = next(row for row in result["candidates"] if row["name"] == result["best"])
-    return (
-        f"{text} Best within {100 * result['max_flops']:.3g}%: {best['name']}, KL {best['kl']:.2e}, "
+    return [
+        f"Best within {100 * result['max_flops']:.3g}%: {best['name']}, KL {best['kl']:.2e}, "
         f"FLOPs {flops(result, best):.1%}."
-    )
+    ]
+
+
+def shortfall(result: dict[str, Any]) -> str | None:
+    """That there is a budget, and no schedule fits into it; None otherwise."""
+    if result["max_flops"] is None or result["best"] is not None:
+        return None
+    return f"no schedule costs at most {100 * result['max_flops']:.3g}% of the full model's prefill FLOPs"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The Pareto front in Markdown, for a job's summary page."""
+    rows = {row["name"]: row for row in result["candidates"]}
+    front = [cells(result, rows[name]) for name in result["pareto"]]
+    parts = [
+        f"## {text.markdown(result['model']['name'])}: methods compared",
+        markdown_table(["schedule", *COLUMNS], front),
+        text.paragraph(
+            f"The Pareto front of {len(rows)} schedules; prefill FLOPs ({result['cost']['convention']}) and KV cache "
+            "as shares of the full model's."
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def plot_budget(result: dict[str, Any], path: Path) -> None:

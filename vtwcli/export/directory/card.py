@@ -220,6 +220,7 @@ def _savings(schedule: Schedule, shape: TextShape) -> str:
 
 def _calibration(result: dict[str, Any], schedule: Schedule, picture: str | None) -> str:
     from vtwcli.report.calibration import calibration_sentence
+    from vtwcli.report.tables import markdown_table
 
     samples = sum(task["samples"] for task in result["tasks"].values())
     parts = [text.paragraph(f"Calibrated on {samples} samples. {calibration_sentence(result)}")]
@@ -234,7 +235,7 @@ def _calibration(result: dict[str, Any], schedule: Schedule, picture: str | None
             [name, str(task["samples"]), f"{task['kl'][k]:.2e}", f"{task['agreement'][k]:.1%}"]
             for name, task in result["tasks"].items()
         ]
-        table = text.table(["task", "samples", "KL at K (nats)", "top-1 agreement"], rows)
+        table = markdown_table(["task", "samples", "KL at K (nats)", "top-1 agreement"], rows)
         parts += [table, "KL(pruned ‖ full) of the next-token distributions, mean over samples."]
     return "\n\n".join(parts)
 
