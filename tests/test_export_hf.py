@@ -30,8 +30,8 @@ from vtwcli.export.directory.card import describe, front_matter
 from vtwcli.export.directory.manifest import check_files, read_manifest
 from vtwcli.export.hf import weights
 from vtwcli.export.hf.export import baked_schedule, export_hf
+from vtwcli.machine.libraries import versions
 from vtwcli.models.checkpoint import resolve
-from vtwcli.results.provenance import versions
 from vtwcli.runtime.pruning import TESTED
 from vtwcli.schedule.schedule import Schedule
 

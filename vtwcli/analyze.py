@@ -26,12 +26,13 @@ from vtwcli.io import console
 from vtwcli.judge import policies, stages
 from vtwcli.judge.kl import is_distribution, not_finite
 from vtwcli.machine import distributed
+from vtwcli.machine.libraries import versions
 from vtwcli.measure.preparation import check_model, check_options, open_model, prepare, read_samples
 from vtwcli.models.geometry import token_boxes
 from vtwcli.models.inputs import Encoded
 from vtwcli.models.loading import LoadedModel
 from vtwcli.recipe.recipe import AnalyzeSection, CalibrateSection, ModelSection
-from vtwcli.results.provenance import model_of, provenance_of, run_of, versions
+from vtwcli.results.provenance import model_of, provenance_of, run_of
 from vtwcli.sweep.layers import LayerSource
 from vtwcli.sweep.probes import LastRow, LastRowProbe
 from vtwcli.sweep.sweep import Intervention, ItemResult, sweep

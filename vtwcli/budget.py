@@ -12,11 +12,12 @@ from typing import Any
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import UsageError
 from vtwcli.judge.flops import TextShape
+from vtwcli.machine.libraries import versions
 from vtwcli.measure.candidates import Candidate, described, flops_of, pareto, token_counts, tried
 from vtwcli.measure.preparation import check_model, load_model, read_samples
 from vtwcli.methods import visipruner, vtw
 from vtwcli.recipe.recipe import BudgetSection, ModelSection, ScheduleSection
-from vtwcli.results.provenance import model_of, run_of, versions
+from vtwcli.results.provenance import model_of, run_of
 from vtwcli.schedule.schedule import Action, Keep, Schedule, Select, Withdraw
 
 FORMAT_VERSION = 1

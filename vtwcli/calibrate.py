@@ -27,12 +27,13 @@ from vtwcli.judge.flops import (
     tokens_with_withdrawal,
 )
 from vtwcli.machine import distributed
+from vtwcli.machine.libraries import versions
 from vtwcli.measure import visipruner as calibrate_visipruner
 from vtwcli.measure.preparation import check_model, check_options, open_model, prepare, read_samples
 from vtwcli.models.inputs import Encoded
 from vtwcli.models.loading import LoadedModel
 from vtwcli.recipe.recipe import CalibrateSection, ModelSection, Policy, ScheduleSection
-from vtwcli.results.provenance import model_of, provenance_of, run_of, versions
+from vtwcli.results.provenance import model_of, provenance_of, run_of
 from vtwcli.results.resume import Keep, kept, key_of, stamp
 from vtwcli.schedule.schedule import Schedule
 from vtwcli.sweep.layers import LayerSource

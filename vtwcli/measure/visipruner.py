@@ -25,12 +25,13 @@ from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io import console
 from vtwcli.judge.flops import TextShape
 from vtwcli.machine import distributed
+from vtwcli.machine.libraries import versions
 from vtwcli.measure.candidates import Candidate, described, flops_of, pareto, token_counts, tried
 from vtwcli.measure.preparation import check_model, check_options, open_model, prepare, read_samples
 from vtwcli.methods import visipruner
 from vtwcli.models.loading import LoadedModel
 from vtwcli.recipe.recipe import CalibrateSection, ModelSection, ScheduleSection
-from vtwcli.results.provenance import model_of, provenance_of, run_of, versions
+from vtwcli.results.provenance import model_of, provenance_of, run_of
 from vtwcli.sweep.layers import LayerSource
 from vtwcli.sweep.probes import LastRowProbe
 from vtwcli.sweep.sweep import Intervention, sweep

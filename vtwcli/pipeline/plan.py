@@ -26,6 +26,7 @@ from vtwcli.io.outputs import (
 )
 from vtwcli.judge import gates
 from vtwcli.machine.distributed import is_main
+from vtwcli.machine.libraries import versions
 from vtwcli.pipeline.fingerprint import data_records, digest, file_digest, model_record
 from vtwcli.pipeline.run import (
     FILES,
@@ -46,7 +47,6 @@ from vtwcli.pipeline.run import (
 from vtwcli.pipeline.steps import KINDS, RUNNERS, steps_of
 from vtwcli.recipe.recipe import STEPS, Recipe
 from vtwcli.recipe.schedules import schedule_of
-from vtwcli.results.provenance import versions
 
 
 def prepare(
