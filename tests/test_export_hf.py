@@ -32,8 +32,8 @@ from vtwcli.export.directory.manifest import check_files, read_manifest
 from vtwcli.export.hf import weights
 from vtwcli.export.hf.export import baked_schedule, export_hf
 from vtwcli.export.hf.remote import travelling_code
+from vtwcli.machine.libraries import versions
 from vtwcli.models.checkpoint import resolve
-from vtwcli.results.provenance import versions
 from vtwcli.runtime.contract import TESTED
 from vtwcli.schedule.schedule import Schedule
 

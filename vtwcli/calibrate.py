@@ -25,12 +25,12 @@ from vtwcli.judge.flops import (
     tokens_with_withdrawal,
 )
 from vtwcli.machine import distributed
+from vtwcli.machine.libraries import versions
 from vtwcli.measure.search import search
 from vtwcli.measure.study import Study
 from vtwcli.methods import METHODS
 from vtwcli.models.inputs import Encoded
 from vtwcli.recipe.recipe import CalibrateSection, ModelSection, Policy, ScheduleSection
-from vtwcli.results.provenance import versions
 from vtwcli.results.resume import Keep, kept, key_of, stamp
 from vtwcli.schedule.schedule import Schedule
 from vtwcli.sweep.sweep import ItemResult, sweep

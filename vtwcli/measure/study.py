@@ -19,13 +19,14 @@ from vtwcli.io import console
 from vtwcli.judge import policies
 from vtwcli.judge.flops import TextShape
 from vtwcli.machine import distributed
+from vtwcli.machine.libraries import versions
 from vtwcli.measure.candidates import Tried, tried
 from vtwcli.measure.samples import SampleOptions, check_model, load_model, read_samples
 from vtwcli.methods.method import Candidate, Shape
 from vtwcli.models.inputs import Encoded, UnusableSampleError, answer_ids, encode, generate_answers
 from vtwcli.models.loading import LoadedModel, fits
 from vtwcli.recipe.recipe import ModelSection
-from vtwcli.results.provenance import model_of, provenance_of, run_of, versions
+from vtwcli.results.provenance import model_of, provenance_of, run_of
 from vtwcli.sweep.layers import LayerSource, Resident
 from vtwcli.sweep.streaming import Streamed
 from vtwcli.sweep.sweep import SweepItem

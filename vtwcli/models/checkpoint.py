@@ -22,6 +22,7 @@ import torch
 
 from vtwcli.errors import NotFoundError
 from vtwcli.io import console, files
+from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.models.broken_torchvision import hide_if_broken
 from vtwcli.models.families import FAMILIES, Family, family_of, placeholder_ids, supported
 from vtwcli.models.jsonfiles import CONFIG, GENERATION, check_sizes, numbers, read_json
@@ -366,38 +367,6 @@ def _computed_buffers(model: PreTrainedModel) -> list[tuple[Any, str, torch.Tens
         if leaf in module._non_persistent_buffers_set:
             found.append((module, leaf, buffer))
     return found
-
-
-@contextmanager
-def quiet_libraries(bars: bool = False) -> Iterator[None]:
-    """Hold back the warnings of transformers and huggingface_hub unless ``--verbose``; errors come through.
-
-    Transformers does not ask on the terminal whether a directory's code may run: --trust-remote-code has said it.
-
-    Args:
-        bars: leave their progress bars on.
-    """
-    from huggingface_hub.utils import logging as hub
-    from transformers import dynamic_module_utils
-    from transformers.utils import logging
-
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
-    if console.settings.verbose:
-        yield
-        return
-    level, hub_level = logging.get_verbosity(), hub.get_verbosity()
-    hide = logging.is_progress_bar_enabled() and not bars
-    logging.set_verbosity_error()
-    hub.set_verbosity_error()
-    if hide:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        hub.set_verbosity(hub_level)
-        if hide:
-            logging.enable_progress_bar()
 
 
 def _weights_entry(path: Path, config: Any, name: str) -> Path:

@@ -16,6 +16,7 @@ from vtwcli.errors import UsageError, VtwError
 from vtwcli.io import console, documents, files
 from vtwcli.io.outputs import Inputs, check_no_input, inputs_of, is_ours, same_file
 from vtwcli.machine.distributed import is_main
+from vtwcli.machine.libraries import versions
 from vtwcli.pipeline.fingerprint import data_records, digest, file_digest, model_record
 from vtwcli.pipeline.run import (
     KEPT,
@@ -34,7 +35,6 @@ from vtwcli.pipeline.run import (
 )
 from vtwcli.pipeline.steps import STEPS, is_run_file, steps_of
 from vtwcli.recipe.recipe import Recipe
-from vtwcli.results.provenance import versions
 
 
 def prepare(

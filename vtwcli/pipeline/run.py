@@ -19,8 +19,8 @@ from vtwcli.io import documents, files
 from vtwcli.io.documents import Section
 from vtwcli.io.outputs import Inputs, Outputs, is_ours
 from vtwcli.machine.distributed import is_main
+from vtwcli.machine.libraries import versions
 from vtwcli.recipe.recipe import STEPS, Recipe
-from vtwcli.results.provenance import versions
 
 if TYPE_CHECKING:
     from vtwcli.analyze import Analysis

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from vtwcli.errors import UsageError
-from vtwcli.io.console import peak_resident
 from vtwcli.judge.kl import divergence, log_probabilities
+from vtwcli.machine.memory import peak_memory
 from vtwcli.sweep.layers import Capture, LayerSource, Resident
 from vtwcli.sweep.walk import AttentionRows, Intervention, LayerView, Probe, Walk, as_bool, explicit, readable
 
@@ -30,7 +30,6 @@ __all__ = [
     "Resident",
     "SweepItem",
     "naive",
-    "peak_memory",
     "sweep",
 ]
 
@@ -88,14 +87,6 @@ class ItemResult:
     suffix: int
     seconds: float
     memory: dict[str, int]
-
-
-def peak_memory() -> dict[str, int]:
-    """Peak memory of this process in bytes: ``rss`` resident, and ``cuda`` allocated by torch where CUDA was used."""
-    memory = {"rss": peak_resident()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        memory["cuda"] = torch.cuda.max_memory_allocated()
-    return memory
 
 
 @torch.no_grad()
