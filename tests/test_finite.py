@@ -26,9 +26,10 @@ from vtwcli.measure.study import Study
 from vtwcli.models.checkpoint import resolve
 from vtwcli.models.loading import load
 from vtwcli.recipe.recipe import AnalyzeSection, BudgetSection, CalibrateSection, EvalSection, ModelSection
+from vtwcli.schedule.intervention import Intervention
 from vtwcli.schedule.schedule import Schedule
 from vtwcli.sweep.layers import Resident
-from vtwcli.sweep.sweep import Intervention, sweep
+from vtwcli.sweep.sweep import sweep
 
 NAN, INF = float("nan"), float("inf")
 DOWN = "model.language_model.layers.{}.mlp.down_proj.weight"

@@ -31,9 +31,10 @@ from vtwcli.models.geometry import token_boxes
 from vtwcli.models.inputs import Encoded
 from vtwcli.models.loading import LoadedModel
 from vtwcli.recipe.recipe import AnalyzeSection, CalibrateSection, ModelSection
+from vtwcli.schedule.intervention import Intervention
 from vtwcli.sweep.layers import LayerSource
 from vtwcli.sweep.probes import LastRow, LastRowProbe
-from vtwcli.sweep.sweep import Intervention, ItemResult, sweep
+from vtwcli.sweep.sweep import ItemResult, sweep
 
 FORMAT_VERSION = 1
 _SHARED = ("limit", "seed", "skip_bad", "positions", "answers", "max_new_tokens")
