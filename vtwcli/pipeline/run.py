@@ -15,7 +15,7 @@ from pydantic import Field
 
 from vtwcli.data.spec import is_path
 from vtwcli.errors import UsageError
-from vtwcli.io import documents, files
+from vtwcli.io import documents, files, staging
 from vtwcli.io.documents import Section
 from vtwcli.io.outputs import is_ours
 from vtwcli.machine.distributed import is_main
@@ -119,7 +119,7 @@ def is_run_file(name: str) -> bool:
         *(Path(file).parts[0] for step in FILES.values() for file in step.values()),
     }
     partial = any(re.fullmatch(rf"\.{re.escape(state)}\.\d+", name) for state in STATES.values())
-    return name in names or partial or files.is_stage(name)
+    return name in names or partial or staging.is_stage(name)
 
 
 @contextmanager
@@ -137,14 +137,14 @@ def alone(run: Run) -> Iterator[None]:
     )
     with ExitStack() as stack:
         try:
-            stack.enter_context(files.claimed(run.folder / LOCK, busy))
+            stack.enter_context(staging.claimed(run.folder / LOCK, busy))
         except OSError as error:
             raise files.cannot_write(run.folder, error) from None
-        if files.signature(run.folder / RUN) != run.seen:
+        if staging.signature(run.folder / RUN) != run.seen:
             raise UsageError(
                 f"another vtw run has changed {run.folder} meanwhile", "run again to go on from there"
             )
-        files.sweep(run.folder / RUN, everything=True)
+        staging.sweep(run.folder / RUN, everything=True)
         yield
 
 
@@ -185,7 +185,7 @@ class Run:
     failure: str | None = None
     file: Path | None = None
     owned: frozenset[Path] = frozenset()
-    seen: files.Signature | None = None
+    seen: staging.Signature | None = None
     finished: bool = False
 
     def document(self) -> dict[str, Any]:
