@@ -16,8 +16,8 @@ from pydantic import Field
 from vtwcli.data.spec import is_path
 from vtwcli.errors import UsageError
 from vtwcli.io import documents, files, staging
-from vtwcli.io.documents import Section
 from vtwcli.io.outputs import is_ours
+from vtwcli.io.section import Section
 from vtwcli.machine.distributed import is_main
 from vtwcli.machine.libraries import versions
 from vtwcli.recipe.recipe import STEPS, Recipe

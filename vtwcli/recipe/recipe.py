@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from vtwcli.data.spec import DataSpec, is_path
 from vtwcli.errors import UsageError
-from vtwcli.io.documents import Section
+from vtwcli.io.section import Section
 
 
 class ModelSection(Section):
