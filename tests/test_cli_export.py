@@ -24,7 +24,7 @@ from vtwcli.export.hf import export as hf
 from vtwcli.export.hf.export import baked_schedule
 from vtwcli.io import staging
 from vtwcli.models.checkpoint import resolve
-from vtwcli.runtime.pruning import TESTED
+from vtwcli.runtime.contract import TESTED
 from vtwcli.schedule.schedule import Schedule
 
 

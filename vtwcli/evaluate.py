@@ -25,7 +25,7 @@ from vtwcli.machine.libraries import versions
 from vtwcli.machine.memory import peak_memory
 from vtwcli.measure.answers import Answer, flops_ratio, full_answers, kv_ratio, spent
 from vtwcli.measure.costs import latencies, peak_of
-from vtwcli.measure.preparation import read_samples
+from vtwcli.measure.samples import read_samples
 from vtwcli.measure.variants import (
     FULL,
     Scheduled,

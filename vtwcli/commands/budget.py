@@ -109,8 +109,5 @@ def budget(
         report_budget.write_budget(result, outputs)
         show(result, report_budget.budget_view, outputs, as_json)
     finish()
-    if options.max_flops is not None and result["best"] is None and is_main():
-        raise GateError(
-            f"no schedule costs at most {100 * options.max_flops:.3g}% of the full model's prefill FLOPs",
-            "a larger --max-flops, or smaller --ratios",
-        )
+    if (missed := report_budget.shortfall(result)) and is_main():
+        raise GateError(missed, "a larger --max-flops, or smaller --ratios")

@@ -60,47 +60,47 @@ def run(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run a recipe: calibrate, analyze, eval, export, whichever sections it has.
+    """Run a recipe: calibrate, analyze, budget, eval, export, whichever sections it has.
 
     Steps whose inputs (section, model, data, tool, earlier steps) have not
     changed are kept, so an interrupted run continues. The export is made
-    aside, verified, and published last. Exit code 3 when no layer qualifies
-    or a gate fails; then nothing is exported.
+    aside, verified, and published last. Exit code 3 when no layer qualifies,
+    no schedule fits the budget or a gate fails; then nothing is exported.
     """
     begin(quiet, verbose)
     from vtwcli.machine.distributed import finish, is_main
-    from vtwcli.pipeline import plan as pipeline
-    from vtwcli.pipeline import summary as report_run
+    from vtwcli.pipeline.plan import execute, prepare
     from vtwcli.pipeline.run import alone
+    from vtwcli.pipeline.summary import check_summary, plan_view, summary_view, write_summary
 
     loaded = recipe_of({"recipe": recipe, "sets": sets, "trust_remote_code": trust_remote_code})
     folder = output or Path(loaded.output or f"vtw-run-{recipe.stem}")
     text = recipe.read_text(encoding="utf-8")
-    work = pipeline.prepare(loaded, folder, text=text, only=only or (), start=start, force=force, file=recipe)
+    work = prepare(loaded, folder, text=text, only=only or (), start=start, force=force, file=recipe)
     if summary is not None:
-        report_run.check_summary(summary, work)
+        check_summary(summary, work)
     if dry_run:
         if as_json:
             console.result_text(document(work.document()))
         else:
-            console.result_text(report_run.plan_view(work))
+            console.result_text(plan_view(work))
         return
-    console.note(report_run.plan_view(work))
+    console.note(plan_view(work))
     with alone(work):
         try:
-            found = pipeline.execute(work)
+            found = execute(work)
         except BaseException:
             if is_main():
                 with console.not_worth_failing("the summary cannot be written"):
-                    report_run.write_summary(work, summary)
+                    write_summary(work, summary)
             raise
         if is_main():
-            report_run.write_summary(work, summary)
+            write_summary(work, summary)
     if is_main():
         if as_json:
             console.result_text(document(found))
         else:
-            console.result_text(report_run.summary_view(work))
+            console.result_text(summary_view(work))
     finish()
     if work.failure and is_main():
         earlier = f"; {folder / 'model'} is of an earlier run" if (folder / "model").exists() else ""

@@ -236,7 +236,10 @@ def _problems(
 
 def _described(one: Any, node: Any, model: type[BaseModel]) -> tuple[Location, str, str | None]:
     """Of one of a validation's errors the place in the document, the message and the hint."""
-    location = _in_document(one["loc"], node, one["type"] in ("extra_forbidden", "missing"))
+    context = one.get("ctx", {})  # a check of a section as a whole says which key below it is meant
+    value = context.get("given", one["input"])
+    location = (*one["loc"], *context.get("below", ()))
+    location = _in_document(location, node, one["type"] in ("extra_forbidden", "missing"))
     if one["type"] == "extra_forbidden":
         near = nearest(str(location[-1]), _known_keys(model, location[:-1]))
         return location, f"unknown key {str(location[-1])!r}", f"did you mean {near!r}?" if near else None
@@ -250,8 +253,8 @@ def _described(one: Any, node: Any, model: type[BaseModel]) -> tuple[Location, s
         return (*location, tag), message, None
     message = one["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
     message = message[:1].lower() + message[1:]
-    if isinstance(one["input"], str | int | float | bool):
-        message += f", got {_short(one['input'])}"
+    if isinstance(value, str | int | float | bool):
+        message += f", got {_short(value)}"
     return location, message, None
 
 

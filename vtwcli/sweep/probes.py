@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtwcli.runtime import pruning
+from vtwcli.runtime.scores import last_row_numbers
 from vtwcli.sweep.walk import LayerView
 
 
@@ -125,7 +125,7 @@ class LastRowProbe:
         mass = masses(weights, visual, view.attended.to(weights.device))
         spread = entropy(weights, visual)
         # the very numbers that a dynamic schedule decides by
-        numbers = pruning._last_row_numbers(weights, rows.values)
+        numbers = last_row_numbers(weights, rows.values)
         norms = value_norms(rows.values)
         sink = sinks(numbers["attention"], visual, self.sink_ratio)
         for b in range(len(visual)):

@@ -114,13 +114,20 @@ def publish(target: Path, force: bool, inputs: Inputs = ()) -> Iterator[Path]:
         UsageError: see ``check_target``; or the place was taken meanwhile, and the message says what is where.
         VtwError: the file system refuses.
     """
+    with aside(target, force, inputs) as made:
+        made.mkdir()
+        yield made
+
+
+@contextmanager
+def aside(target: Path, force: bool, inputs: Inputs = ()) -> Iterator[Path]:
+    """``publish`` for what makes the directory itself: a name like ``target``'s, at which there is nothing yet."""
     target = target.absolute()
     staging.sweep(target)
     check_target(target, force, inputs)
     try:
         with staging.staged(target) as new:
             made = new / target.name
-            made.mkdir()
             yield made
             with staging.alone_in([target.parent]):
                 _move(made, target, force, inputs)
