@@ -571,7 +571,7 @@ def test_kill_leaves_nothing_or_the_whole(tiny_dir, tmp_path):
 def test_kill_while_replacing_leaves_the_old_or_the_new(tiny_dir, tmp_path, monkeypatch, renames):
     target = tmp_path / "out"
     export_hf(str(tiny_dir), SCHEDULE, target)
-    exchange = publishing._exchange
+    exchange = publishing.exchange
 
     def dying(one: Path, other: Path) -> bool:
         if renames == 0:
@@ -581,7 +581,7 @@ def test_kill_while_replacing_leaves_the_old_or_the_new(tiny_dir, tmp_path, monk
             os.kill(os.getpid(), signal.SIGKILL)
         return True
 
-    monkeypatch.setattr(publishing, "_exchange", dying)
+    monkeypatch.setattr(publishing, "exchange", dying)
     process = in_child(lambda: export_hf(str(tiny_dir), Schedule.withdraw_at(2), target, force=True))
     process.join()
     assert process.exitcode == (0 if renames == 2 else -signal.SIGKILL)
@@ -591,7 +591,7 @@ def test_kill_while_replacing_leaves_the_old_or_the_new(tiny_dir, tmp_path, monk
 
 def test_replacing_works_where_directories_cannot_be_exchanged(tiny_dir, tmp_path, monkeypatch):
     export_hf(str(tiny_dir), SCHEDULE, tmp_path / "out")
-    monkeypatch.setattr(publishing, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(publishing, "exchange", lambda one, other: False)
     export_hf(str(tiny_dir), Schedule.withdraw_at(2), tmp_path / "out", force=True)
     check_files(tmp_path / "out", read_manifest(tmp_path / "out"))
     assert nothing_left(tmp_path, "out")

@@ -35,3 +35,11 @@ class NotFoundError(VtwError):
     """A model or data set that is missing, unreachable, unreadable or unsupported."""
 
     exit_code = 4
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, with the next where it ends in a colon; its type where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

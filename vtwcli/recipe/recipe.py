@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from vtwcli.data.spec import DataSpec, is_path
 from vtwcli.errors import UsageError
-from vtwcli.io.documents import Section
+from vtwcli.io.section import Section
 from vtwcli.methods import METHODS
 from vtwcli.methods.method import Method
 from vtwcli.methods.visipruner import Rule

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from vtwcli.data.sample import Sample
-from vtwcli.errors import GateError, NotFoundError, UsageError, VtwError
+from vtwcli.errors import GateError, NotFoundError, UsageError, VtwError, first_line
 from vtwcli.export.directory.manifest import at_hand, check_files, file_totals, read_manifest
 from vtwcli.export.directory.own_code import read_own_code
 from vtwcli.export.onnx.companions import scripts
 from vtwcli.io import console
-from vtwcli.models.checkpoint import Checkpoint, first_line, read_config, resolve
+from vtwcli.models.checkpoint import Checkpoint, read_config, resolve
 from vtwcli.models.inputs import encode
 from vtwcli.models.loading import LoadedModel, choose_device, load_processor
 from vtwcli.ort import FORMAT, OnnxModel, has_device
