@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from vtwcli.errors import NotFoundError, UsageError, VtwError
+from vtwcli.errors import NotFoundError, UsageError, VtwError, first_line
 from vtwcli.machine import distributed
 from vtwcli.models.broken_torchvision import advice as torchvision_advice
 from vtwcli.models.broken_torchvision import hide_if_broken
-from vtwcli.models.checkpoint import Checkpoint, first_line, quiet_libraries, resolve
+from vtwcli.models.checkpoint import Checkpoint, quiet_libraries, resolve
 from vtwcli.models.families import Family, placeholder_ids
 from vtwcli.models.jsonfiles import CONFIG, GENERATION, PROCESSOR, TEMPLATES, TOKENIZER, broken
 
