@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests import reference, slow_schedule
-from tests.test_calibrate import launch
+from tests.cli import launch
 from vtwcli.analyze import analyze, interventions, shares_sweep
 from vtwcli.calibrate import calibrate
 from vtwcli.cli import build

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_calibrate import data  # noqa: F401  (the fixture)
 from vtwcli.export.directory.manifest import check_files, read_manifest
 
 DATA = ("--data", "data/rows.jsonl", "--limit", "1", "--max-new-tokens", "2")
@@ -87,7 +86,7 @@ def start(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny_dir, data, tmp_path_factory):  # noqa: F811
+def prepared(tiny_dir, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     shutil.copytree(tiny_dir, folder / "model")
     shutil.copytree(data.parent, folder / "data")

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from tests.cli import vtw
-from tests.test_calibrate import data  # noqa: F401  (the fixture)
 from vtwcli.calibrate import calibrate
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import VtwError
@@ -34,7 +33,7 @@ STEPS = ("calibrate", "eval", "export")
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_dir, data, tmp_path_factory):  # noqa: F811
+def finished(tiny_dir, data, tmp_path_factory):
     """A directory with model, data, recipe and the results of one run; read-only."""
     folder = tmp_path_factory.mktemp("run")
     shutil.copytree(tiny_dir, folder / "model")

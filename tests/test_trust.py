@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.cli import vtw
-from tests.test_calibrate import data  # noqa: F401  (the fixture)
 from vtwcli.errors import UsageError
 from vtwcli.export.directory import own_code
 from vtwcli.export.directory.manifest import MANIFEST, file_entries
@@ -214,7 +213,7 @@ def test_an_export_leads_to_no_code_of_its_base(tiny_dir, tmp_path):
     assert verify(tmp_path / "export", device="cpu", max_new_tokens=2)["files"]["unlisted"] == []
 
 
-def test_other_commands_do_not_ask_either(tiny_dir, data, tmp_path, proof, monkeypatch):  # noqa: F811
+def test_other_commands_do_not_ask_either(tiny_dir, data, tmp_path, proof, monkeypatch):
     """Where transformers has no class of its own it would ask on the terminal, and somebody's "y" may lie there."""
     model = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
     (model / "evil.py").write_text(code(proof))
