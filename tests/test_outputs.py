@@ -687,7 +687,7 @@ KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 MOMENTS = {
     "calibrate, drawing": (
         ("calibrate", "model", "--data", "data/rows.jsonl", *QUICK, "--output", "k.json"),
-        f"from vtwcli import report_calibrate as m\nm.plot_calibration = lambda *_: {KILL}",
+        f"from vtwcli.report import calibration as m\nm.plot_calibration = lambda *_: {KILL}",
     ),
     "export, at the end": (
         ("export", "model", "--layer", 3, "--dtype", "bfloat16", "--output", "out"),
@@ -707,11 +707,11 @@ MOMENTS = {
     ),
     "run, drawing": (
         ("run", "r.yaml", "--output", "out"),
-        f"from vtwcli import report_calibrate as m\nm.plot_calibration = lambda *_: {KILL}",
+        f"from vtwcli.report import calibration as m\nm.plot_calibration = lambda *_: {KILL}",
     ),
     "run, at the beginning": (
         ("run", "r.yaml", "--output", "out"),
-        f"from vtwcli import pipeline as m\nm.resolved = lambda *_: {KILL}",
+        f"from vtwcli.pipeline import plan as m\nm.resolved = lambda *_: {KILL}",
     ),
 }
 
@@ -743,7 +743,7 @@ def test_a_set_that_was_ready_is_put_in_place_by_the_next_run(here, after, force
         assert vtw(*command).code == 0
         seeds = ["--seed", 2, "--force"]
     hook = (
-        "from vtwcli import files as m\nreal, count = m._move, []\n"
+        "from vtwcli.io import files as m\nreal, count = m._move, []\n"
         "def move(*given):\n"
         f"    if len(count) == {after}: {KILL}\n"
         "    count.append(1)\n"
