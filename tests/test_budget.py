@@ -16,8 +16,10 @@ from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io.outputs import Outputs
 from vtwcli.judge.flops import CONVENTIONS, TextShape, prefill_cost
-from vtwcli.measure import visipruner as calibrate_visipruner
 from vtwcli.measure.candidates import pareto
+from vtwcli.measure.search import accepted, choice
+from vtwcli.methods.method import Answers, Shape
+from vtwcli.methods.visipruner import shallow_boundary
 from vtwcli.models.inputs import encode, generate_answers
 from vtwcli.models.loading import load
 from vtwcli.recipe.recipe import BudgetSection, CalibrateSection, ModelSection, Recipe
@@ -129,14 +131,14 @@ def test_of_equal_schedules_the_front_holds_one():
 def test_candidates_fit_every_depth():
     for depth in (4, 6, 12, 32):
         for first in (0, 3):
-            found = candidates(depth, first)
+            found = candidates(Shape(depth, first))
             assert len({one.name for one in found}) == len(found)
             for one in found:
                 one.schedule.check_depth(depth, first)
-    names = [one.name for one in candidates(32, 0)]
+    names = [one.name for one in candidates(Shape(32))]
     assert {"K=0", "K=31", "visipruner S=6 t=0.2", "attention 25%, K=16", "random 10%"} <= set(names)
     with pytest.raises(UsageError, match="--keep-layer: 9 is not a layer of the model"):
-        candidates(6, 0, section(keep_layer=9))
+        candidates(Shape(6), section(keep_layer=9))
 
 
 def test_budget_is_deterministic_and_describes_itself(compared, tiny_dir, data):  # noqa: F811
@@ -235,7 +237,7 @@ def test_boundary_is_the_first_layer_that_costs_more_than_eta():
     mean = np.mean(list(curves.values()), axis=0)
 
     def found(eta, policy):
-        return calibrate_visipruner.shallow_boundary(mean, curves, options(eta=eta, policy=policy))
+        return shallow_boundary(Answers(mean, curves, (), eta, policy == "worst-task"))
 
     assert found(0.15, "paper") == 2
     assert found(0.15, "worst-task") == 1
@@ -266,9 +268,9 @@ def test_choice_under_a_budget_and_under_eta(calibrated):
     assert Schedule.from_dict(calibrated["schedule"]).provenance["method"] == "visipruner"
     eta = sorted(row["worst_kl"] for row in rows)[len(rows) // 2]
     wanted = options(eta=eta)
-    judged = [{**row, "accepted": calibrate_visipruner.accepted(row, wanted)} for row in rows]
+    judged = [{**row, "accepted": accepted(row, wanted)} for row in rows]
     assert sum(row["accepted"] for row in judged) >= len(rows) // 2
-    cheapest = calibrate_visipruner.choice(judged, wanted)
+    cheapest = choice(judged, wanted)
     assert cheapest["worst_kl"] <= eta
     assert all(
         row["flops_ratio"]["flops"] >= cheapest["flops_ratio"]["flops"]
@@ -276,7 +278,7 @@ def test_choice_under_a_budget_and_under_eta(calibrated):
         if row["worst_kl"] <= eta
     )
     never = [{**row, "accepted": False} for row in rows]
-    assert calibrate_visipruner.choice(never, wanted) is None
+    assert choice(never, wanted) is None
 
 
 def test_visipruner_calibration_is_deterministic_with_files_and_views(calibrated, tiny_dir, data, tmp_path):  # noqa: F811

@@ -11,7 +11,7 @@ from tests.test_calibrate import data  # noqa: F401  (the fixture)
 from tests.test_cli_export import exported, vtw  # noqa: F401  (fixtures)
 from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
-from vtwcli.methods import visipruner
+from vtwcli.methods.visipruner import VisiPruner
 
 FAST = ("--limit", 2, "--max-new-tokens", 3, "--bootstrap", 0, "--no-timing")
 
@@ -80,7 +80,7 @@ def test_samples_of_another_methods_calibration_are_left_out(vtw, tiny_dir, data
     mix = load_data([DataSpec(source=str(data))], limit=2, seed=0)
     result = {
         "format": "vtw-calibration", "method": "visipruner", "num_layers": 6,
-        "schedule": visipruner.schedule(shallow_mid_layer=2).to_dict(),
+        "schedule": VisiPruner(shallow_mid_layer=2).schedule().to_dict(),
         "samples": [{"id": "0", "fingerprint": mix.fingerprints[1], "task": "colour"}],
     }  # fmt: skip
     Path("v.json").write_text(json.dumps(result))

@@ -22,13 +22,14 @@ from vtwcli.export.hf.export import export_hf
 from vtwcli.export.onnx.export import export_onnx
 from vtwcli.io import files
 from vtwcli.judge.kl import check_hidden, divergence, log_probabilities
-from vtwcli.measure.preparation import prepare
+from vtwcli.measure.study import Study
 from vtwcli.models.checkpoint import resolve
 from vtwcli.models.loading import load
 from vtwcli.recipe.recipe import AnalyzeSection, BudgetSection, CalibrateSection, EvalSection, ModelSection
+from vtwcli.schedule.intervention import Intervention
 from vtwcli.schedule.schedule import Schedule
 from vtwcli.sweep.layers import Resident
-from vtwcli.sweep.sweep import Intervention, sweep
+from vtwcli.sweep.sweep import sweep
 
 NAN, INF = float("nan"), float("inf")
 DOWN = "model.language_model.layers.{}.mlp.down_proj.weight"
@@ -188,7 +189,9 @@ def test_a_masked_vocabulary_has_the_kl_of_the_rest(tiny_dir, data):  # noqa: F8
     samples = load_data([DataSpec(source=str(data))], limit=1, seed=0).samples
     options = CalibrateSection(positions="first")
     source = Resident(loaded.model, loaded.family)
-    _, items = prepare(loaded, source, samples, options, {})
+    _, items = Study(loaded, load_data([DataSpec(source=str(data))], limit=1, seed=0), options, False).encode(
+        samples
+    )
     tried = [Intervention("withdraw", k) for k in range(3)]
 
     def mask(value):

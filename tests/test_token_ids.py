@@ -109,8 +109,9 @@ def test_a_placeholder_outside_is_fine_where_the_model_replaces_it(name):
     from vtwcli.data.sample import Sample
     from vtwcli.models import inputs
     from vtwcli.models.loading import LoadedModel
+    from vtwcli.schedule.intervention import Intervention
     from vtwcli.sweep.layers import Resident
-    from vtwcli.sweep.sweep import Intervention, SweepItem, sweep
+    from vtwcli.sweep.sweep import SweepItem, sweep
 
     model, batch = tiny.TINY[name].build(), tiny.TINY[name].batch(["t3 i t4"])
     ids, old, family = batch["input_ids"], model.config.image_token_id, FAMILIES[name]

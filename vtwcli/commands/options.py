@@ -15,9 +15,9 @@ import typer
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import UsageError
 from vtwcli.io import console
-from vtwcli.io.documents import Section
 from vtwcli.io.files import document, present
 from vtwcli.io.outputs import Inputs, Outputs, inputs_of
+from vtwcli.io.section import Section
 from vtwcli.recipe.recipe import ModelSection, Recipe, ScheduleSection
 from vtwcli.recipe.settings import section_of
 
@@ -41,7 +41,9 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
     from vtwcli.recipe.settings import load_recipe
 
     trusted = bool(given.get("trust_remote_code"))
-    return load_recipe(given.get("recipe"), given.get("sets") or (), os.environ, trusted)
+    # calibrate's --method is an option of its own section
+    method = given.get("method") if "shallow_mid_layer" in given else None
+    return load_recipe(given.get("recipe"), given.get("sets") or (), os.environ, trusted, method)
 
 
 def model_of(given: dict[str, Any], recipe: Recipe) -> ModelSection:

@@ -18,7 +18,7 @@ from vtwcli.export.hf.export import CALIBRATION, baked_schedule
 from vtwcli.machine import distributed
 from vtwcli.measure import costs
 from vtwcli.measure.answers import Answer, Full, compared, schedule_answers
-from vtwcli.measure.preparation import check_model, load_model
+from vtwcli.measure.samples import check_model, load_model
 from vtwcli.models.inputs import plain_generation
 from vtwcli.models.loading import LoadedModel, choose_device
 from vtwcli.recipe.recipe import EvalSection, ModelSection

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from vtwcli.errors import NotFoundError, UsageError, VtwError
-from vtwcli.machine import distributed
+from vtwcli.errors import NotFoundError, UsageError, VtwError, first_line
+from vtwcli.machine.libraries import quiet_libraries
+from vtwcli.machine.memory import memory_available
 from vtwcli.models.broken_torchvision import advice as torchvision_advice
 from vtwcli.models.broken_torchvision import hide_if_broken
-from vtwcli.models.checkpoint import Checkpoint, first_line, quiet_libraries, resolve
+from vtwcli.models.checkpoint import Checkpoint, resolve
 from vtwcli.models.families import Family, placeholder_ids
 from vtwcli.models.jsonfiles import CONFIG, GENERATION, PROCESSOR, TEMPLATES, TOKENIZER, broken
 
@@ -204,21 +205,6 @@ def memory_needed(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     return int(checkpoint.total_elements * dtype.itemsize * _OVERHEAD)
 
 
-def memory_available(device: torch.device, spread: bool = False) -> int:
-    """Free bytes on a device, or with ``spread`` on all CUDA devices together.
-
-    On a CPU: what the machine has left within the limit of the container, divided among the processes of a
-    distributed run on this machine.
-    """
-    if device.type == "cuda":
-        devices = range(torch.cuda.device_count()) if spread else [device.index or 0]
-        return sum(int(torch.cuda.mem_get_info(index)[0]) for index in devices)
-    import psutil
-
-    free = min(int(psutil.virtual_memory().available), _cgroup_available())
-    return free // distributed.local_size()
-
-
 def fits(
     model: Checkpoint | str,
     device: str | torch.device = "auto",
@@ -403,19 +389,6 @@ def _load_weights(
 def _fast_bfloat16() -> bool:
     supported: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(supported.get("avx512_bf16") or supported.get("amx_tile") or supported.get("amx_bf16"))
-
-
-def _cgroup_available(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes left under a control group's memory limit (cgroup v2); huge where there is no limit."""
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        if limit == "max":
-            return 2**63
-        used = int((root / "memory.current").read_text())
-        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-        return int(limit) - used + int(stat.get("inactive_file", 0))
-    except (OSError, ValueError):
-        return 2**63
 
 
 def _gb(size: int) -> str:

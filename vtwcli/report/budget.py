@@ -7,23 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from vtwcli.io import files, text
 from vtwcli.io.outputs import Outputs
-from vtwcli.report.plots import BLUE, GREEN, GREY, ORANGE, save_figure
+from vtwcli.methods import METHODS
+from vtwcli.report.plots import GREEN, save_figure
 from vtwcli.report.tables import markdown_table, terminal_table
 from vtwcli.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
     from rich.console import Group
-
-# colour and marker of each method; the controls are grey
-_STYLES = {
-    "vtw": (BLUE, "o", "VTW: withdrawal at K"),
-    "visipruner": (ORANGE, "s", "VisiPruner"),
-    "attention": (GREEN, "^", "keep by attention"),
-    "contribution": ("#CC79A7", "v", "keep by contribution"),
-    "two-step": ("#E69F00", "D", "keep by attention, then withdrawal"),
-    "random": (GREY, "x", "random (control)"),
-    "uniform": (GREY, "+", "uniform (control)"),
-}
 
 
 def write_budget(result: dict[str, Any], outputs: Outputs) -> None:
@@ -131,13 +121,13 @@ def plot_budget(result: dict[str, Any], path: Path) -> None:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     rows = result["candidates"]
     floor = max(min((row["kl"] for row in rows if row["kl"] > 0), default=1e-6), 1e-9)
-    for method, (colour, marker, label) in _STYLES.items():
+    for method in dict.fromkeys(row["method"] for row in rows):
+        colour, marker, label = METHODS[method].style
         mine = [row for row in rows if row["method"] == method]
-        if mine:
-            cost = [100 * flops(result, row) for row in mine]
-            kl = [max(row["kl"], floor) for row in mine]
-            upper.plot(cost, kl, marker, color=colour, ms=6, ls="", label=label)
-            lower.plot(cost, [100 * row["agreement"] for row in mine], marker, color=colour, ms=6, ls="")
+        cost = [100 * flops(result, row) for row in mine]
+        kl = [max(row["kl"], floor) for row in mine]
+        upper.plot(cost, kl, marker, color=colour, ms=6, ls="", label=label)
+        lower.plot(cost, [100 * row["agreement"] for row in mine], marker, color=colour, ms=6, ls="")
     front = [next(row for row in rows if row["name"] == name) for name in result["pareto"]]
     points = [(100 * flops(result, row), max(row["kl"], floor)) for row in front]
     upper.plot(*zip(*points, strict=True), color="black", lw=1, alpha=0.6, zorder=0, label="Pareto front")

@@ -268,7 +268,7 @@ processor = AutoProcessor.from_pretrained(path)"""
     return f"""{text.code_block(code, "python")}
 
 With `trust_remote_code=True` the model is pruned, in `generate` and in `pipeline("image-text-to-text")`; the code is
-`modeling_vtw.py`, `vtw_loading.py` and `vtw_pruning.py`, which need torch and transformers only. It was exported with
+`modeling_vtw.py` and the `vtw_*.py` beside it, which need torch and transformers only. It was exported with
 transformers {version("transformers")}, and its code was tested with {", ".join(tested())}; where another release
 reads the files or runs the layers otherwise, it stops with an error. Without the flag the same files load as the
 unpruned model. A model that was loaded pruned stays so through `save_pretrained`; one that was loaded without the

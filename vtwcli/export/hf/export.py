@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vtwcli import __version__
-from vtwcli.errors import GateError, NotFoundError, UsageError
+from vtwcli.errors import GateError, NotFoundError, UsageError, first_line
 from vtwcli.export.directory.card import Subject, front_matter, model_card, of_schedule
 from vtwcli.export.directory.manifest import (
     CARD,
@@ -32,10 +32,10 @@ from vtwcli.export.hf.generation import clean_files, sentences
 from vtwcli.export.hf.remote import MODELING, auto_map, remote_code
 from vtwcli.export.hf.weights import check_finite, place_weights
 from vtwcli.io import console
+from vtwcli.machine.libraries import quiet_libraries, versions
 from vtwcli.machine.releases import tested
-from vtwcli.models.checkpoint import COMPANIONS, Checkpoint, first_line, quiet_libraries, resolve
+from vtwcli.models.checkpoint import COMPANIONS, Checkpoint, resolve
 from vtwcli.models.families import Family
-from vtwcli.results.provenance import versions
 from vtwcli.schedule.schedule import Schedule
 
 CALIBRATION, PICTURE, RECIPE = "calibration.json", "calibration.png", "recipe.yaml"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vtwcli.data.sample import Sample
-from vtwcli.errors import GateError, NotFoundError, UsageError
+from vtwcli.errors import GateError, NotFoundError, UsageError, first_line
 from vtwcli.export.directory.manifest import at_hand, check_files, file_totals, read_manifest
 from vtwcli.export.directory.own_code import read_own_code
 from vtwcli.export.hf.export import DTYPES
@@ -22,8 +22,9 @@ from vtwcli.export.hf.generation import REFUSED
 from vtwcli.export.hf.remote import auto_map, remote_code
 from vtwcli.io import console
 from vtwcli.judge.kl import is_distribution, not_finite
+from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.machine.releases import installed
-from vtwcli.models.checkpoint import first_line, quiet_libraries, resolve
+from vtwcli.models.checkpoint import resolve
 from vtwcli.models.families import FAMILIES
 from vtwcli.models.inputs import cache_of, encode
 from vtwcli.models.loading import LoadedModel, choose_device, choose_dtype, load

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from vtwcli.export.directory.manifest import save_json, save_settings
 from vtwcli.export.directory.own_code import without_code_map
 from vtwcli.export.directory.source import own_files
-from vtwcli.models.checkpoint import LEGAL, quiet_libraries
+from vtwcli.machine.libraries import quiet_libraries
+from vtwcli.models.checkpoint import LEGAL
 from vtwcli.ort import MANIFEST
 
 if TYPE_CHECKING:

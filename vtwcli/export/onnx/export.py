@@ -23,11 +23,12 @@ from vtwcli.export.directory.source import own_files, source_of
 from vtwcli.export.onnx.companions import write_companions
 from vtwcli.export.onnx.source import Source
 from vtwcli.io import console
-from vtwcli.models.checkpoint import COMPANIONS, Checkpoint, quiet_libraries
+from vtwcli.machine.libraries import quiet_libraries, versions
+from vtwcli.machine.memory import memory_available
+from vtwcli.models.checkpoint import COMPANIONS, Checkpoint
 from vtwcli.models.families import placeholder_ids
-from vtwcli.models.loading import LoadedModel, load, memory_available, memory_needed
+from vtwcli.models.loading import LoadedModel, load, memory_needed
 from vtwcli.ort import FORMAT, FORMAT_VERSION, MANIFEST, OnnxModel
-from vtwcli.results.provenance import versions
 from vtwcli.schedule.schedule import Schedule
 
 if TYPE_CHECKING:

@@ -6,10 +6,7 @@ tries to compute with them. Then each becomes a tensor that is read, converted a
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +16,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vtwcli import __version__
-from vtwcli.errors import NotFoundError, UsageError, VtwError
+from vtwcli.errors import NotFoundError, UsageError, VtwError, first_line
 from vtwcli.export.onnx.graphs import Graph
 from vtwcli.judge.kl import HINT, is_finite
+from vtwcli.machine.libraries import quiet_exporters
 
 Read = Callable[[Sequence[str]], Tensor]
 """Names of a parameter in the model (several where it is tied) -> its values, in any floating-point type."""
@@ -70,7 +68,7 @@ def trace(graph: Graph, mode: FakeTensorMode, opset: int) -> ir.Model:
     """
     size = _Sizes(graph)
     outputs = (*graph.outputs, *graph.taps)
-    with mode, torch.no_grad(), _quiet():
+    with mode, torch.no_grad(), quiet_exporters():
         examples = tuple(
             torch.zeros([size(dim) for dim in port.dims], dtype=port.dtype) for port in graph.inputs
         )
@@ -94,7 +92,7 @@ def trace(graph: Graph, mode: FakeTensorMode, opset: int) -> ir.Model:
                 output_names=[port.name for port in outputs],
             )
         except Exception as error:
-            raise VtwError(f"{graph.role}: torch cannot export it: {str(error).splitlines()[0]}") from error
+            raise VtwError(f"{graph.role}: torch cannot export it: {first_line(error)}") from error
     assert exported is not None
     model = exported.model
     for port, value in zip(
@@ -150,7 +148,7 @@ def simplify(model: ir.Model, weights: Mapping[str, Any]) -> None:
     for value in held:
         value.const_value = None
     graph.inputs.extend(held)
-    with _quiet():
+    with quiet_exporters():
         optimizer.optimize(model)
         onnx_fusions.fuse(model)  # norms and rotary embeddings as single operators where the opset has them
     common.ClearMetadataAndDocStringPass()(model)
@@ -258,20 +256,4 @@ def check_file(path: Path) -> None:
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
-        raise VtwError(f"{path.name} does not pass the ONNX checker: {str(error).splitlines()[0]}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back the exporter's warnings and log lines; failures come as exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        raise VtwError(f"{path.name} does not pass the ONNX checker: {first_line(error)}") from error

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from vtwcli.data.sample import Sample
-from vtwcli.errors import GateError, NotFoundError, UsageError, VtwError
+from vtwcli.errors import GateError, NotFoundError, UsageError, VtwError, first_line, typed_line
 from vtwcli.export.directory.manifest import at_hand, check_files, file_totals, read_manifest
 from vtwcli.export.directory.own_code import read_own_code
 from vtwcli.export.onnx.companions import scripts
 from vtwcli.io import console
-from vtwcli.models.checkpoint import Checkpoint, first_line, read_config, resolve
+from vtwcli.models.checkpoint import Checkpoint, read_config, resolve
 from vtwcli.models.inputs import encode
 from vtwcli.models.loading import LoadedModel, choose_device, load_processor
 from vtwcli.ort import FORMAT, OnnxModel, has_device
@@ -97,8 +97,9 @@ def _running(directory: Path) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise GateError(f"{directory}: the graphs do not run as the manifest says: {reason}") from error
+        raise GateError(
+            f"{directory}: the graphs do not run as the manifest says: {typed_line(error)}"
+        ) from error
 
 
 def _check_graph(directory: Path, graph: Mapping[str, Any]) -> None:
