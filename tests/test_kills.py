@@ -71,7 +71,7 @@ def work(folder: str, command: tuple[str, ...]) -> None:
 def start(tmp_path_factory):
     """``(folder, command)`` -> a running child."""
     context = multiprocessing.get_context("forkserver")
-    used = ("evaluate", "analyze", "budget", "export.hf", "export.verify", "pipeline", "report_run")
+    used = ("evaluate", "analyze", "budget", "export.hf.verify", "pipeline.plan", "pipeline.summary")
     context.set_forkserver_preload(
         ["tests.test_kills", *(f"vtwcli.{name}" for name in used), "matplotlib.figure"]
     )

@@ -14,6 +14,7 @@ from tests.conftest import TEMPLATE, build_processor
 from tests.processors import save_processor
 from vtwcli.methods import METHODS
 from vtwcli.models.families import FAMILIES
+from vtwcli.pipeline import steps
 from vtwcli.pipeline.steps import steps_of
 from vtwcli.recipe.recipe import STEPS, Recipe, json_schema
 from vtwcli.recipe.schedules import schedule_of
@@ -250,5 +251,10 @@ def test_recipes_are_valid_by_the_schema(path):
 
 def test_steps_are_sections_in_order():
     assert set(STEPS) <= set(Recipe.model_fields)
+    assert tuple(steps.STEPS) == STEPS
     done = list(STEPS)
-    assert all(done.index(before) < done.index(step) for step in STEPS for before in STEPS[step])
+    assert all(
+        done.index(one) < done.index(step.name) for step in steps.STEPS.values() for one in step.follows
+    )
+    files = [file for step in steps.STEPS.values() for file in step.writes.values()]
+    assert len(set(files)) == len(files)
