@@ -297,7 +297,16 @@ def test_pickled_weights_are_never_loaded(copy, proof):
 
 
 @pytest.mark.parametrize(
-    "name", ["vtw_ort.py", "run_onnx.py", "onnxruntime.py", "__pycache__/vtw_ort.cpython-311.pyc"]
+    "name",
+    [
+        "vtw_ort/__init__.py",
+        "vtw_ort/own.py",
+        "vtw_ort/__pycache__/model.cpython-311.pyc",
+        "vtw_ort.py",  # one file, as it was in earlier versions
+        "vtw_pixels.py",
+        "run_onnx.py",
+        "onnxruntime.py",
+    ],
 )
 def test_verify_of_graphs_runs_no_script(exports, tmp_path, proof, name):
     folder = Path(shutil.copytree(exports("split")[0], tmp_path / "graphs"))

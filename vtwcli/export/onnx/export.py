@@ -21,6 +21,7 @@ from vtwcli.export.directory.manifest import file_entries, save_json
 from vtwcli.export.directory.publish import check_target, publish
 from vtwcli.export.directory.source import own_files, source_of
 from vtwcli.export.onnx.companions import write_companions
+from vtwcli.export.onnx.failures import as_vtw_errors
 from vtwcli.export.onnx.source import Source
 from vtwcli.io import console
 from vtwcli.machine.libraries import quiet_libraries, versions
@@ -234,6 +235,7 @@ def _vision_entry(source: Source) -> dict[str, Any]:
     return entry
 
 
+@as_vtw_errors()
 def check(
     source: Source,
     schedule: Schedule,
