@@ -4,7 +4,6 @@ that tell others how to drive the graphs."""
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from vtwcli.export.directory.own_code import without_code_map
 from vtwcli.export.directory.source import own_files
 from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.models.checkpoint import LEGAL
+from vtwcli.models.jsonfiles import read_json
 from vtwcli.ort import MANIFEST
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _keep_video_part(path: Path, folder: Path) -> None:
     if (path / _VIDEO).is_file():
         shutil.copyfile(path / _VIDEO, folder / _VIDEO)
     elif (path / _PROCESSOR).is_file():
-        settings = json.loads((path / _PROCESSOR).read_text(encoding="utf-8"))
+        settings = read_json(path / _PROCESSOR)
         if "video_processor" in settings:
             save_settings(folder / _VIDEO, settings["video_processor"])
 
