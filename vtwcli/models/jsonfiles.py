@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from vtwcli.errors import NotFoundError
+from vtwcli.io.files import regular
 from vtwcli.io.nesting import DEEPEST, TooDeepError, check_size
 from vtwcli.models.stored import DOWNLOAD_AGAIN
 
@@ -69,17 +69,12 @@ def read_json(file: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         NotFoundError: it cannot be read, is no JSON, is nested too deeply, or holds no object.
     """
-    reason = None
     try:
-        if not stat.S_ISREG(file.stat().st_mode):
-            reason = "it is no regular file"
-        else:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(content, dict):
-                reason = "it does not hold a JSON object"
-            else:
-                check_size(content)
-                return content
+        content = json.loads(regular(file).read_text(encoding="utf-8"))
+        check_size(content)
+        if isinstance(content, dict):
+            return content
+        reason = "it does not hold a JSON object"
     except FileNotFoundError:
         raise
     except OSError as error:

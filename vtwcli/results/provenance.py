@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vtwcli import __version__
 from vtwcli.machine import distributed
 from vtwcli.machine.memory import peak_memory
+from vtwcli.models.dtypes import name_of
 
 if TYPE_CHECKING:
     from vtwcli.data.sources import DataMix
@@ -20,7 +21,7 @@ def model_of(loaded: LoadedModel) -> dict[str, Any]:
         "revision": loaded.revision,
         "family": loaded.family.model_type,
         "architecture": loaded.family.architecture,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "dtype": name_of(loaded.dtype),
         **template_date(loaded),
     }
 
