@@ -16,7 +16,7 @@ from PIL import Image
 
 from vtwcli.data import scenes
 from vtwcli.data.drawing import Drawing, ranges, sample_content, sample_fingerprint
-from vtwcli.data.metrics import score
+from vtwcli.data.metrics import scores
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
@@ -286,7 +286,7 @@ def test_vqa_s_own_list_of_records(folder, name):
 def test_own_data_s_answers_are_judged_where_the_metric_has_a_meaning(folder):
     write_lines(folder / "qa.jsonl", [{"image": "0.png", "question": "?", "answer": 5.0}])
     (sample,) = load("qa.jsonl").samples
-    assert [score(sample.metric, answer, sample) for answer in ("5", "5.0", "50", "5.", "six")] == [
+    assert scores(sample.metric, ("5", "5.0", "50", "5.", "six"), [sample] * 5) == [
         1,
         1,
         0,

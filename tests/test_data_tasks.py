@@ -4,7 +4,7 @@ import pytest
 
 from tests import hub_layouts
 from tests.hub_layouts import picture
-from vtwcli.data.metrics import METRICS, score
+from vtwcli.data.metrics import METRICS, scores
 from vtwcli.data.sources import default_data, load_data
 from vtwcli.data.spec import DataSpec
 from vtwcli.data.tasks import DEFAULT_MIX, TASKS
@@ -158,9 +158,9 @@ def test_rows_become_samples(task, copies):
 @pytest.mark.parametrize("task", [task for task in TASKS if METRIC[task] != "cider"])
 def test_the_reference_itself_is_right(task, copies):
     for sample in load(f"{task}:path={copies[task]}").samples:
-        assert score(sample.metric, sample.references[0], sample) == 1.0
+        assert scores(sample.metric, [sample.references[0]], [sample]) == [1.0]
         wrong = "Yes" if sample.references[0] == "no" else "no"
-        assert score(sample.metric, wrong, sample) == 0.0
+        assert scores(sample.metric, [wrong], [sample]) == [0.0]
 
 
 @pytest.mark.parametrize("task", ["scienceqa", "gqa"])

@@ -20,6 +20,7 @@ from ruamel.yaml import YAML
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
 
 import vtwcli
 from tests import reference, tiny
@@ -30,9 +31,10 @@ from vtwcli.export.directory.card import describe, front_matter
 from vtwcli.export.directory.manifest import check_files, read_manifest
 from vtwcli.export.hf import weights
 from vtwcli.export.hf.export import baked_schedule, export_hf
+from vtwcli.export.hf.remote import travelling_code
+from vtwcli.machine.libraries import versions
 from vtwcli.models.checkpoint import resolve
-from vtwcli.results.provenance import versions
-from vtwcli.runtime.pruning import TESTED
+from vtwcli.runtime.contract import TESTED
 from vtwcli.schedule.schedule import Schedule
 
 K = 3
@@ -176,14 +178,24 @@ def test_directory_holds_the_model_and_its_record(base, exported):
         "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
         "tokenizer_config.json", "processor_config.json", "chat_template.jinja", "LICENSE", "NOTICE", "USE_POLICY.md",
         "README.md",
-        "modeling_vtw.py", "vtw_pruning.py", "vtw_loading.py", "calibration.json", "calibration.png", "recipe.yaml",
-        "manifest.json",
+        "modeling_vtw.py", *travelling_code(), "calibration.json", "calibration.png", "recipe.yaml", "manifest.json",
     }  # fmt: skip
     assert (exported / "recipe.yaml").read_text() == "model: base  # mine\n"
     for name in ("tokenizer.json", "processor_config.json", "chat_template.jinja", "generation_config.json"):
         assert digest(exported / name) == digest(base / name)
     with (exported / "calibration.png").open("rb") as picture:
         assert picture.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_code_is_what_transformers_takes_along(exported):
+    """Its own search, which reads docstrings too, finds every file that was written and no other."""
+    model = exported / "modeling_vtw.py"
+    found = {Path(name).name for name in get_relative_import_files(model)}
+    assert found | {model.name} == {file.name for file in exported.glob("*.py")}
+    # releases before 5.10 take along what the model class names, and no more
+    assert found == {f"{name}.py" for name in get_relative_imports(model)}
+    for file in exported.glob("vtw_*.py"):
+        assert "vtwcli" not in {name.partition(".")[0] for name in get_imports(file)}
 
 
 def test_config_gains_the_schedule_and_keeps_the_rest(base, exported):
@@ -561,7 +573,7 @@ def test_kill_leaves_nothing_or_the_whole(tiny_dir, tmp_path):
 def test_kill_while_replacing_leaves_the_old_or_the_new(tiny_dir, tmp_path, monkeypatch, renames):
     target = tmp_path / "out"
     export_hf(str(tiny_dir), SCHEDULE, target)
-    exchange = publishing._exchange
+    exchange = publishing.exchange
 
     def dying(one: Path, other: Path) -> bool:
         if renames == 0:
@@ -571,7 +583,7 @@ def test_kill_while_replacing_leaves_the_old_or_the_new(tiny_dir, tmp_path, monk
             os.kill(os.getpid(), signal.SIGKILL)
         return True
 
-    monkeypatch.setattr(publishing, "_exchange", dying)
+    monkeypatch.setattr(publishing, "exchange", dying)
     process = in_child(lambda: export_hf(str(tiny_dir), Schedule.withdraw_at(2), target, force=True))
     process.join()
     assert process.exitcode == (0 if renames == 2 else -signal.SIGKILL)
@@ -581,7 +593,7 @@ def test_kill_while_replacing_leaves_the_old_or_the_new(tiny_dir, tmp_path, monk
 
 def test_replacing_works_where_directories_cannot_be_exchanged(tiny_dir, tmp_path, monkeypatch):
     export_hf(str(tiny_dir), SCHEDULE, tmp_path / "out")
-    monkeypatch.setattr(publishing, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(publishing, "exchange", lambda one, other: False)
     export_hf(str(tiny_dir), Schedule.withdraw_at(2), tmp_path / "out", force=True)
     check_files(tmp_path / "out", read_manifest(tmp_path / "out"))
     assert nothing_left(tmp_path, "out")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests import golden
+from vtwcli.methods.fastv import FastV
 from vtwcli.runtime import pruned
-from vtwcli.schedule.schedule import Schedule
 
 SAMPLES = range(4)
 ATOL = 2e-5  # of logits; the published code computes in float32
@@ -39,12 +39,6 @@ def test_the_embeddings_are_the_published_ones(model):
     torch.testing.assert_close(table[outside], text[outside], rtol=0, atol=0)
 
 
-def fastv(layer, count):
-    """Keep what the last row attended to in the layer before (arXiv 2403.06764, the published code)."""
-    select = {"score": "attention", "count": count}
-    return Schedule.from_dict([{"at": layer, "action": "keep", "select": select}])
-
-
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_fastv(model, sample):
     document, arrays = golden.numbers("fastv")
@@ -53,7 +47,7 @@ def test_fastv(model, sample):
     for name, rows in runs.items():
         row, layer, dropped = rows[sample], *name.removeprefix("K").split("_R")
         count = round(golden.VISUAL * (1 - float(dropped)))
-        schedule = fastv(int(layer), count)
+        schedule = FastV(layer=int(layer), count=count).schedule()
         logits, tokens, trace, lengths = answer(model, schedule, sample, 8)
         assert [golden.BEFORE + i for i in trace.samples[0]["kept"][0]] == row["kept"]
         assert trace.rows_per_layer == row["len_in"]
@@ -68,7 +62,7 @@ def test_fastv_without_a_cache(model, sample):
     document, arrays = golden.numbers("fastv")
     for name, rows in document["inplace"]["gqa"].items():
         layer, count = name.removeprefix("K").split("_rank")
-        schedule = fastv(int(layer), int(count))
+        schedule = FastV(layer=int(layer), count=int(count)).schedule()
         inputs = golden.inputs(model, sample)
         for step in range(4):
             with torch.no_grad(), pruned(model, schedule) as running:

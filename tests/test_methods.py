@@ -8,7 +8,6 @@ import torch
 from pydantic import ValidationError
 
 from tests import parity, slow_schedule
-from tests.test_calibrate import data  # noqa: F401  (the fixture)
 from tests.test_runtime import batch_of
 from tests.tiny import IMAGE_ID, llava
 from vtwcli.data.sources import load_data
@@ -16,7 +15,7 @@ from vtwcli.data.spec import DataSpec
 from vtwcli.errors import UsageError
 from vtwcli.evaluate import evaluate
 from vtwcli.judge.flops import TextShape, kv_bytes, prefill_cost
-from vtwcli.methods import visipruner, vtw
+from vtwcli.methods.visipruner import VisiPruner
 from vtwcli.models.inputs import encode
 from vtwcli.models.loading import load
 from vtwcli.recipe.recipe import EvalSection, ModelSection, Recipe, ScheduleSection
@@ -147,7 +146,7 @@ def outcome(layer0, change, seed):
             model, batch["input_ids"][0], embedded(model, batch), 4, layer0=layer0,
             shallow=rule["shallow_mid_layer"], **limits,
         )  # fmt: skip
-        schedule = visipruner.schedule(**rule, layer0=layer0)
+        schedule = VisiPruner(**rule, layer0=layer0).schedule()
         _, actual = parity.generated(model, batch, schedule)
         torch.testing.assert_close(actual[0], expected, rtol=0, atol=1e-9)
         with pruned(model, schedule) as running:
@@ -178,7 +177,7 @@ def test_the_cases_above_filter_and_exit():
 def test_muting_ends_with_the_prompt():
     """The published code mutes prompts only; a schedule that mutes answers too says something else."""
     model, batch = llava(dtype=torch.float64), batch_of(["t3 i t5"])
-    prompts = visipruner.schedule(shallow_mid_layer=3)
+    prompts = VisiPruner(shallow_mid_layer=3).schedule()
     actions = [
         {**action, "during": "all"} if "during" in action else action
         for action in prompts.to_dict()["actions"]
@@ -195,7 +194,7 @@ def test_muting_ends_with_the_prompt():
 def test_published_defaults():
     """One default in one place: the recipe's fields are those of the method."""
     _, schedule = schedule_of(ScheduleSection(method="visipruner"))
-    assert schedule == visipruner.schedule()
+    assert schedule == VisiPruner().schedule()
     assert schedule.to_dict()["actions"] == [
         {"at": 0, "until": 1, "action": "mute", "sink": "first", "during": "prefill"},
         {"at": 0, "until": 1, "action": "mute", "sink": "zero", "readers": "visual", "during": "prefill"},
@@ -220,10 +219,10 @@ def test_options_name_schedules(tmp_path):
     }  # fmt: skip
     assert dict(schedules_of(given, Recipe())) == {
         "mine": Schedule.withdraw_at(4),
-        "K=2": vtw.schedule(2),
-        "K=3": vtw.schedule(3),
-        "K=5": vtw.schedule(5),
-        "visipruner": visipruner.schedule(layer0="13b", exit_layers=3),
+        "K=2": Schedule.withdraw_at(2),
+        "K=3": Schedule.withdraw_at(3),
+        "K=5": Schedule.withdraw_at(5),
+        "visipruner": VisiPruner(layer0="13b", exit_layers=3).schedule(),
     }
     assert [name for name, _ in schedules_of({"method": "vtw", "layer": 2}, Recipe())] == ["K=2"]
     assert schedules_of({}, Recipe()) == []
@@ -231,8 +230,8 @@ def test_options_name_schedules(tmp_path):
 
 def test_options_override_the_recipe():
     recipe = Recipe(schedule=ScheduleSection(method="visipruner", shallow_mid_layer=2))
-    assert schedules_of({}, recipe)[0][1] == visipruner.schedule(shallow_mid_layer=2)
-    mixed = visipruner.schedule(shallow_mid_layer=2, tokens_threshold=0.5)
+    assert schedules_of({}, recipe)[0][1] == VisiPruner(shallow_mid_layer=2).schedule()
+    mixed = VisiPruner(shallow_mid_layer=2, tokens_threshold=0.5).schedule()
     assert schedules_of({"tokens_threshold": 0.5}, recipe)[0][1] == mixed
     assert schedules_of({"tokens_threshold": 0.5, "method": "visipruner"}, recipe)[0][1] == mixed
     assert [name for name, _ in schedules_of({"layer": 4}, recipe)] == ["K=4"]
@@ -245,7 +244,7 @@ def test_options_override_the_recipe():
         ({"layers": "4,x"}, "--layers: 'x' is not a layer number"),
         ({"method": "vtw"}, "--method vtw needs a layer"),
         ({"layer": 3, "tokens_threshold": 0.1}, "--tokens-threshold is a parameter of VisiPruner"),
-        ({"method": "fastv"}, "--method: input should be 'vtw' or 'visipruner', got 'fastv'"),
+        ({"method": "fastest"}, "--method: input should be 'vtw', 'visipruner'"),
         ({"method": "visipruner", "layer_threshold": 1.5}, "--layer-threshold: input should be less than"),
     ],
 )
@@ -258,14 +257,14 @@ def test_a_recipe_names_one_schedule():
     for wrong in ({"file": "a.yaml", "layer": 3}, {"layer": 3, "method": "visipruner"}, {"method": "vtw"}):
         with pytest.raises(ValidationError):
             ScheduleSection(**wrong)
-    assert schedule_of(ScheduleSection(layer=3, method="vtw")) == ("K=3", vtw.schedule(3))
+    assert schedule_of(ScheduleSection(layer=3, method="vtw")) == ("K=3", Schedule.withdraw_at(3))
 
 
-def test_trace_tells_what_the_runtime_did(tiny_dir, data, tmp_path):  # noqa: F811
-    schedule = visipruner.schedule(
+def test_trace_tells_what_the_runtime_did(tiny_dir, data, tmp_path):
+    schedule = VisiPruner(
         shallow_mid_layer=1, layer_threshold=0.99, tokens_threshold=0.5, exit_threshold=-1.0
-    )
-    named = [("visipruner", schedule), ("K=2", vtw.schedule(2)), ("never", vtw.schedule(6))]
+    ).schedule()
+    named = [("visipruner", schedule), ("K=2", Schedule.withdraw_at(2)), ("never", Schedule.withdraw_at(6))]
     options = EvalSection(limit=2, max_new_tokens=2, timing=False, bootstrap=0, batch_size=3)
     specs = [DataSpec(source=str(data))]
     evaluate(ModelSection(name=str(tiny_dir)), named, specs, options, trace=tmp_path / "trace.jsonl")

@@ -17,7 +17,7 @@ from tests.conftest import TEMPLATE, build_processor
 from vtwcli.data.sample import Sample
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError
-from vtwcli.measure.preparation import read_samples
+from vtwcli.measure.samples import read_samples
 from vtwcli.models import inputs
 from vtwcli.models.families import FAMILIES
 from vtwcli.models.inputs import (

@@ -19,10 +19,12 @@ from transformers import AutoModelForImageTextToText
 
 from tests import parity, tiny
 from vtwcli.errors import NotFoundError, UsageError
+from vtwcli.machine import memory
+from vtwcli.machine.memory import memory_available
 from vtwcli.models import loading
 from vtwcli.models.checkpoint import Checkpoint, resolve
 from vtwcli.models.families import FAMILIES
-from vtwcli.models.loading import choose_device, choose_dtype, fits, load, memory_available, memory_needed
+from vtwcli.models.loading import choose_device, choose_dtype, fits, load, memory_needed
 from vtwcli.models.stored import StoredTensor, read_header
 
 COMMIT = "a" * 40
@@ -255,11 +257,11 @@ def test_available_memory_respects_a_container_and_other_ranks(tmp_path, monkeyp
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("600000\n")
     (tmp_path / "memory.stat").write_text("anon 400000\ninactive_file 100000\n")
-    assert loading._cgroup_available(tmp_path) == 500_000
+    assert memory.cgroup_available(tmp_path) == 500_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert loading._cgroup_available(tmp_path) == 2**63
-    assert loading._cgroup_available(tmp_path / "absent") == 2**63
-    monkeypatch.setattr(loading, "_cgroup_available", lambda: 1_000_000)
+    assert memory.cgroup_available(tmp_path) == 2**63
+    assert memory.cgroup_available(tmp_path / "absent") == 2**63
+    monkeypatch.setattr(memory, "cgroup_available", lambda: 1_000_000)
     assert memory_available(torch.device("cpu")) == 1_000_000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert memory_available(torch.device("cpu")) == 250_000

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from vtwcli.export.directory.manifest import write_manifest
-from vtwcli.results.provenance import versions
+from vtwcli.machine.libraries import versions
 from vtwcli.schedule.schedule import Schedule
 
 COMMIT = "c" * 40

@@ -26,7 +26,7 @@ from vtwcli.models.families import family_of
 from vtwcli.models.inputs import encode
 from vtwcli.models.loading import load
 from vtwcli.runtime import pruned
-from vtwcli.runtime.pruning import TESTED
+from vtwcli.runtime.contract import TESTED
 from vtwcli.schedule.schedule import Schedule
 
 FOLDER = os.environ.get("VTW_RELEASES")

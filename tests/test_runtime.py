@@ -688,16 +688,21 @@ def test_a_layout_or_format_of_something_else_is_refused():
         pruning.apply(model, {"format_version": 1, "actions": withdraw}, layout | {"first_withdrawal": 3})
 
 
-def test_the_runtime_file_needs_nothing_of_the_package(tmp_path):
-    """An exported model directory carries a copy of it."""
+def test_the_runtime_files_need_nothing_of_the_package(tmp_path):
+    """An exported model directory carries copies of them."""
     import subprocess
     import sys
-    from pathlib import Path
 
-    from vtwcli.runtime import pruning
+    from vtwcli.export.hf.remote import travelling_code
 
-    (tmp_path / "pruning.py").write_text(Path(pruning.__file__).read_text())
-    code = "import sys, pruning; assert not any(n.startswith('vtwcli') for n in sys.modules); print(pruning.apply)"
+    folder = tmp_path / "export"
+    folder.mkdir()
+    for name, text in travelling_code().items():
+        (folder / name).write_text(text)
+    code = (
+        "import sys\nfrom export import vtw_pruning\n"
+        "assert not any(n.startswith('vtwcli') for n in sys.modules); print(vtw_pruning.apply)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from vtwcli.judge.stages import (
     Stages,
     boundaries,
-    dynamic_schedule,
-    filter_and_exit,
     sentences,
     static_schedule,
 )
+from vtwcli.methods.method import Shape
+from vtwcli.methods.visipruner import VisiPruner, behind, filter_and_exit
 from vtwcli.schedule.schedule import Schedule
 
 UNTIL = np.array([[0.001, 0.002, 0.5, 2, 3, 3]])
@@ -147,7 +147,7 @@ def test_static_schedule_mutes_and_withdraws():
 
 @pytest.mark.parametrize(("shallow", "first", "after"), [(2, 0, 2), (0, 0, 0), (0, 3, 1), (3, 3, 3)])
 def test_dynamic_schedule_fits_the_model(shallow, first, after):
-    schedule = dynamic_schedule(Stages(shallow, 5, 8), 0.2, 0.995, 0.999, 2, first, {})
+    schedule = behind(shallow, Shape(8, first), VisiPruner(), {})
     schedule.check_depth(8, first)
     keep, withdraw = schedule.actions[-2:]
     assert (keep.action, keep.at, keep.after, withdraw.action) == ("keep", "auto", after, "withdraw")
@@ -157,4 +157,4 @@ def test_dynamic_schedule_fits_the_model(shallow, first, after):
 
 
 def test_no_dynamic_schedule_where_nothing_is_left_to_decide():
-    assert dynamic_schedule(Stages(6, None, 6), 0.2, 0.995, 0.999, 2, 0, {}) is None
+    assert behind(6, Shape(6), VisiPruner(), {}) is None

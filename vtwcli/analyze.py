@@ -8,7 +8,6 @@ dearest, Σ(L-k)·c(V+Q).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -23,18 +22,19 @@ from vtwcli.data.sources import DataMix
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io import console
-from vtwcli.judge import policies, stages
+from vtwcli.judge import stages
 from vtwcli.judge.kl import is_distribution, not_finite
 from vtwcli.machine import distributed
-from vtwcli.measure.preparation import check_model, check_options, open_model, prepare, read_samples
+from vtwcli.measure.study import Study
+from vtwcli.methods import visipruner
 from vtwcli.models.geometry import token_boxes
 from vtwcli.models.inputs import Encoded
 from vtwcli.models.loading import LoadedModel
 from vtwcli.recipe.recipe import AnalyzeSection, CalibrateSection, ModelSection
-from vtwcli.results.provenance import model_of, provenance_of, run_of, versions
+from vtwcli.schedule.intervention import Intervention
 from vtwcli.sweep.layers import LayerSource
 from vtwcli.sweep.probes import LastRow, LastRowProbe
-from vtwcli.sweep.sweep import Intervention, ItemResult, sweep
+from vtwcli.sweep.sweep import ItemResult, sweep
 
 FORMAT_VERSION = 1
 _SHARED = ("limit", "seed", "skip_bad", "positions", "answers", "max_new_tokens")
@@ -85,7 +85,7 @@ class Profile:
         curves: the KL curves, each the mean over compared positions.
         layers: the last row's measures, by layer; None where there is nothing to measure.
         critical: critical tokens of each layer, counted among the sample's visual tokens.
-        kept_minimum: [L][L], see ``stages.filter_and_exit``.
+        kept_minimum: [L][L], see ``visipruner.filter_and_exit``.
         lens: most likely tokens of each layer's last row, with their probabilities, [L][N].
         map: attention and contribution at the shown layers with the tokens' boxes, for shown samples.
     """
@@ -128,7 +128,7 @@ def analyze(
         The result document is plain JSON values: ``measures`` (by name of ``MEASURES``: ``mean`` and ``std`` [L],
         ``samples`` [S][L]; ``knockout_window`` has L - window + 1 entries), ``stages`` (``shallow``, ``middle``,
         ``deep`` as [first, behind the last], ``sentences``, ``tasks``), ``visipruner`` (see
-        ``stages.filter_and_exit``), ``schedules`` (``static``, ``dynamic``), ``samples`` (with ``critical`` tokens,
+        ``visipruner.filter_and_exit``), ``schedules`` (``static``, ``dynamic``), ``samples`` (with ``critical`` tokens,
         ``filter``, ``exit``, ``kept`` and ``lens``), ``maps``, ``model``, ``data``, ``versions``, ``seed`` and ``run``.
         Only ``run`` differs between equal runs. Samples without visual tokens do not count and are left out.
 
@@ -136,33 +136,28 @@ def analyze(
         NotFoundError: model or data missing or unreadable, or no sample has a visual token.
         UsageError: options that contradict each other or the model.
     """
-    started = time.perf_counter()
     if calibration is not None and not shares_sweep(options, calibration):
         raise UsageError(
             "analyze and calibrate cannot share one sweep with these options",
             f"equal {', '.join(_SHARED)}, and neither resume nor another method than vtw",
         )
-    check_model(model)
-    mix = read_samples(model, data, options)
-    loaded, source = open_model(model)
-    check_options(options, source)
-    shown = _shown(mix, options.maps)
-    layers = _map_layers(options, source.depth)
-    timing = {"load": time.perf_counter() - started}
+    study = Study.open(model, data, options)
+    study.check_sweep()
+    shown = _shown(study.mix, options.maps)
+    layers = _map_layers(options, study.shape.depth)
 
     def work() -> dict[int, Profile]:
-        mine = distributed.share(mix.samples)
-        return dict(_measure(loaded, source, mine, options, shown, layers, timing))
+        return dict(_measure(study, distributed.share(study.samples), shown, layers))
 
     profiles = distributed.gathered(work)
-    result, samples = _result(loaded, source, mix, options, profiles, layers)
+    result, samples = _result(study, profiles, layers)
     both = None
     if calibration is not None:
-        both = assemble(loaded, source, mix, calibration, [one.calibration for one in profiles])
-    timing["total"] = time.perf_counter() - started
+        both = assemble(study, [one.calibration for one in profiles], calibration)
+    run = study.run(streamed=study.streamed)
     for document in (result, both):
         if document is not None:
-            document["run"] = run_of(loaded, timing, streamed=source.together)
+            document["run"] = run
     return Analysis(result, samples, both)
 
 
@@ -181,25 +176,22 @@ def interventions(depth: int, window: int, freeze: bool) -> dict[str, list[Inter
 
 
 def _measure(
-    loaded: LoadedModel,
-    source: LayerSource,
+    study: Study[AnalyzeSection],
     samples: Sequence[tuple[int, Sample]],
-    options: AnalyzeSection,
     shown: set[int],
     map_layers: Sequence[int],
-    timing: dict[str, float],
 ) -> Iterator[tuple[int, Profile]]:
     """The profile of each (place, sample)."""
-    encoded, items = prepare(loaded, source, [sample for _, sample in samples], options, timing)
+    loaded, source, options = study.loaded, study.source, study.options
+    encoded, items = study.encode([sample for _, sample in samples])
     freeze = not source.together if options.freeze is None else options.freeze
     if options.freeze is None and not freeze:
         console.note("layers are streamed: what their updates give is left out; --freeze measures it")
     curves = interventions(source.depth, min(options.window, source.depth), freeze)
     wanted = list(dict.fromkeys(one for curve in curves.values() for one in curve))
     places = {name: [wanted.index(one) for one in curve] for name, curve in curves.items()}
-    begun = time.perf_counter()
     total = len(items) * source.depth
-    with console.progress(f"{source.depth} layers x {len(items)} samples", total) as bar:
+    with study.part("sweep"), console.progress(f"{source.depth} layers x {len(items)} samples", total) as bar:
         for part in _parts(loaded, source, encoded, curves):
             probe = LastRowProbe(options.sink_ratio)
             outcomes = sweep(source, [items[i] for i in part], wanted, probes=[probe], progress=bar)
@@ -215,7 +207,6 @@ def _measure(
                     if place in shown:
                         one = replace(one, map=_map(loaded, sample, encoded[i], rows, map_layers))
                     yield place, one
-    timing["sweep"] = time.perf_counter() - begun
 
 
 def _parts(
@@ -345,14 +336,10 @@ def _map_layers(options: AnalyzeSection, depth: int) -> list[int]:
 
 
 def _result(
-    loaded: LoadedModel,
-    source: LayerSource,
-    mix: DataMix,
-    options: AnalyzeSection,
-    profiles: Sequence[Profile],
-    map_layers: Sequence[int],
+    study: Study[AnalyzeSection], profiles: Sequence[Profile], map_layers: Sequence[int]
 ) -> tuple[dict[str, Any], list[Sample]]:
     """The document without ``run``, and the samples that count."""
+    mix, options = study.mix, study.options
     places = [i for i, one in enumerate(profiles) if one.calibration.visual]
     if not places:
         raise NotFoundError(
@@ -367,18 +354,14 @@ def _result(
         if rows[0] is not None:
             columns[name] = rows
     measures = {name: _spread(rows) for name, rows in columns.items()}
-    depth = source.depth
-    least = max(
-        policies.default_min_layer(depth) if options.min_layer is None else options.min_layer,
-        loaded.family.first_withdrawal,
-    )
+    least = study.least(options.min_layer)
     tasks = [sample.task for sample in samples]
     found, by_task = stages.boundaries(
         np.array(columns["knockout_until"]), np.array(columns["withdrawal"]), tasks, options.eta, least
     )
     rules = (options.layer_threshold, options.exit_threshold, options.exit_layers)
     ends = [
-        stages.filter_and_exit(
+        visipruner.filter_and_exit(
             one.layers["minimum_cosine"], one.layers["critical"], one.kept_minimum, len(found.shallow), *rules
         )
         for one in seeing
@@ -386,16 +369,20 @@ def _result(
     kept = [
         None if f is None else one.layers["critical"][f - 1] for one, (f, _) in zip(seeing, ends, strict=True)
     ]
-    provenance = provenance_of(loaded, mix, eta=options.eta, positions=options.positions)
-    dynamic = stages.dynamic_schedule(
-        found, options.tokens_threshold, *rules, loaded.family.first_withdrawal, provenance
+    provenance = study.provenance(eta=options.eta, positions=options.positions)
+    rule = visipruner.VisiPruner(
+        tokens_threshold=options.tokens_threshold,
+        layer_threshold=options.layer_threshold,
+        exit_threshold=options.exit_threshold,
+        exit_layers=options.exit_layers,
     )
+    dynamic = visipruner.behind(len(found.shallow), study.shape, rule, provenance)
     mean = {name: measures[name]["mean"] for name in measures}
     result = {
         "format": "vtw-analysis",
         "format_version": FORMAT_VERSION,
-        "model": model_of(loaded),
-        "num_layers": depth,
+        "model": study.model(),
+        "num_layers": study.shape.depth,
         "eta": options.eta,
         "positions": options.positions,
         "min_layer": least,
@@ -456,10 +443,7 @@ def _result(
         ],
         "maps": [{"sample": i, **one.map} for i, one in enumerate(seeing) if one.map],
         "map_layers": list(map_layers),
-        "data": list(mix.sources),
-        "skipped": mix.skipped,
-        "seed": options.seed,
-        "versions": versions(),
+        **study.data(options.seed),
     }
     return result, samples
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ import numpy as np
 
 from vtwcli.data.drawing import sample_content
 from vtwcli.data.sample import Sample
-from vtwcli.data.sources import DataMix
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError
 from vtwcli.io import console
@@ -27,16 +25,15 @@ from vtwcli.judge.flops import (
     tokens_with_withdrawal,
 )
 from vtwcli.machine import distributed
-from vtwcli.measure import visipruner as calibrate_visipruner
-from vtwcli.measure.preparation import check_model, check_options, open_model, prepare, read_samples
+from vtwcli.machine.libraries import versions
+from vtwcli.measure.search import search
+from vtwcli.measure.study import Study
+from vtwcli.methods import METHODS
 from vtwcli.models.inputs import Encoded
-from vtwcli.models.loading import LoadedModel
 from vtwcli.recipe.recipe import CalibrateSection, ModelSection, Policy, ScheduleSection
-from vtwcli.results.provenance import model_of, provenance_of, run_of, versions
 from vtwcli.results.resume import Keep, kept, key_of, stamp
 from vtwcli.schedule.schedule import Schedule
-from vtwcli.sweep.layers import LayerSource
-from vtwcli.sweep.sweep import Intervention, ItemResult, naive, sweep
+from vtwcli.sweep.sweep import ItemResult, sweep
 
 FORMAT_VERSION = 1
 WIDE_INTERVAL = 2  # layers; a wider interval of K means too few samples
@@ -74,7 +71,7 @@ def calibrate(
         data: sources of samples; by default the demo data for ``demo`` and a small mix of public tasks otherwise.
         options: policy, threshold, positions and so on.
         state: file that keeps finished samples across an interruption (``options.resume``).
-        rule: VisiPruner's parameters that are not searched; see ``calibrate_visipruner``, also for its document.
+        rule: VisiPruner's parameters that are not searched; see ``measure.search``, also for its document.
 
     Returns:
         The result document, plain JSON values: ``withdrawal_layer`` (int or None), ``num_layers``, ``policy``,
@@ -87,65 +84,40 @@ def calibrate(
         NotFoundError: model or data missing or unreadable, or no sample has a visual token.
         UsageError: options that contradict each other or the model.
     """
-    if options.method == "visipruner":
-        return calibrate_visipruner.calibrate(model, data, options, rule)
-    started = time.perf_counter()
-    check_model(model)
-    mix = read_samples(model, data, options)
-    loaded, source = open_model(model)
-    check_options(options, source)
-    timing = {"load": time.perf_counter() - started}
-    samples = list(mix.samples)
+    if METHODS[options.method].searched:
+        return search(model, data, options, rule.rule())
+    study = Study.open(model, data, options)
+    study.check_sweep()
+    samples = list(study.samples)
 
     def work(known: dict[int, Any], keep: Keep) -> dict[int, Measured]:
         mine = distributed.share(samples)
         done = {place: Measured(**known[place]) for place, _ in mine if place in known}
         missing = [(place, sample) for place, sample in mine if place not in done]
-        for place, measured in measure(loaded, source, missing, options, timing):
+        for place, measured in measure(study, missing):
             done[place] = measured
             keep(place, vars(measured))
         return done
 
-    with kept(state, _key(loaded, source, options), [sample_content(one) for one in samples]) as finished:
+    with kept(state, _key(study), [sample_content(one) for one in samples]) as finished:
         measured = distributed.gathered(partial(work, *finished))
-    result = assemble(loaded, source, mix, options, measured)
-    timing["total"] = time.perf_counter() - started
-    result["run"] = run_of(loaded, timing, streamed=source.together)
+    result = assemble(study, measured)
+    result["run"] = study.run(streamed=study.streamed)
     return result
 
 
 def measure(
-    loaded: LoadedModel,
-    source: LayerSource,
-    samples: Sequence[tuple[int, Sample]],
-    options: CalibrateSection,
-    timing: dict[str, float],
+    study: Study[CalibrateSection], samples: Sequence[tuple[int, Sample]]
 ) -> Iterator[tuple[int, Measured]]:
-    """KL and agreement of withdrawal at every layer for each (place, sample), as they are finished.
-
-    ``timing`` gains the seconds of answering and of the sweep.
-    """
-    encoded, items = prepare(loaded, source, [sample for _, sample in samples], options, timing)
-    interventions = [Intervention("withdraw", k) for k in range(source.depth)]
-    begun = time.perf_counter()
-    finished: list[ItemResult] = []
+    """KL and agreement of withdrawal at every layer for each (place, sample), as they are finished."""
+    encoded, items = study.encode([sample for _, sample in samples])
+    source, asked = study.source, METHODS["vtw"].ask(study.shape)
     total = len(items) * source.depth
-    with console.progress(f"{source.depth} layers x {len(items)} samples", total) as bar:
-        if loaded.family.no_sweep:
-            console.note(f"{loaded.family.title}: one full run per layer, because {loaded.family.no_sweep}")
-            search: Callable[..., Any] = naive
-        else:
-            search = sweep
-        if source.together:
-            finished = search(source, items, interventions, progress=bar)
-        for number, item in enumerate(items):
-            if source.together:
-                outcome = finished[number]
-            else:
-                outcome = search(source, [item], interventions, progress=bar)[0]
-            place, prompt = samples[number][0], encoded[number]
+    with study.part("sweep"), console.progress(f"{source.depth} layers x {len(items)} samples", total) as bar:
+        parts = [items] if study.streamed else [[item] for item in items]
+        outcomes = (one for part in parts for one in sweep(source, part, asked, progress=bar))
+        for (place, _), prompt, outcome in zip(samples, encoded, outcomes, strict=True):
             yield place, measured_of(outcome, prompt)
-    timing["sweep"] = time.perf_counter() - begun
 
 
 def measured_of(outcome: ItemResult, prompt: Encoded) -> Measured:
@@ -162,18 +134,16 @@ def measured_of(outcome: ItemResult, prompt: Encoded) -> Measured:
 
 
 def assemble(
-    loaded: LoadedModel,
-    source: LayerSource,
-    mix: DataMix,
-    options: CalibrateSection,
-    measured: Sequence[Measured],
+    study: Study[Any], measured: Sequence[Measured], options: CalibrateSection | None = None
 ) -> dict[str, Any]:
     """The result document of ``calibrate`` without ``run``.
 
     Args:
-        measured: of every sample of the mix, in its order.
+        measured: of every sample of the study, in its order.
+        options: of the calibration, where the study is another command's.
     """
-    depth = source.depth
+    options = options or study.options
+    depth, mix = study.shape.depth, study.mix
     kl = np.array([np.mean(one.kl, axis=1) for one in measured])
     agree = np.array([np.mean(one.agree, axis=1) for one in measured])
     seeing = np.array([one.visual > 0 for one in measured])
@@ -185,11 +155,8 @@ def assemble(
         console.warn(f"{int((~seeing).sum())} samples have no visual token; they do not count")
     used, used_agree = kl[seeing], agree[seeing]
     tasks = [sample.task for sample, sees in zip(mix.samples, seeing, strict=True) if sees]
-    cost = _cost(loaded, measured, depth)
-    least = max(
-        policies.default_min_layer(depth) if options.min_layer is None else options.min_layer,
-        loaded.family.first_withdrawal,
-    )
+    cost = _cost(study.text, measured, depth)
+    least = study.least(options.min_layer)
 
     def rule(policy: Policy) -> policies.Rule:
         relative = cost["kv_ratio"] if options.budget_of == "kv" else cost["flops_ratio"][DEFAULT_CONVENTION]
@@ -215,12 +182,11 @@ def assemble(
     schedule = None
     if k is not None:
         found = {"policy": options.policy, "eta": options.eta, "positions": options.positions}
-        provenance = provenance_of(loaded, mix, **found)
-        schedule = Schedule.withdraw_at(k, **provenance).to_dict()
+        schedule = Schedule.withdraw_at(k, **study.provenance(**found)).to_dict()
     return {
         "format": "vtw-calibration",
         "format_version": FORMAT_VERSION,
-        "model": model_of(loaded),
+        "model": study.model(),
         "num_layers": depth,
         "withdrawal_layer": k,
         "interval": list(interval) if interval else None,
@@ -266,16 +232,12 @@ def assemble(
             }
             for sample, fingerprint, one in zip(mix.samples, mix.fingerprints, measured, strict=True)
         ],
-        "data": list(mix.sources),
-        "skipped": mix.skipped,
-        "seed": options.seed,
-        "versions": versions(),
+        **study.data(options.seed),
     }
 
 
-def _cost(loaded: LoadedModel, measured: Sequence[Measured], depth: int) -> dict[str, Any]:
+def _cost(shape: TextShape, measured: Sequence[Measured], depth: int) -> dict[str, Any]:
     """Cost of the prompts' prefill with withdrawal at k = 0..L relative to the full model's, over all samples."""
-    shape = TextShape.from_config(loaded.model.config)
     counts = [(one.prefix + one.suffix, one.visual) for one in measured]
 
     def total(k: int, convention: Any) -> int:
@@ -311,9 +273,10 @@ def _warn_if_uncertain(interval: tuple[int, int] | None, tasks: Sequence[str], p
         )
 
 
-def _key(loaded: LoadedModel, source: LayerSource, options: CalibrateSection) -> str:
+def _key(study: Study[CalibrateSection]) -> str:
     """What kept samples depend on besides their own content."""
-    shaping = options.model_dump(include={"positions", "answers", "max_new_tokens"})
+    loaded = study.loaded
+    shaping = study.options.model_dump(include={"positions", "answers", "max_new_tokens"})
     model = (loaded.name, loaded.revision, str(loaded.dtype), stamp(loaded.path))
-    how = (loaded.device.type, source.together, source.eager)
+    how = (loaded.device.type, study.streamed, study.source.eager)
     return key_of("calibration", model, how, shaping, versions())

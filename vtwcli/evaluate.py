@@ -21,9 +21,11 @@ from vtwcli.judge import gates
 from vtwcli.judge import statistics as judge
 from vtwcli.judge.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape, kv_bytes, prefill_cost
 from vtwcli.machine import distributed
+from vtwcli.machine.libraries import versions
+from vtwcli.machine.memory import peak_memory
 from vtwcli.measure.answers import Answer, flops_ratio, full_answers, kv_ratio, spent
 from vtwcli.measure.costs import latencies, peak_of
-from vtwcli.measure.preparation import read_samples
+from vtwcli.measure.samples import read_samples
 from vtwcli.measure.variants import (
     FULL,
     Scheduled,
@@ -33,13 +35,13 @@ from vtwcli.measure.variants import (
     open_variants,
     reader_of,
 )
+from vtwcli.models.dtypes import name_of
 from vtwcli.models.inputs import encode_batch, plain_generation
 from vtwcli.models.loading import LoadedModel
 from vtwcli.recipe.recipe import EvalSection, GatesSection, ModelSection
-from vtwcli.results.provenance import run_of, template_date, versions
+from vtwcli.results.provenance import run_of, template_date
 from vtwcli.results.resume import Keep, kept, key_of, stamp
 from vtwcli.schedule.schedule import Schedule
-from vtwcli.sweep.sweep import peak_memory
 
 FORMAT_VERSION = 1
 
@@ -256,10 +258,10 @@ def _model(model: ModelSection, full: LoadedModel, variants: Sequence[Variant]) 
         "name": model.name,
         "revision": own.inputs.revision,
         "family": full.family.model_type,
-        "dtype": str(own.dtype).removeprefix("torch."),
+        "dtype": name_of(own.dtype),
         "backend": "torch" if isinstance(own, Scheduled) else "onnx",
         "baseline": full.name,
-        "baseline_dtype": str(full.dtype).removeprefix("torch."),
+        "baseline_dtype": name_of(full.dtype),
         **template_date(full),
     }
 

@@ -20,7 +20,7 @@ import shapes
 import torch
 
 from vtwcli.judge.flops import TextShape, prefill_cost
-from vtwcli.methods import visipruner, vtw
+from vtwcli.methods.visipruner import VisiPruner
 from vtwcli.runtime import pruned
 from vtwcli.schedule.schedule import Freeze, Keep, Mute, Schedule, Select
 
@@ -45,7 +45,10 @@ def threshold_for(model: torch.nn.Module, inputs: dict, share: float, **rule: An
     low, high = 0.0, 1.0
     for _ in range(12):
         middle = (low + high) / 2
-        with torch.no_grad(), pruned(model, visipruner.schedule(tokens_threshold=middle, **rule)) as running:
+        with (
+            torch.no_grad(),
+            pruned(model, VisiPruner(tokens_threshold=middle, **rule).schedule()) as running,
+        ):
             model(**inputs, use_cache=False, logits_to_keep=1)
         [sample] = running.trace.samples
         if sample["kept"][0] is None:
@@ -58,7 +61,7 @@ def variants(model: torch.nn.Module, inputs: dict, depth: int) -> dict[str, Sche
     """The schedules by name; None is the full model."""
     found: dict[str, Schedule | None] = {"full": None}
     for k in (depth // 4, depth // 2, depth * 3 // 4):
-        found[f"VTW K={k}"] = vtw.schedule(k)
+        found[f"VTW K={k}"] = Schedule.withdraw_at(k)
     for ratio in (0.5, 0.25, 0.1):
         for score in ("attention", "contribution", "random"):
             found[f"keep {ratio:.0%} by {score} at 2"] = keep(2, score, ratio)
@@ -67,12 +70,12 @@ def variants(model: torch.nn.Module, inputs: dict, depth: int) -> dict[str, Sche
     rule: dict[str, Any] = {"shallow_mid_layer": shallow, "layer_threshold": 1.0}
     for share in (0.25, 0.1):
         size = threshold_for(model, inputs, share, exit_threshold=1.0, **rule)
-        found[f"VisiPruner S={shallow}, keeps {share:.0%}, no exit"] = visipruner.schedule(
+        found[f"VisiPruner S={shallow}, keeps {share:.0%}, no exit"] = VisiPruner(
             tokens_threshold=size, exit_threshold=1.0, **rule
-        )
-    found[f"VisiPruner S={shallow}, keeps 10%, exits at once"] = visipruner.schedule(
+        ).schedule()
+    found[f"VisiPruner S={shallow}, keeps 10%, exits at once"] = VisiPruner(
         tokens_threshold=size, exit_threshold=-1.0, **rule
-    )
+    ).schedule()
     half = depth // 2
     found[f"mute 0..{half - 1}, renormalised"] = Schedule(actions=(Mute(at=0, until=half, action="mute"),))
     found[f"mute 0..{half - 1} to zero"] = Schedule(

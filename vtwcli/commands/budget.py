@@ -53,15 +53,12 @@ def command(**given: Any) -> None:
 
     from vtwcli.budget import budget
     from vtwcli.machine.distributed import finish, is_main
-    from vtwcli.report.budget import budget_view, write_budget
+    from vtwcli.report.budget import budget_view, shortfall, write_budget
 
     result = budget(where, specs, options, base.schedule)
     if is_main():
         write_budget(result, outputs)
         show(result, budget_view, outputs, given["json"])
     finish()
-    if options.max_flops is not None and result["best"] is None and is_main():
-        raise GateError(
-            f"no schedule costs at most {100 * options.max_flops:.3g}% of the full model's prefill FLOPs",
-            "a larger --max-flops, or smaller --ratios",
-        )
+    if (missed := shortfall(result)) and is_main():
+        raise GateError(missed, "a larger --max-flops, or smaller --ratios")

@@ -15,7 +15,8 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from vtwcli.io.documents import Section
+from vtwcli.io.section import Section
+from vtwcli.methods.visipruner import Rule
 from vtwcli.recipe.recipe import GatesSection, ModelSection, ScheduleSection
 
 # where flags stand on a help page: those of a section, and fields of others by name
@@ -130,17 +131,7 @@ SETTINGS = [flag("recipe", Path, "Recipe whose values the options here override.
 TRUST = fields(ModelSection, "trust_remote_code")
 WHERE = fields(ModelSection, "device", "dtype", "attn", "trust_remote_code")
 WHERE_STREAMED = fields(ModelSection, "device", "dtype", "attn", "stream", "trust_remote_code")
-RULE = fields(
-    ScheduleSection,
-    "method",
-    "shallow_mid_layer",
-    "layer_threshold",
-    "tokens_threshold",
-    "exit_threshold",
-    "exit_layers",
-    "consecutive",
-    "layer0",
-)
+RULE = fields(ScheduleSection, "method", *Rule.model_fields)
 OUTPUT = flag("output", Path, "Result file.", "-o", metavar="PATH", panel="Output")
 JSON = flag("json", bool, "Print the result as JSON on stdout.", panel="Output")
 FORCE = flag("force", bool, "Replace what vtw wrote before.", panel="Output")

@@ -34,7 +34,9 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
     from vtwcli.recipe.settings import load_recipe
 
     trusted = bool(given.get("trust_remote_code"))
-    return load_recipe(given.get("recipe"), given.get("set") or (), os.environ, trusted)
+    # calibrate's --method is an option of its own section
+    method = given.get("method") if "shallow_mid_layer" in given else None
+    return load_recipe(given.get("recipe"), given.get("set") or (), os.environ, trusted, method)
 
 
 def model_of(given: dict[str, Any], recipe: Recipe) -> ModelSection:

@@ -41,12 +41,12 @@ Examples:
     PRINTED,
 )
 def command(**given: Any) -> None:
-    """Run a recipe: calibrate, analyze, eval, export, whichever sections it has.
+    """Run the steps that a recipe has: calibrate, analyze, budget, eval, export.
 
     Steps whose inputs (section, model, data, tool, earlier steps) have not
     changed are kept, so an interrupted run continues. The export is made
-    aside, verified, and published last. Exit code 3 when no layer qualifies
-    or a gate fails; then nothing is exported.
+    aside, verified, and published last. Exit code 3 when no layer qualifies,
+    no schedule fits the budget or a gate fails; then nothing is exported.
     """
     begin(given)
     from vtwcli.machine.distributed import finish, is_main

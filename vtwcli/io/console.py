@@ -17,7 +17,10 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from vtwcli.errors import typed_line
 from vtwcli.io.text import escaped, fitting, one_line
+from vtwcli.machine.libraries import settings
+from vtwcli.machine.memory import peak_resident
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,15 +31,6 @@ _LONGEST = 2000  # characters of a message
 _NO_TERMINAL_WIDTH = 400  # characters; tables of a log or a pipe keep all their columns
 ESCAPE = "vtwcli.escape"
 """Name of the error handler that writes what an encoding lacks as JSON does, ``\\u2588``."""
-
-
-class _Settings:
-    quiet = False
-    verbose = False
-    unwritten: OSError | None = None  # why not all results came out on stdout
-
-
-settings = _Settings()
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:
@@ -164,8 +158,7 @@ def not_worth_failing(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # drawing raises whatever the text of data leads it to
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        warn(f"{what} ({type(error).__name__}: {reason})")
+        warn(f"{what} ({typed_line(error)})")
 
 
 def error(message: str, hint: str | None = None) -> None:
@@ -246,14 +239,6 @@ def progress(description: str, total: int | None = None) -> Iterator[Task]:
     )
     with Progress(*columns, console=stderr(), transient=True) as bar:
         yield Task(description, total, bar)
-
-
-def peak_resident() -> int:
-    """Peak resident memory of this process in bytes."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _memory() -> str:

@@ -9,25 +9,23 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
-from pydantic_core import CoreSchema
-from pydantic_core.core_schema import no_info_before_validator_function
+from pydantic import BaseModel, ValidationError
 
 from vtwcli.errors import UsageError
 from vtwcli.io.files import regular
+from vtwcli.io.nesting import DEEPEST, Location, MisshapenError, TooDeepError, check_size
 
+T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 _LARGE = 50_000  # characters; larger JSON is read by the fast reader, which keeps no line numbers
 _MOST_YAML = 200_000  # characters; the YAML reader takes seconds for them
 _MOST_BYTES = 256 << 20
 _MOST_VALUES = 100_000  # that aliases may stand for, besides what is written out
 _LARGEST = 2**63 - 1
-_DEEPEST = 100  # levels of lists and mappings inside each other
-Location = tuple[str | int, ...]
 
 
 class InvalidDocument(UsageError):
@@ -45,53 +43,6 @@ class InvalidDocument(UsageError):
 def all_problems(error: UsageError) -> Sequence[UsageError]:
     """Each thing that is wrong with a document, of the error that reading it raised."""
     return error.problems if isinstance(error, InvalidDocument) else [error]
-
-
-class Section(BaseModel):
-    """Base of the documents that people write.
-
-    Unknown keys are errors and values never change; true and false are no numbers; a text is one that a file's name
-    and a program's argument can hold.
-    """
-
-    # schemas are built on first use: help pages read the fields only
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        schema: CoreSchema = _stricter(handler(source), cls)
-        return schema
-
-
-def _stricter(schema: Any, cls: type[BaseModel]) -> Any:
-    """A schema of pydantic with a look at the values of its numbers and texts before they are read."""
-    if isinstance(schema, list):
-        return [_stricter(one, cls) for one in schema]
-    if not isinstance(schema, dict) or schema.get("cls", cls) is not cls:
-        return schema  # another class has seen to itself
-    if schema.get("type") in ("int", "float") or 1 in schema.get("expected", ()):
-        return no_info_before_validator_function(_no_truth, schema)
-    if schema.get("type") == "str":
-        return no_info_before_validator_function(_no_strange_text, schema)
-    return {key: one if key == "metadata" else _stricter(one, cls) for key, one in schema.items()}
-
-
-def _no_truth(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not true or false")
-    return value
-
-
-def _no_strange_text(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            strange = "\0" in value
-            value.encode("utf-8", "surrogateescape")  # as the system gives names that are not UTF-8
-        except UnicodeEncodeError:
-            strange = True
-        if strange:
-            raise ValueError("holds a null character or half of one")
-    return value
 
 
 def read(path: Path, kind: str) -> Any:
@@ -128,8 +79,8 @@ def parse(text: str, name: str, kind: str) -> Any:
     try:
         node = _yaml(text, name, hint)
     except RecursionError:
-        raise UsageError(f"{name}: {_TOO_DEEP}", hint) from None
-    _check_size(node, node, (), {}, name, _MOST_VALUES + len(text))
+        raise UsageError(f"{name}: {TooDeepError()}", hint) from None
+    _check_size(node, name, _MOST_VALUES + len(text))
     return node
 
 
@@ -143,8 +94,8 @@ def parse_json(text: str, name: str) -> Any:
     try:
         node = json.loads(text, object_pairs_hook=_unique)
     except RecursionError:
-        raise UsageError(f"{name}: {_TOO_DEEP}") from None
-    _check_size(node, node, (), {}, name, len(text))
+        raise UsageError(f"{name}: {TooDeepError()}") from None
+    _check_size(node, name, len(text))
     return node
 
 
@@ -179,7 +130,7 @@ def _reader() -> Any:
 
     class Scanner(RoundTripScanner):
         def fetch_flow_collection_start(self, *given: Any, **named: Any) -> None:
-            if len(self.flow_context) > _DEEPEST:
+            if len(self.flow_context) > DEEPEST:
                 raise RecursionError
             super().fetch_flow_collection_start(*given, **named)
 
@@ -207,47 +158,17 @@ def _check_aliases(text: str, name: str) -> None:
             )
 
 
-_TOO_DEEP = f"lists and mappings lie more than {_DEEPEST} levels deep inside each other"
-
-
-def _check_size(
-    node: Any,
-    document: Any,
-    path: Location,
-    known: dict[int, tuple[int, int]],
-    name: str,
-    most: int,
-) -> tuple[int, int]:
-    """How many values a node stands for, aliases followed, and how many levels deep they go.
-
-    Args:
-        known: what was found of nodes, by identity; an alias is the node that it names.
+def _check_size(node: Any, name: str, most: int) -> None:
+    """Refuse what is too large, with the place and the key.
 
     Raises:
-        UsageError: too many or too deep, with the place and the key.
+        UsageError: see above.
     """
-    if not isinstance(node, dict | list):
-        if isinstance(node, int) and not -_LARGEST <= node <= _LARGEST:
-            raise _misshapen(name, path, document, f"a whole number beyond {_LARGEST}")
-        return 1, 0
-    if id(node) not in known:
-        if len(path) >= _DEEPEST:
-            raise _misshapen(name, path[:3], document, _TOO_DEEP)
-        count, levels = 1, 0
-        for key, inner in node.items() if isinstance(node, dict) else enumerate(node):
-            more, deeper = _check_size(inner, document, (*path, key), known, name, most)
-            count, levels = count + more, max(levels, deeper + 1)
-            if count > most:
-                raise _misshapen(name, (*path, key), document, f"aliases stand for more than {most:,} values")
-        known[id(node)] = count, levels
-    if len(path) + known[id(node)][1] > _DEEPEST:
-        raise _misshapen(name, path[:3], document, _TOO_DEEP)
-    return known[id(node)]
-
-
-def _misshapen(name: str, path: Location, document: Any, problem: str) -> UsageError:
-    key = ".".join(str(part) for part in path) or "document"
-    return UsageError(f"{name}{position(path, document)}: {key}: {problem}")
+    try:
+        check_size(node, most, _LARGEST)
+    except MisshapenError as error:
+        key = ".".join(str(part) for part in error.path) or "document"
+        raise UsageError(f"{name}{position(error.path, node)}: {key}: {error}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -285,13 +206,30 @@ def validate(
     Raises:
         InvalidDocument: what is wrong, with its place.
     """
+    return check(node, model.model_validate, name, kind, model.model_json_schema, origins)
+
+
+def check(
+    node: Any,
+    validated: Callable[[Any], T],
+    name: str,
+    kind: str,
+    schema: Callable[[], dict[str, Any]] = dict,
+    origins: Mapping[str, str] | None = None,
+) -> T:
+    """Like ``validate``, by any of pydantic's validators.
+
+    Args:
+        validated: makes of plain data what is asked for, or raises pydantic's error.
+        schema: what keys there are, where others are errors.
+    """
     if not isinstance(node, dict):
         found = "an empty file" if node is None else type(plain(node)).__name__
         raise UsageError(f"{name}: a {kind} must be a mapping of keys to values, not {found}")
     try:
-        return model.model_validate(plain(node))
+        return validated(plain(node))
     except ValidationError as error:
-        raise InvalidDocument(_problems(error, node, model, name, origins or {})) from None
+        raise InvalidDocument(_problems(error, node, schema, name, origins or {})) from None
 
 
 def load(path: Path, model: type[Model], kind: str) -> Model:
@@ -300,12 +238,16 @@ def load(path: Path, model: type[Model], kind: str) -> Model:
 
 
 def _problems(
-    error: ValidationError, node: Any, model: type[BaseModel], name: str, origins: Mapping[str, str]
+    error: ValidationError,
+    node: Any,
+    schema: Callable[[], dict[str, Any]],
+    name: str,
+    origins: Mapping[str, str],
 ) -> list[UsageError]:
     """A validation's errors as messages, in the order of the document; one for each place."""
     found: dict[Location, tuple[tuple[int, ...], UsageError]] = {}
     for one in error.errors(include_url=False):
-        location, message, hint = _described(one, node, model)
+        location, message, hint = _described(one, node, schema)
         key = ".".join(str(part) for part in location) or "document"
         origin = origins.get(key)
         where = origin or f"{name}{position(location, node)}"
@@ -314,11 +256,14 @@ def _problems(
     return [problem for _, problem in sorted(found.values(), key=lambda entry: entry[0])]
 
 
-def _described(one: Any, node: Any, model: type[BaseModel]) -> tuple[Location, str, str | None]:
+def _described(one: Any, node: Any, schema: Callable[[], dict[str, Any]]) -> tuple[Location, str, str | None]:
     """Of one of a validation's errors the place in the document, the message and the hint."""
-    location = _in_document(one["loc"], node, one["type"] in ("extra_forbidden", "missing"))
+    context = one.get("ctx", {})  # a check of a section as a whole says which key below it is meant
+    value = context.get("given", one["input"])
+    location = (*one["loc"], *context.get("below", ()))
+    location = _in_document(location, node, one["type"] in ("extra_forbidden", "missing"))
     if one["type"] == "extra_forbidden":
-        near = nearest(str(location[-1]), _known_keys(model, location[:-1]))
+        near = nearest(str(location[-1]), _known_keys(schema(), location[:-1]))
         return location, f"unknown key {str(location[-1])!r}", f"did you mean {near!r}?" if near else None
     if one["type"] == "missing":
         return location, "this key is required", None
@@ -330,8 +275,8 @@ def _described(one: Any, node: Any, model: type[BaseModel]) -> tuple[Location, s
         return (*location, tag), message, None
     message = one["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
     message = message[:1].lower() + message[1:]
-    if isinstance(one["input"], str | int | float | bool):
-        message += f", got {_short(one['input'])}"
+    if isinstance(value, str | int | float | bool):
+        message += f", got {_short(value)}"
     return location, message, None
 
 
@@ -381,9 +326,8 @@ def position(location: Location, document: Any) -> str:
     return place
 
 
-def _known_keys(model: type[BaseModel], location: Location) -> list[str]:
-    """Every key that the schema of ``model`` allows in the mapping at ``location``."""
-    schema = model.model_json_schema()
+def _known_keys(schema: dict[str, Any], location: Location) -> list[str]:
+    """Every key that a JSON schema allows in the mapping at ``location``."""
     definitions = schema.get("$defs", {})
 
     def branches(part: Any) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 # control characters but tab and line feed, marks that turn or hide text, line and paragraph separators, surrogates
 _HIDDEN = re.compile(
@@ -82,10 +81,3 @@ def code_block(text: str, language: str) -> str:
     text = visible(text.rstrip("\n"))
     fence = "`" * max(3, max((len(run) for run in re.findall("`+", text)), default=0) + 1)
     return f"{fence}{language}\n{text}\n{fence}"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
-    """A table of plain text in Markdown; with ``numbers`` the columns behind the first are to the right."""
-    lines = [[markdown(cell) for cell in line] for line in (header, *rows)]
-    lines.insert(1, ["---", *["---:" if numbers else "---"] * (len(header) - 1)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

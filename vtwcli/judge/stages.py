@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vtwcli.judge.policies import Rule, per_task
-from vtwcli.methods import visipruner
-from vtwcli.schedule.schedule import Keep, Mute, Schedule, Withdraw
+from vtwcli.schedule.schedule import Mute, Schedule, Withdraw
 
 Curves = NDArray[np.float64]
 
@@ -83,43 +82,6 @@ def boundaries(
     return Stages(min(one.blind for one in found.values()), latest, layers), found
 
 
-def filter_and_exit(
-    minimum: Sequence[float],
-    kept: Sequence[int],
-    kept_minimum: Sequence[Sequence[float]],
-    shallow: int,
-    layer_threshold: float,
-    exit_threshold: float,
-    exit_layers: int,
-) -> tuple[int | None, int | None]:
-    """VisiPruner's two boundaries of one sample, read off the full model's layers.
-
-    From layer shallow + 1 on, the first layer in which some visual token's cosine is under ``layer_threshold``
-    filters: from the next layer on there are its critical tokens only. Behind it, the ``exit_layers``-th layer (in
-    total, as in the published code) in which every kept token's cosine is at least ``exit_threshold`` ends them: from
-    the next layer on there are none. Under the schedule itself the later layers see fewer tokens, so its exit may
-    differ from this one.
-
-    Args:
-        minimum: smallest cosine of any visual token, [L].
-        kept: number of critical tokens of each layer, [L].
-        kept_minimum: [L][L]; row f, column d: smallest cosine in layer d of the critical tokens of layer f.
-        shallow: the boundary between shallow and middle layers.
-
-    Returns:
-        The first layer with kept tokens only and the first layer without visual tokens; None where the condition
-        never holds. L means behind the last layer.
-    """
-    filters = [d for d in range(shallow + 1, len(minimum)) if minimum[d] < layer_threshold]
-    if not filters:
-        return None, None
-    f = filters[0]
-    if not kept[f]:
-        return f + 1, f + 1
-    quiet = [d for d in range(f + 1, len(minimum)) if kept_minimum[f][d] >= exit_threshold]
-    return f + 1, quiet[exit_layers - 1] + 1 if len(quiet) >= exit_layers else None
-
-
 def static_schedule(stages: Stages, provenance: Mapping[str, Any]) -> Schedule:
     """Text does not read vision in the shallow layers, and from the deep stage on there is none.
 
@@ -131,36 +93,6 @@ def static_schedule(stages: Stages, provenance: Mapping[str, Any]) -> Schedule:
     if stages.last:
         actions.append(Withdraw(at=stages.end, action="withdraw"))
     return Schedule(actions=tuple(actions), provenance=dict(provenance))
-
-
-def dynamic_schedule(
-    stages: Stages,
-    tokens_threshold: float,
-    layer_threshold: float,
-    exit_threshold: float,
-    exit_layers: int,
-    first_withdrawal: int,
-    provenance: Mapping[str, Any],
-) -> Schedule | None:
-    """VisiPruner's rule behind the measured shallow stage: each sample keeps its critical tokens, then none.
-
-    None where the shallow stage leaves no room for it.
-
-    Args:
-        tokens_threshold, layer_threshold, exit_threshold, exit_layers: of ``methods.visipruner``.
-        first_withdrawal: the first layer at which the family's visual tokens may leave.
-    """
-    shallow = len(stages.shallow)
-    after = max(shallow, first_withdrawal - 2)
-    if after + 2 >= stages.layers:
-        return None
-    schedule = visipruner.schedule(
-        shallow, layer_threshold, tokens_threshold, exit_threshold, exit_layers, **provenance
-    )
-    actions = tuple(
-        one.model_copy(update={"after": after}) if isinstance(one, Keep) else one for one in schedule.actions
-    )
-    return schedule.model_copy(update={"actions": actions})
 
 
 def sentences(

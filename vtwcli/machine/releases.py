@@ -19,7 +19,7 @@ LIBRARIES = (
 
 def tested() -> list[str]:
     """The releases of transformers that exported code was tested with; they are named in that code itself."""
-    text = Path(__file__).parents[1].joinpath("runtime", "pruning.py").read_text(encoding="utf-8")
+    text = Path(__file__).parents[1].joinpath("runtime", "contract.py").read_text(encoding="utf-8")
     found = re.search(r"^TESTED = (\(.*?\))$", text, re.MULTILINE | re.DOTALL)
     assert found is not None
     return list(ast.literal_eval(found[1]))

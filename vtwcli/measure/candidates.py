@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,26 +16,9 @@ from vtwcli.io import console
 from vtwcli.judge.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape
 from vtwcli.machine import distributed
 from vtwcli.measure.answers import Answer, flops_ratio, full_answers, kv_ratio, schedule_answers
+from vtwcli.methods.method import Candidate
 from vtwcli.models.inputs import encode_batch, plain_generation
 from vtwcli.models.loading import LoadedModel
-from vtwcli.schedule.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A schedule that may be chosen.
-
-    Attributes:
-        name: for tables and plots.
-        method: the group it belongs to.
-        schedule: what the runtime executes.
-        parameters: what the method made it from.
-    """
-
-    name: str
-    method: str
-    schedule: Schedule
-    parameters: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

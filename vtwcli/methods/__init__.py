@@ -1,1 +1,14 @@
 """Published methods, one small file each, that only build schedules; the runtime knows nothing of them."""
+
+from __future__ import annotations
+
+from vtwcli.methods.fastv import FastV
+from vtwcli.methods.method import Method
+from vtwcli.methods.subsets import Attention, Contribution, Random, TwoStep, Uniform
+from vtwcli.methods.visipruner import VisiPruner
+from vtwcli.methods.vtw import Vtw
+
+# every method by the name that options, recipes and documents use, in the order of comparisons
+METHODS: dict[str, type[Method]] = {
+    one.key: one for one in (Vtw, VisiPruner, FastV, Attention, Contribution, Random, Uniform, TwoStep)
+}

@@ -15,52 +15,204 @@ With S the shallow boundary, in the prefill of each sample:
 
 Tokens behind the prompt read all visual tokens that their layer still has, as in the published code, which mutes
 prompts only.
+
+Its calibration, which no paper describes:
+
+1. Boundary. For each layer d the sweep mutes text's reading of vision in layers 0..d. The boundary S is the first d at
+   which this costs more than eta: the layers before it can be muted together.
+2. Thresholds. The last row's contributions in the full model say what sizes occur: their quantiles are the thresholds
+   of contribution that are tried, because the published 0.2 is a size of one model's values. Tried are S, half of it
+   and 0, and several thresholds of the cosine around the published one.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
+from pydantic import Field
+
+from vtwcli.errors import UsageError
+from vtwcli.io.section import Section
+from vtwcli.methods.method import Answers, Candidate, Grid, Method, Shape, Style
+from vtwcli.schedule.intervention import Intervention
 from vtwcli.schedule.schedule import Action, Keep, Mute, Schedule, Select, When, Withdraw
 
+# the published one, a stricter one that filters earlier, and laxer ones
+LAYER_THRESHOLDS = (0.999, 0.995, 0.98, 0.9)
+QUANTILES = (0.5, 0.75, 0.9)  # of contribution; with the published threshold four sizes are tried
 
-def schedule(
-    shallow_mid_layer: int = 6,
-    layer_threshold: float = 0.995,
-    tokens_threshold: float = 0.2,
-    exit_threshold: float = 0.999,
-    exit_layers: int = 2,
-    consecutive: bool = False,
-    layer0: Literal["7b", "13b"] = "7b",
-    **provenance: Any,
-) -> Schedule:
-    """The rule as a schedule; the defaults are those published for LLaVA-1.5-7B.
+
+class Rule(Section):
+    """The published rule's parameters; the defaults are those published for LLaVA-1.5-7B."""
+
+    shallow_mid_layer: int = Field(6, ge=0, description="text does not read vision in the layers before this")
+    layer_threshold: float = Field(
+        0.995, ge=-1, le=1, description="the first layer behind with a cosine below it chooses the tokens"
+    )
+    tokens_threshold: float = Field(0.2, ge=0, description="norm of contribution above which a token stays")
+    exit_threshold: float = Field(
+        0.999, ge=-1, le=1, description="a layer whose cosines are all at least this counts towards the exit"
+    )
+    exit_layers: int = Field(2, ge=1, description="how many layers must count until all tokens leave")
+    consecutive: bool = Field(False, description="they must follow one another, as the paper says")
+    layer0: Literal["7b", "13b"] = Field("7b", description="what layer 0 mutes: 7b or 13b form")
+
+
+class VisiPruner(Rule, Method):
+    """The published rule, dynamic: every sample has its own layers and tokens."""
+
+    key: ClassVar[str] = "visipruner"
+    title: ClassVar[str] = "VisiPruner"
+    paper: ClassVar[str | None] = "2510.17205"
+    finds: ClassVar[str | None] = "its boundary and thresholds"
+    searched: ClassVar[tuple[str, ...]] = ("shallow_mid_layer", "layer_threshold", "tokens_threshold")
+    style: ClassVar[Style] = Style("#D55E00", "s", "VisiPruner")
+
+    def schedule(self, **provenance: Any) -> Schedule:
+        actions: list[Action] = []
+        if self.shallow_mid_layer > 0 and self.layer0 == "7b":
+            actions.append(_mute(0, 1, sink="first"))
+            actions.append(_mute(0, 1, readers="visual"))
+        elif self.shallow_mid_layer > 0:
+            actions.append(_mute(0, 1, readers="visual"))
+            actions.append(_mute(0, 1, columns="first_half"))
+        if self.shallow_mid_layer > 1:
+            actions.append(_mute(1, self.shallow_mid_layer))
+        chosen = Select(score="contribution", above=self.tokens_threshold)
+        below = When(cosine_below=self.layer_threshold)
+        above = When(cosine_above=self.exit_threshold, layers=self.exit_layers, consecutive=self.consecutive)
+        actions.append(
+            Keep(at="auto", after=self.shallow_mid_layer, action="keep", select=chosen, when=below)
+        )
+        actions.append(Withdraw(at="auto", action="withdraw", when=above))
+        return Schedule(actions=tuple(actions), provenance={"method": "visipruner", **provenance})
+
+    @classmethod
+    def compared(cls, model: Shape, grid: Grid, base: Mapping[str, Any]) -> list[Candidate]:
+        """Shallow boundaries 0 and, as published, 6 of 32 layers, with every threshold of the grid."""
+        found = []
+        for shallow in sorted({0, round(model.depth * 6 / 32)}):
+            # the rule keeps two layers behind its boundary at the earliest
+            shallow = max(shallow, model.first_withdrawal - 2)
+            if shallow > model.depth - 3:
+                continue
+            for threshold in grid.thresholds:
+                varied: dict[str, Any] = {"shallow_mid_layer": shallow, "tokens_threshold": threshold}
+                schedule = cls(**{**base, **varied}).schedule()
+                name = f"visipruner S={shallow} t={threshold:g}"
+                found.append(Candidate(name, "visipruner", schedule, varied))
+        return found
+
+    @classmethod
+    def ask(cls, model: Shape) -> list[Intervention]:
+        least = _least(model)
+        if model.depth < least + 3:
+            raise UsageError(f"VisiPruner needs at least {least + 3} layers, the model has {model.depth}")
+        return [Intervention("mute", 0, d + 1) for d in range(model.depth)]
+
+    @classmethod
+    def findings(cls, found: Answers) -> dict[str, Any]:
+        boundary = {"layer": shallow_boundary(found), "kl": list(found.kl), "tasks": dict(found.by_task)}
+        return {"boundary": boundary}
+
+    @classmethod
+    def candidates(cls, model: Shape, found: Answers, base: Mapping[str, Any]) -> list[Candidate]:
+        boundary, least = shallow_boundary(found), _least(model)
+        rule = cls(**base)
+        import numpy as np
+
+        quantiles = np.quantile(found.contribution, QUANTILES)
+        sizes = sorted({rule.tokens_threshold, *(float(f"{x:.3g}") for x in quantiles)})
+        fixed = rule.model_dump(exclude=set(cls.searched))
+        made = []
+        for shallow in sorted(
+            {min(max(one, least), model.depth - 3) for one in (0, boundary // 2, boundary)}
+        ):
+            for layer in LAYER_THRESHOLDS:
+                for size in sizes:
+                    varied: dict[str, Any] = {
+                        "shallow_mid_layer": shallow,
+                        "layer_threshold": layer,
+                        "tokens_threshold": size,
+                    }
+                    name = f"S={shallow} cos={layer:g} t={size:g}"
+                    made.append(Candidate(name, "visipruner", cls(**fixed, **varied).schedule(), varied))
+        return made
+
+
+def shallow_boundary(found: Answers) -> int:
+    """S: the first layer that cannot be muted together with all before it; 0 where not even layer 0 can.
 
     Args:
-        shallow_mid_layer: S; 0 mutes nothing.
-        layer_threshold: a cosine below it makes a layer the one that chooses.
-        tokens_threshold: norm of contribution above which a token is kept; it grows with the model's values, so it
-            is the parameter to calibrate on another model.
-        exit_threshold: a layer whose cosines are all at least this no longer reads vision.
-        exit_layers: how many such layers it takes.
-        consecutive: they must follow one another.
-        layer0: form of the muting in layer 0.
+        found: the sweep's answers to ``VisiPruner.ask``; the mean KL decides, or the worst task's.
     """
-    actions: list[Action] = []
-    if shallow_mid_layer > 0 and layer0 == "7b":
-        actions.append(_mute(0, 1, sink="first"))
-        actions.append(_mute(0, 1, readers="visual"))
-    elif shallow_mid_layer > 0:
-        actions.append(_mute(0, 1, readers="visual"))
-        actions.append(_mute(0, 1, columns="first_half"))
-    if shallow_mid_layer > 1:
-        actions.append(_mute(1, shallow_mid_layer))
-    chosen = Select(score="contribution", above=tokens_threshold)
-    below = When(cosine_below=layer_threshold)
-    above = When(cosine_above=exit_threshold, layers=exit_layers, consecutive=consecutive)
-    actions.append(Keep(at="auto", after=shallow_mid_layer, action="keep", select=chosen, when=below))
-    actions.append(Withdraw(at="auto", action="withdraw", when=above))
-    return Schedule(actions=tuple(actions), provenance={"method": "visipruner", **provenance})
+    import numpy as np
+
+    curve = np.max(list(found.by_task.values()), axis=0) if found.worst_task else np.asarray(found.kl)
+    costly = np.flatnonzero(curve > found.eta)
+    return int(costly[0]) if len(costly) else len(curve)
+
+
+def filter_and_exit(
+    minimum: Sequence[float],
+    kept: Sequence[int],
+    kept_minimum: Sequence[Sequence[float]],
+    shallow: int,
+    layer_threshold: float,
+    exit_threshold: float,
+    exit_layers: int,
+) -> tuple[int | None, int | None]:
+    """VisiPruner's two boundaries of one sample, read off the full model's layers.
+
+    From layer shallow + 1 on, the first layer in which some visual token's cosine is under ``layer_threshold``
+    filters: from the next layer on there are its critical tokens only. Behind it, the ``exit_layers``-th layer (in
+    total, as in the published code) in which every kept token's cosine is at least ``exit_threshold`` ends them: from
+    the next layer on there are none. Under the schedule itself the later layers see fewer tokens, so its exit may
+    differ from this one.
+
+    Args:
+        minimum: smallest cosine of any visual token, [L].
+        kept: number of critical tokens of each layer, [L].
+        kept_minimum: [L][L]; row f, column d: smallest cosine in layer d of the critical tokens of layer f.
+        shallow: the boundary between shallow and middle layers.
+
+    Returns:
+        The first layer with kept tokens only and the first layer without visual tokens; None where the condition
+        never holds. L means behind the last layer.
+    """
+    filters = [d for d in range(shallow + 1, len(minimum)) if minimum[d] < layer_threshold]
+    if not filters:
+        return None, None
+    f = filters[0]
+    if not kept[f]:
+        return f + 1, f + 1
+    quiet = [d for d in range(f + 1, len(minimum)) if kept_minimum[f][d] >= exit_threshold]
+    return f + 1, quiet[exit_layers - 1] + 1 if len(quiet) >= exit_layers else None
+
+
+def behind(shallow: int, model: Shape, rule: VisiPruner, provenance: Mapping[str, Any]) -> Schedule | None:
+    """The rule behind a measured shallow stage: each sample keeps its critical tokens, then none.
+
+    None where the shallow stage leaves no room for it.
+
+    Args:
+        shallow: number of shallow layers.
+        rule: the thresholds.
+    """
+    after = max(shallow, model.first_withdrawal - 2)
+    if after + 2 >= model.depth:
+        return None
+    schedule = rule.model_copy(update={"shallow_mid_layer": shallow}).schedule(**provenance)
+    actions = tuple(
+        one.model_copy(update={"after": after}) if isinstance(one, Keep) else one for one in schedule.actions
+    )
+    return schedule.model_copy(update={"actions": actions})
+
+
+def _least(model: Shape) -> int:
+    """The earliest boundary: the rule keeps tokens two layers behind it."""
+    return max(0, model.first_withdrawal - 2)
 
 
 def _mute(at: int, until: int, **more: Any) -> Mute:

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vtwcli.errors import NotFoundError
+from vtwcli.errors import NotFoundError, first_line
 from vtwcli.io import console, files
+from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.models.broken_torchvision import hide_if_broken
 from vtwcli.models.families import FAMILIES, Family, family_of, placeholder_ids, supported
 from vtwcli.models.jsonfiles import CONFIG, GENERATION, check_sizes, numbers, read_json
@@ -368,38 +369,6 @@ def _computed_buffers(model: PreTrainedModel) -> list[tuple[Any, str, torch.Tens
     return found
 
 
-@contextmanager
-def quiet_libraries(bars: bool = False) -> Iterator[None]:
-    """Hold back the warnings of transformers and huggingface_hub unless ``--verbose``; errors come through.
-
-    Transformers does not ask on the terminal whether a directory's code may run: --trust-remote-code has said it.
-
-    Args:
-        bars: leave their progress bars on.
-    """
-    from huggingface_hub.utils import logging as hub
-    from transformers import dynamic_module_utils
-    from transformers.utils import logging
-
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
-    if console.settings.verbose:
-        yield
-        return
-    level, hub_level = logging.get_verbosity(), hub.get_verbosity()
-    hide = logging.is_progress_bar_enabled() and not bars
-    logging.set_verbosity_error()
-    hub.set_verbosity_error()
-    if hide:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        hub.set_verbosity(hub_level)
-        if hide:
-            logging.enable_progress_bar()
-
-
 def _weights_entry(path: Path, config: Any, name: str) -> Path:
     """The single weight file or the index of the shards: what the config names, else what is there."""
     named = getattr(config, "transformers_weights", None)
@@ -641,11 +610,3 @@ def _unreachable(name: str, error: Exception) -> NotFoundError:
 def _status(error: Any) -> str:
     response = getattr(error, "response", None)
     return f"HTTP {response.status_code}" if response is not None else type(error).__name__
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, with the next where it ends in a colon; its type where it has none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -1,7 +1,7 @@
 """Runs a recipe's steps in one directory: what is still valid is kept, the rest runs, a failed gate stops the export.
 
-Steps are ``calibrate``, ``analyze``, ``eval`` and ``export``, in this order; a step belongs to a recipe that has its
-section. ``run.json`` in the directory remembers for each finished step the digests of its inputs and of its files.
+Steps are those of ``steps.STEPS``, in this order; a step belongs to a recipe that has its section. ``run.json`` in the
+directory remembers for each finished step the digests of its inputs and of its files.
 """
 
 from __future__ import annotations
@@ -13,22 +13,12 @@ from typing import Any
 
 from vtwcli.data.sources import default_data
 from vtwcli.errors import UsageError, VtwError
-from vtwcli.export.directory.publish import check_target
-from vtwcli.io import console, documents, files
-from vtwcli.io.outputs import (
-    Inputs,
-    Outputs,
-    check_holds_no_input,
-    check_no_input,
-    inputs_of,
-    is_ours,
-    same_file,
-)
-from vtwcli.judge import gates
+from vtwcli.io import console, documents, files, staging
+from vtwcli.io.outputs import Inputs, check_no_input, inputs_of, is_ours, same_file
 from vtwcli.machine.distributed import is_main
+from vtwcli.machine.libraries import versions
 from vtwcli.pipeline.fingerprint import data_records, digest, file_digest, model_record
 from vtwcli.pipeline.run import (
-    FILES,
     KEPT,
     LOCK,
     RECIPE,
@@ -37,16 +27,14 @@ from vtwcli.pipeline.run import (
     Planned,
     Record,
     Run,
-    is_run_file,
+    Step,
     read_run,
     resolved,
     save,
     seen_from,
 )
-from vtwcli.pipeline.steps import KINDS, RUNNERS, steps_of
-from vtwcli.recipe.recipe import STEPS, Recipe
-from vtwcli.recipe.schedules import schedule_of
-from vtwcli.results.provenance import versions
+from vtwcli.pipeline.steps import STEPS, is_run_file, steps_of
+from vtwcli.recipe.recipe import Recipe
 
 
 def prepare(
@@ -88,28 +76,29 @@ def prepare(
     if files.present(folder) and not folder.is_dir():
         raise UsageError(f"{folder} exists and is not a directory", "choose another --output")
     files.check_folder(folder)
-    seen = files.signature(folder / RUN)
+    seen = staging.signature(folder / RUN)
     records, started = read_run(folder, force)
     model = model_record(recipe.model)
     data: dict[str, str] = {}
     inputs: dict[str, dict[str, str]] = {}
     for name in names:
-        inputs[name] = _inputs(recipe, folder, name, model, inputs, data)
+        inputs[name] = _inputs(recipe, folder, STEPS[name], model, inputs, data)
     steps: list[Planned] = []
     first = names.index(start) if start is not None else len(names)
     for i, name in enumerate(names):
         stale = _stale(folder, name, inputs[name], records.get(name))
         if only and name not in only:
-            if stale and any(name in STEPS[one] for one in only):
+            if stale and any(name in STEPS[one].follows for one in only):
                 raise UsageError(
                     f"{name} has no valid result ({stale})", f"leave out --only, or --only {name} too"
                 )
-            steps.append(Planned(name, inputs[name], False, "not asked for" if stale else KEPT))
+            runs, why = False, "not asked for" if stale else KEPT
         elif force or i >= first or name in only:
-            steps.append(Planned(name, inputs[name], True, stale or "asked for"))
+            runs, why = True, stale or "asked for"
         else:
-            steps.append(Planned(name, inputs[name], bool(stale), stale or KEPT))
-    running = [one.name for one in steps if one.runs]
+            runs, why = bool(stale), stale or KEPT
+        steps.append(Planned(STEPS[name], inputs[name], runs, why))
+    running = [one.step for one in steps if one.runs]
     owned = _check_way(folder, running, records, started, force, run_inputs(recipe, file))
     return Run(recipe, folder, text, model, steps, records, started, file=file, owned=owned, seen=seen)
 
@@ -128,46 +117,45 @@ def execute(run: Run) -> dict[str, Any]:
     if is_main() and not (run.file and same_file(run.folder / RECIPE, run.file)):
         files.write_text(run.folder / RECIPE, documents.to_yaml(resolved(run.recipe, run.folder)))
     total = len(run.steps)
-    for number, step in enumerate(run.steps, 1):
+    for number, planned in enumerate(run.steps, 1):
         if run.failure is not None:
-            console.note(f"[{number}/{total}] {step.name}: not run")
+            console.note(f"[{number}/{total}] {planned.name}: not run")
             continue
-        if step.runs or step.kept:
-            run.reached.add(step.name)
-        if step.runs:
-            _run_step(run, step)
-            how = f"{run.records[step.name].seconds:.1f} s"
-        elif step.kept:
+        if planned.runs or planned.kept:
+            run.reached.add(planned.name)
+        if planned.runs:
+            _run_step(run, planned)
+            how = f"{run.records[planned.name].seconds:.1f} s"
+        elif planned.kept:
             how = "kept"
         else:
             continue
-        console.note(f"[{number}/{total}] {step.name}: {run.records[step.name].words} ({how})")
-        _judge(run, step.name)
+        console.note(f"[{number}/{total}] {planned.name}: {run.records[planned.name].words} ({how})")
+        run.failure = planned.step.judge(run)
     run.finished = True
     save(run)
     return run.document()
 
 
-def _run_step(run: Run, step: Planned) -> None:
+def _run_step(run: Run, planned: Planned) -> None:
     """Run a step and keep its record; until it has finished, its files belong to nobody's result."""
-    run.records.pop(step.name, None)
-    run.started.add(step.name)
+    run.records.pop(planned.name, None)
+    run.started.add(planned.name)
     save(run)
     began = time.perf_counter()
     try:
-        result = RUNNERS[step.name](run)
+        words, values = planned.step.run(run)
     except BaseException as error:  # whatever ends the run, its file and its summary say so
-        run.failure = f"{step.name}: {_reason(error)}"
+        run.failure = f"{planned.name}: {_reason(error)}"
         save(run)
         raise
-    written = [run.folder / file for file in FILES[step.name].values() if is_main()]
+    written = [run.folder / file for file in planned.step.writes.values() if is_main()]
     digests = {str(file.relative_to(run.folder)): file_digest(file) for file in written if file.is_file()}
     seconds = round(time.perf_counter() - began, 3)
-    words = result.pop("words")
-    run.records[step.name] = Record(
-        inputs=step.inputs, files=digests, seconds=seconds, words=words, result=result
+    run.records[planned.name] = Record(
+        inputs=planned.inputs, files=digests, seconds=seconds, words=words, result=values
     )
-    run.started.discard(step.name)
+    run.started.discard(planned.name)
     save(run)
 
 
@@ -180,31 +168,25 @@ def _reason(error: BaseException) -> str:
 def _inputs(
     recipe: Recipe,
     folder: Path,
-    name: str,
+    step: Step,
     model: dict[str, Any],
     earlier: Mapping[str, dict[str, str]],
     data: dict[str, str],
 ) -> dict[str, str]:
     """The digests of what a step depends on; the same wherever the command is called."""
     placed = seen_from(recipe, folder)
-    section = getattr(placed, name)
-    options: list[Any] = [section.model_dump(mode="json", exclude={"resume"})]
+    section = getattr(placed, step.name)
+    options = [section.model_dump(mode="json", exclude={"resume"}), *step.depends(recipe, placed)]
     models: list[Any] = [model["fingerprint"], placed.model.model_dump()]
-    if name in ("eval", "export") and recipe.schedule.names_one:
-        named = schedule_of(recipe.schedule)
-        options.append(named[1].to_dict() if named else None)
-    if name == "calibrate" and recipe.calibrate.method != "vtw":
-        options.append(placed.schedule.model_dump(mode="json"))  # the parameters that it does not search
-    if name == "eval" and recipe.eval.baseline is not None:
-        baseline = recipe.model.model_copy(update={"name": recipe.eval.baseline})
-        models.append(model_record(baseline)["fingerprint"])
+    for name in step.other_models(recipe):
+        models.append(model_record(recipe.model.model_copy(update={"name": name}))["fingerprint"])
     found = {
         "options": digest(options),
         "model": digest(models),
         "tool": digest(versions()),
-        "after": digest([earlier.get(one) for one in STEPS[name]]),
+        "after": digest([earlier.get(one) for one in step.follows]),
     }
-    if name != "export":
+    if step.reads_data:
         found["data"] = _data(recipe, placed, section, data)
     return found
 
@@ -242,7 +224,7 @@ def run_inputs(recipe: Recipe, file: Path | None) -> Inputs:
 
 def _check_way(
     folder: Path,
-    names: Collection[str],
+    steps: Collection[Step],
     records: Mapping[str, Record],
     started: Collection[str],
     force: bool,
@@ -251,7 +233,7 @@ def _check_way(
     """Refuse to replace what no run wrote, what somebody changed since, and what the run reads.
 
     Args:
-        names: steps that run.
+        steps: those that run.
 
     Returns:
         Files that runs wrote, and that this one may replace.
@@ -272,28 +254,11 @@ def _check_way(
             if not force and path.is_file() and file_digest(path) != known:
                 raise UsageError(f"{path} was changed since vtw run wrote it", hint)
     owned = frozenset(folder / file for record in records.values() for file in record.files)
-    for name in names:
-        if name == "export":
-            _check_model(folder / "model", force or name in started or name in records, inputs, hint)
-            continue
-        outputs = Outputs(
-            {kind: folder / file for kind, file in FILES[name].items()}, KINDS[name], True, owned
-        )
-        if not force and name not in started:
-            for made in outputs.values():
-                if made is not None and made not in owned and files.present(made):
-                    raise UsageError(f"{made} exists already", hint)
-        outputs.check(inputs)
+    for step in steps:
+        step.check_way(folder, owned, force or step.name in started, inputs, hint)
     if force:
         _check_strangers(folder)
     return owned
-
-
-def _check_model(target: Path, ours: bool, inputs: Inputs, hint: str) -> None:
-    if files.present(target) and not ours:
-        check_holds_no_input(target, inputs)
-        raise UsageError(f"{target} exists already", hint)
-    check_target(target, True, inputs)
 
 
 def _check_strangers(folder: Path) -> None:
@@ -305,24 +270,9 @@ def _check_strangers(folder: Path) -> None:
     found = sorted(path.name for path in folder.iterdir()) if files.present(folder) else []
     ours = is_ours(folder / RUN, "vtw-run")
     for name in found:
-        if not is_run_file(name) or not (ours or files.is_stage(name) or name == LOCK):
+        if not is_run_file(name) or not (ours or staging.is_stage(name) or name == LOCK):
             why = f"which vtw run did not make{'' if ours else f', and no {RUN}'}"
             raise UsageError(
                 f"{folder} holds {name}, {why}, so --force does not replace what is there",
                 "choose another --output, or run steps again with --from STEP",
             )
-
-
-def _judge(run: Run, name: str) -> None:
-    """Note why the run must stop behind a step, if it must."""
-    if name == "calibrate" and not run.recipe.schedule.names_one:
-        calibration = run.result("calibrate")
-        if calibration is not None and calibration["schedule"] is None:
-            run.failure = run.records[name].words.rstrip(".")
-    if name == "eval":
-        evaluation = run.result("eval")
-        assert evaluation is not None
-        run.gates = gates.check(evaluation["schedules"], run.recipe.gates)
-        failed = [gate for gate in run.gates if not gate["passed"]]
-        if failed:
-            run.failure = gates.sentence(failed[0])

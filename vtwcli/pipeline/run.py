@@ -1,61 +1,33 @@
-"""A run of a recipe: its plan, what is known of its steps, and ``run.json``, which remembers it."""
+"""What a step is, and a run of steps: its plan, what is known of them, and ``run.json``, which remembers it."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
 from vtwcli.data.spec import is_path
 from vtwcli.errors import UsageError
-from vtwcli.io import documents, files
-from vtwcli.io.documents import Section
-from vtwcli.io.outputs import is_ours
+from vtwcli.io import documents, files, staging
+from vtwcli.io.outputs import Inputs, Outputs, is_ours
+from vtwcli.io.section import Section
 from vtwcli.machine.distributed import is_main
+from vtwcli.machine.libraries import versions
 from vtwcli.recipe.recipe import STEPS, Recipe
-from vtwcli.results.provenance import versions
 
 if TYPE_CHECKING:
     from vtwcli.analyze import Analysis
 
-# what each step writes, by the name under which its writer knows it; a directory stands for its manifest
-FILES: dict[str, dict[str, str]] = {
-    "calibrate": {
-        "result": "calibration.json",
-        "schedule": "calibration.schedule.yaml",
-        "plot": "calibration.png",
-    },
-    "analyze": {
-        "result": "analysis.json",
-        "page": "analysis.html",
-        "static": "analysis.static.yaml",
-        "dynamic": "analysis.dynamic.yaml",
-        "kl": "analysis.kl.png",
-        "attention": "analysis.attention.png",
-        "tokens": "analysis.tokens.png",
-        "values": "analysis.values.png",
-    },
-    "eval": {
-        "result": "evaluation.json",
-        "markdown": "evaluation.md",
-        "page": "evaluation.html",
-        "plot": "evaluation.png",
-    },
-    "export": {"model": "model/manifest.json"},
-}
-
 FORMAT_VERSION: Literal[1] = 1
 KEPT = "nothing changed"
 RUN, RECIPE, SUMMARY, LOCK = "run.json", "recipe.yaml", "summary.md", ".vtw-run.lock"
-STATES = {"calibrate": "calibration.partial.jsonl", "eval": "evaluation.partial.jsonl"}
-"""Where finished samples of an interrupted step are kept."""
 
 
 class Record(Section):
@@ -87,39 +59,116 @@ class _RunFile(Section):
     steps: dict[str, Record] = Field(default_factory=dict)
 
 
+class Outcome(NamedTuple):
+    """What came out of a step: in a line, and the few values behind it that ``run.json`` keeps."""
+
+    words: str
+    values: dict[str, Any]
+
+
+class Step(ABC):
+    """A section of the recipe that is worked through; all that the pipeline knows of it.
+
+    Attributes:
+        name: of its section.
+        follows: the steps whose results it uses, where the recipe has them.
+        writes: its files, by the name under which its writer knows it; a directory stands for its manifest.
+        kind: the ``format`` of its result document.
+        partial: names the files that keep finished samples across an interruption; None where nothing does.
+        reads_data: whether its result depends on the recipe's data.
+    """
+
+    name: ClassVar[str]
+    follows: ClassVar[tuple[str, ...]] = ()
+    writes: ClassVar[Mapping[str, str]]
+    kind: ClassVar[str]
+    partial: ClassVar[str | None] = None
+    reads_data: ClassVar[bool] = True
+
+    def lacks(self, recipe: Recipe) -> tuple[str, str] | None:
+        """Why a recipe with its section cannot run it, and what to do; None where it can."""
+        return None
+
+    def depends(self, recipe: Recipe, placed: Recipe) -> list[Any]:
+        """What its result depends on in the recipe besides its own section, the model and the data; JSON values.
+
+        Args:
+            recipe: as loaded, to open files.
+            placed: with paths as seen from the output directory, to tell them.
+        """
+        return []
+
+    def other_models(self, recipe: Recipe) -> list[str]:
+        """Models that it reads besides the recipe's own."""
+        return []
+
+    @abstractmethod
+    def run(self, run: Run) -> Outcome:
+        """Do the work and write the files."""
+
+    def judge(self, run: Run) -> str | None:
+        """Why the run must stop behind this step, whose result is there; None where it goes on."""
+        return None
+
+    def shown(self, recipe: Recipe) -> dict[str, Any]:
+        """The options that the recipe sets, for the plan."""
+        section: Section = getattr(recipe, self.name)
+        return section.model_dump(mode="json", exclude_defaults=True)
+
+    def page(self, run: Run) -> str | None:
+        """What the summary shows of its result beside a line, in Markdown."""
+        return None
+
+    def outputs(self, folder: Path, owned: Collection[Path]) -> Outputs:
+        """Where its files go in an output directory; those that are ``owned`` may be replaced."""
+        places = {key: folder / file for key, file in self.writes.items()}
+        return Outputs(places, self.kind, force=True, owned=owned)
+
+    def check_way(self, folder: Path, owned: Collection[Path], ours: bool, inputs: Inputs, hint: str) -> None:
+        """Refuse, before the run, what stands in the way of its files.
+
+        Args:
+            folder: the output directory.
+            owned: files that an earlier run wrote.
+            ours: whatever this tool wrote may be replaced.
+            inputs: what the run reads.
+            hint: what to do.
+
+        Raises:
+            UsageError: it is none of a run's, an input, or cannot be written.
+        """
+        outputs = self.outputs(folder, owned)
+        for made in outputs.values():
+            if not ours and made is not None and made not in owned and files.present(made):
+                raise UsageError(f"{made} exists already", hint)
+        outputs.check(inputs)
+
+
 @dataclass(frozen=True)
 class Planned:
     """A step of a run.
 
     Attributes:
-        name: of ``STEPS``.
+        step: what it does.
         inputs: digests, as in ``Record``.
         runs: whether it runs; else its kept result is taken.
         why: in a few words.
     """
 
-    name: str
+    step: Step
     inputs: dict[str, str]
     runs: bool
     why: str
 
     @property
+    def name(self) -> str:
+        """Of the step."""
+        return self.step.name
+
+    @property
     def kept(self) -> bool:
         """Whether a valid result of an earlier run is taken."""
         return self.why == KEPT
-
-
-def is_run_file(name: str) -> bool:
-    """Whether a run may have made a file or directory of this name at the top of its output directory."""
-    names = {
-        RUN,
-        RECIPE,
-        SUMMARY,
-        LOCK,
-        *(Path(file).parts[0] for step in FILES.values() for file in step.values()),
-    }
-    partial = any(re.fullmatch(rf"\.{re.escape(state)}\.\d+", name) for state in STATES.values())
-    return name in names or partial or files.is_stage(name)
 
 
 @contextmanager
@@ -137,14 +186,14 @@ def alone(run: Run) -> Iterator[None]:
     )
     with ExitStack() as stack:
         try:
-            stack.enter_context(files.claimed(run.folder / LOCK, busy))
+            stack.enter_context(staging.claimed(run.folder / LOCK, busy))
         except OSError as error:
             raise files.cannot_write(run.folder, error) from None
-        if files.signature(run.folder / RUN) != run.seen:
+        if staging.signature(run.folder / RUN) != run.seen:
             raise UsageError(
                 f"another vtw run has changed {run.folder} meanwhile", "run again to go on from there"
             )
-        files.sweep(run.folder / RUN, everything=True)
+        staging.sweep(run.folder / RUN, everything=True)
         yield
 
 
@@ -185,7 +234,7 @@ class Run:
     failure: str | None = None
     file: Path | None = None
     owned: frozenset[Path] = frozenset()
-    seen: files.Signature | None = None
+    seen: staging.Signature | None = None
     finished: bool = False
 
     def document(self) -> dict[str, Any]:
@@ -204,14 +253,12 @@ class Run:
             "versions": versions(),
         }
 
-    def path(self, step: str, kind: str = "result") -> Path:
-        """Where a step's file is."""
-        return self.folder / FILES[step][kind]
-
     def result(self, step: str) -> dict[str, Any] | None:
         """A step's result document, if the recipe has the step."""
-        if step not in self.results and any(one.name == step for one in self.steps):
-            self.results[step] = json.loads(self.path(step).read_text(encoding="utf-8"))
+        for one in self.steps:
+            if one.name == step and step not in self.results:
+                file = self.folder / one.step.writes["result"]
+                self.results[step] = json.loads(file.read_text(encoding="utf-8"))
         return self.results.get(step)
 
 

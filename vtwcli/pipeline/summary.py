@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtwcli.io import text
 from vtwcli.judge import gates
+from vtwcli.report.tables import markdown_table
 
 if TYPE_CHECKING:
     from vtwcli.pipeline.run import Run
@@ -19,7 +20,8 @@ def plan_view(run: Run) -> str:
     lines = [inputs(run)]
     for step in run.steps:
         state = "will run" if step.runs else "kept" if step.kept else "left out"
-        lines.append(f"  {step.name:<10}{state:<10}{step.why}; {options(run, step.name)}")
+        given = [f"{key} {_value(value)}" for key, value in step.step.shown(run.recipe).items()]
+        lines.append(f"  {step.name:<10}{state:<10}{step.why}; {', '.join(given) or 'defaults'}")
     return "\n".join(lines)
 
 
@@ -28,21 +30,6 @@ def inputs(run: Run) -> str:
     version = run.model["revision"] or f"files {run.model['fingerprint']}"
     data = ", ".join(spec.source for spec in run.recipe.data) or "the default mix"
     return f"model {run.model['name']} ({version}); data {data}; results in {run.folder}"
-
-
-def options(run: Run, step: str) -> str:
-    """The options of a step that the recipe sets."""
-    section = getattr(run.recipe, step)
-    given = section.model_dump(mode="json", exclude_defaults=True)
-    if step in ("eval", "export") and run.recipe.schedule.names_one:
-        given["schedule"] = next(
-            str(value)
-            for value in (run.recipe.schedule.file, run.recipe.schedule.layer, run.recipe.schedule.method)
-            if value is not None
-        )
-    if step == "eval":
-        given |= {name: limit for name, limit in run.recipe.gates if limit is not None}
-    return ", ".join(f"{key} {_value(value)}" for key, value in given.items()) or "defaults"
 
 
 def _value(value: Any) -> str:
@@ -63,21 +50,18 @@ def verdict(run: Run) -> str:
 
 
 def markdown(run: Run) -> str:
-    """The summary for a job's page, with the evaluation's tables."""
+    """The summary for a job's page, with what each step shows of its result."""
     parts = [
         f"## {text.markdown(run.model['name'])}: {'passed' if run.failure is None else 'FAILED'}",
-        text.table(["step", "result", "time"], _rows(run), numbers=False),
+        markdown_table(["step", "result", "time"], _rows(run), numbers=False),
     ]
     if run.gates:
         parts.append("\n".join(f"- {text.paragraph(gates.sentence(gate))}" for gate in run.gates))
     if run.failure is not None:
         parts.append(text.paragraph(f"Stopped: {run.failure}."))
-    if "eval" in run.reached and "eval" in run.records:
-        from vtwcli.report import evaluation as report_eval
-
-        evaluation = run.result("eval")
-        if evaluation is not None:
-            parts.append(report_eval.markdown(evaluation).replace("## ", "### ", 1).strip())
+    done = [one.step for one in run.steps if one.name in run.reached and one.name in run.records]
+    pages = [page for step in done if (page := step.page(run))]
+    parts += [page.replace("## ", "### ", 1).strip() for page in pages]
     parts.append(text.paragraph(f"{inputs(run)[0].upper()}{inputs(run)[1:]}."))
     return "\n\n".join(parts) + "\n"
 
@@ -105,7 +89,7 @@ def check_summary(also: Path, run: Run) -> None:
     from vtwcli.io import files
     from vtwcli.io.outputs import check_no_input
     from vtwcli.pipeline.plan import run_inputs
-    from vtwcli.pipeline.run import is_run_file
+    from vtwcli.pipeline.steps import is_run_file
 
     hint = "choose another --summary"
     if files.present(also):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from vtwcli.data.spec import DataSpec, is_path
 from vtwcli.errors import UsageError
-from vtwcli.io.documents import Section
+from vtwcli.io.section import Section
+from vtwcli.methods import METHODS
+from vtwcli.methods.method import Method
+from vtwcli.methods.visipruner import Rule
 
 
 class ModelSection(Section):
@@ -38,8 +42,9 @@ Policy = Literal["paper", "sustained", "quantile", "agreement", "worst-task", "b
 class CalibrateSection(Section):
     """How K, or VisiPruner's boundary and thresholds, are found."""
 
-    method: Literal["vtw", "visipruner"] = Field(
-        "vtw", description="vtw: the withdrawal layer; visipruner: its boundary and thresholds"
+    method: Calibrated = Field(
+        "vtw",
+        description="; ".join(f"{name}: {one.finds}" for name, one in METHODS.items() if one.finds),
     )
     limit: int = Field(20, ge=1, description="samples per task")
     eta: float = Field(0.003, gt=0, description="KL threshold in nats")
@@ -127,42 +132,74 @@ class AnalyzeSection(Section):
         return tuple(value.split(",")) if isinstance(value, str) else value
 
 
-class ScheduleSection(Section):
-    """Which schedule to run: a file, a withdrawal layer, or a method with its parameters."""
+if TYPE_CHECKING:
+    MethodName: TypeAlias = str
+    Calibrated: TypeAlias = str
+else:
+    MethodName = Literal[tuple(METHODS)]
+    Calibrated = Literal[tuple(name for name, one in METHODS.items() if one.finds)]
 
+
+class _Named(Section):
     file: str | None = Field(None, description="schedule or calibration result")
     layer: int | None = Field(None, ge=0, description="withdraw at this layer")
-    method: Literal["vtw", "visipruner"] | None = Field(
-        None, description="vtw (withdrawal at a layer) or visipruner"
-    )
-    shallow_mid_layer: int = Field(6, ge=0, description="text does not read vision in the layers before this")
-    layer_threshold: float = Field(
-        0.995, ge=-1, le=1, description="the first layer behind with a cosine below it chooses the tokens"
-    )
-    tokens_threshold: float = Field(0.2, ge=0, description="norm of contribution above which a token stays")
-    exit_threshold: float = Field(
-        0.999, ge=-1, le=1, description="a layer whose cosines are all at least this counts towards the exit"
-    )
-    exit_layers: int = Field(2, ge=1, description="how many layers must count until all tokens leave")
-    consecutive: bool = Field(False, description="they must follow one another, as the paper says")
-    layer0: Literal["7b", "13b"] = Field("7b", description="what layer 0 mutes: 7b or 13b form")
+    method: MethodName | None = Field(None, description=", ".join(METHODS))
+
+
+# VisiPruner's parameters may stand here without naming it: for its calibration, and for a comparison
+class ScheduleSection(Rule, _Named):
+    """Which schedule to run: a file, a withdrawal layer, or a method with its parameters."""
+
+    model_config = ConfigDict(extra="allow")  # what other methods want; checked below
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        """With the parameters of every method, and no other key."""
+        schema: dict[str, Any] = handler.resolve_ref_schema(handler(core))
+        for method in METHODS.values():
+            for key, one in method.model_json_schema().get("properties", {}).items():
+                words = f"{method.title}: {one['description']}"
+                schema["properties"].setdefault(key, {**one, "description": words})
+        schema["additionalProperties"] = False
+        return schema
 
     @property
     def names_one(self) -> bool:
         """Whether a schedule is named, and not only parameters."""
         return (self.file, self.layer, self.method) != (None, None, None)
 
+    def chosen(self) -> Method | None:
+        """The method that is named, with its parameters; ``layer`` alone is VTW."""
+        name = self.method or ("vtw" if self.layer is not None else None)
+        if name is None:
+            return None
+        method = METHODS[name]
+        return method(
+            **{key: value for key, value in self if key in method.model_fields and value is not None}
+        )
+
+    def rule(self) -> dict[str, Any]:
+        """VisiPruner's parameters, for its calibration and for comparisons."""
+        return self.model_dump(mode="json", include=set(Rule.model_fields))
+
     @model_validator(mode="after")
     def _one_choice(self) -> ScheduleSection:
+        own: Collection[str] = METHODS[self.method].model_fields if self.method else ()
         named = [name for name in ("file", "layer", "method") if getattr(self, name) is not None]
-        if len(named) > 1 and not (named == ["layer", "method"] and self.method == "vtw"):
+        if len(named) > 1 and not (named == ["layer", "method"] and "layer" in own):
             raise ValueError(f"give one of file, layer and method, not {' and '.join(named)}")
         if self.method == "vtw" and self.layer is None:
             raise ValueError("method vtw needs a layer")
+        for key in self.model_extra or ():
+            if key not in own:
+                raise PydanticCustomError("extra_forbidden", "unknown key", {"below": (key,)})
+        try:
+            self.chosen()
+        except ValidationError as error:
+            first = error.errors()[0]
+            context = {"text": first["msg"], "below": first["loc"], "given": first["input"]}
+            raise PydanticCustomError(first["type"], "{text}", context) from None
         return self
-
-
-Compared = Literal["vtw", "visipruner", "attention", "contribution", "random", "uniform", "two-step"]
 
 
 class BudgetSection(Section):
@@ -172,7 +209,7 @@ class BudgetSection(Section):
     max_flops: float | None = Field(
         None, gt=0, description="budget: share of the full prefill FLOPs; names the best schedule within"
     )
-    methods: tuple[Compared, ...] = Field(get_args(Compared), min_length=1, description="what is compared")
+    methods: tuple[MethodName, ...] = Field(tuple(METHODS), min_length=1, description="what is compared")
     ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (0.5, 0.25, 0.1), min_length=1, description="shares of visual tokens that subsets keep"
     )
@@ -249,13 +286,8 @@ class ExportSection(Section):
         return self
 
 
-# the steps of a run in order, each a section, with the steps whose results it uses where the recipe has them
-STEPS: dict[str, tuple[str, ...]] = {
-    "calibrate": (),
-    "analyze": (),
-    "eval": ("calibrate",),
-    "export": ("calibrate", "eval"),
-}
+STEPS = ("calibrate", "analyze", "budget", "eval", "export")
+"""The sections that are steps of a run, in order; what each does stands in ``pipeline.steps``."""
 
 
 def _short_source(value: Any) -> Any:
@@ -270,7 +302,7 @@ class Recipe(Section):
     """One file from model to verified artefact; every part has a default.
 
     A list under ``data`` holds data sources, each a mapping or the command line's short form. ``vtw run`` runs the
-    steps (``calibrate``, ``analyze``, ``eval``, ``export``) whose sections are there, be they empty.
+    steps (``calibrate``, ``analyze``, ``budget``, ``eval``, ``export``) whose sections are there, be they empty.
     """
 
     model: ModelSection = ModelSection()

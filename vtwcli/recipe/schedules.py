@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from vtwcli.errors import UsageError
-from vtwcli.methods import visipruner, vtw
+from vtwcli.methods.visipruner import Rule
 from vtwcli.recipe.recipe import Recipe, ScheduleSection
 from vtwcli.recipe.settings import section_of
 from vtwcli.schedule.schedule import Schedule
 
-VISIPRUNER = tuple(name for name in ScheduleSection.model_fields if name not in ("file", "layer", "method"))
+_FLAGS = tuple(Rule.model_fields)  # parameters that are options of commands
 
 
 def schedule_of(section: ScheduleSection) -> tuple[str, Schedule] | None:
@@ -24,11 +24,8 @@ def schedule_of(section: ScheduleSection) -> tuple[str, Schedule] | None:
     if section.file is not None:
         path = Path(section.file)
         return path.stem.removesuffix(".schedule"), Schedule.from_file(path)
-    if section.method == "visipruner":
-        return "visipruner", visipruner.schedule(**section.model_dump(include=set(VISIPRUNER)))
-    if section.layer is not None:
-        return f"K={section.layer}", vtw.schedule(section.layer)
-    return None
+    method = section.chosen()
+    return None if method is None else (method.label(), method.schedule())
 
 
 def schedules_of(given: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, Schedule]]:
@@ -57,11 +54,14 @@ def schedules_of(given: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, Sc
             "--method vtw needs a layer", "give --layer K; vtw calibrate finds it and writes its schedule"
         )
     named = [ScheduleSection(file=str(path)) for path in paths] + [ScheduleSection(layer=k) for k in layers]
-    parameters = {name: given[name] for name in VISIPRUNER if given.get(name) is not None}
+    parameters = {name: given[name] for name in _FLAGS if given.get(name) is not None}
     base = recipe.schedule
     if method is not None and method != "vtw":
-        rest = {name: getattr(base, name) for name in VISIPRUNER if name in base.model_fields_set}
-        named.append(section_of(ScheduleSection, {"method": method, **parameters}, ScheduleSection(**rest)))
+        if base.method != method:  # the flags' parameters may stand in a recipe without their method
+            base = ScheduleSection(
+                **{name: getattr(base, name) for name in _FLAGS if name in base.model_fields_set}
+            )
+        named.append(section_of(ScheduleSection, {"method": method, **parameters}, base))
     elif not named and base.names_one:
         named.append(section_of(ScheduleSection, parameters, base))
     if parameters and not any(section.method == "visipruner" for section in named):

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from vtwcli.errors import UsageError
 from vtwcli.io import documents
-from vtwcli.io.documents import Section
+from vtwcli.io.section import Section
+from vtwcli.methods import METHODS
 from vtwcli.recipe.recipe import STEPS, Recipe
 
 ENVIRONMENT_PREFIX = "VTW_"
@@ -25,6 +26,7 @@ def load_recipe(
     sets: Iterable[str] = (),
     environment: Mapping[str, str] | None = None,
     trusted: bool | None = None,
+    method: str | None = None,
 ) -> Recipe:
     """The recipe that a command starts from.
 
@@ -36,6 +38,7 @@ def load_recipe(
         sets: ``KEY=VALUE`` texts of ``--set``, later ones win.
         environment: variables; those that begin with ``VTW_`` and hold ``__`` name a key.
         trusted: whether ``--trust-remote-code`` was given; None where no model will be opened.
+        method: of the schedule, in place of the file's own, so that ``sets`` may hold its parameters.
 
     Raises:
         UsageError: naming file, line, column and key, or the override that is wrong.
@@ -55,6 +58,14 @@ def load_recipe(
             _assign(node, dotted, value, variable)
             origins[dotted] = f"environment variable {variable}"
     from_environment = set(node) - written
+    if method in METHODS and method != "vtw":  # VTW's layer is an option of its own
+        section = node.get("schedule")
+        if not isinstance(section, dict) or section.get("method", method) != method:
+            section = {}
+        if "method" not in section:
+            section = {key: one for key, one in section.items() if key not in ("file", "layer")}
+        node["schedule"] = {**section, "method": method}
+        origins["schedule.method"] = "--method"
     for text in sets:
         dotted, equals, value = text.partition("=")
         if not equals or not dotted:
@@ -99,8 +110,10 @@ def section_of(section: type[Section], given: dict[str, Any], base: Section) -> 
         return section.model_validate(base.model_dump(exclude_unset=True) | options)
     except ValidationError as error:
         first = error.errors()[0]
-        option = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "options"
+        context = first.get("ctx", {})
+        location = (*first["loc"], *context.get("below", ()))
+        option = "--" + str(location[0]).replace("_", "-") if location else "options"
         message = first["msg"].removeprefix("Value error, ")
-        value = first["input"]
+        value = context.get("given", first["input"])
         got = f", got {value!r}" if isinstance(value, str | int | float | bool) else ""
         raise UsageError(f"{option}: {message[:1].lower()}{message[1:]}{got}") from None

@@ -7,14 +7,14 @@ import re
 
 from pydantic.fields import FieldInfo
 
-from vtwcli.io.documents import Section
 from vtwcli.io.outputs import RECIPE
-from vtwcli.recipe.recipe import Recipe
+from vtwcli.io.section import Section
+from vtwcli.recipe.recipe import STEPS, Recipe
 
 _HEAD = f"""\
 {RECIPE}
-# their own sections with --recipe FILE. A step (calibrate, analyze, eval, export) runs when its section is here, be
-# it empty. Lines behind # show the defaults. Paths are relative to this file."""
+# their own sections with --recipe FILE. A step ({", ".join(STEPS)}) runs when its section is
+# here, be it empty. Lines behind # show the defaults. Paths are relative to this file."""
 
 _ACTIVE = ("model", "calibrate", "eval", "gates", "export")  # the others are shown as comments
 

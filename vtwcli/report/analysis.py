@@ -1,4 +1,4 @@
-"""Views of an analysis: terminal table and plots; the page that holds everything is in ``report_analyze_page``."""
+"""Views of an analysis: terminal table and plots; the page that holds everything is in ``analysis_page``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vtwcli.report.plots import BLUE, GREEN, GREY, ORANGE, new_figure
+from vtwcli.report.tables import terminal_table
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -89,15 +90,10 @@ def explanation(result: dict[str, Any]) -> str:
 def analysis_view(result: dict[str, Any]) -> Group:
     """The terminal view: the profile by layer and the stages in words."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    styles = {"shallow": "cyan", "middle": "", "deep": "green"}
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in HEADER:
-        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
-    for row in rows(result):
-        table.add_row(*row, style=styles[row[1]])
+    styles, layers = {"shallow": "cyan", "middle": "", "deep": "green"}, rows(result)
+    table = terminal_table(HEADER, layers, left=["stage"], styles=[styles[row[1]] for row in layers])
     lines = [Text(line) for line in (*sentences(result), explanation(result))]
     return Group(table, Text(""), *lines)
 

@@ -16,6 +16,7 @@ from vtwcli.io.outputs import Outputs
 from vtwcli.report import pages
 from vtwcli.report.analysis import HEADER, PLOTS, STAGES, explanation, plot, rows, sentences, stage_of
 from vtwcli.report.plots import draw, save_figure
+from vtwcli.report.tables import html_table
 from vtwcli.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -141,10 +142,10 @@ def page(analysis: Analysis) -> str:
         "<ul>" + "".join(f"<li>{pages.text(line)}</li>" for line in sentences(result)) + "</ul>",
         *(_picture(partial(plot, result, name), name) for name in PLOTS),
         "<h2>By layer</h2>",
-        pages.table(HEADER, rows(result)),
+        html_table(HEADER, rows(result)),
         f"<p>{pages.text(explanation(result))}</p>",
         "<h2>By task</h2>",
-        pages.table(
+        html_table(
             ["task", "samples", "shallow", "middle", "deep"],
             [
                 [task, str(row["samples"]), *(_span(row[name]) for name in STAGES)]
@@ -184,7 +185,7 @@ def _article(analysis: Analysis, number: int, shown: dict[str, Any] | None) -> s
         ("tokens", f"{row['prefix']} + {row['visual']} visual + {row['suffix']}"),
         ("VisiPruner", rule),
     ]
-    parts = ["<dl>" + "".join(f"<dt>{key}</dt><dd>{pages.text(text)}</dd>" for key, text in facts) + "</dl>"]
+    parts = [pages.facts(facts)]
     for i, image in enumerate(analysis.samples[number].images):
         if shown is not None:
             parts.append(_picture(partial(heat_map, result, shown, image, i), f"heat maps of image {i + 1}"))
@@ -195,7 +196,7 @@ def _article(analysis: Analysis, number: int, shown: dict[str, Any] | None) -> s
             for d, layer in enumerate(row["lens"])
         ]
         parts.append(
-            f"<details><summary>Logit lens of the last row</summary>{pages.table(header, lens)}</details>"
+            f"<details><summary>Logit lens of the last row</summary>{html_table(header, lens)}</details>"
         )
     return f"<article>{''.join(parts)}</article>"
 

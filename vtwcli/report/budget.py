@@ -5,24 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtwcli.io import files
+from vtwcli.io import files, text
 from vtwcli.io.outputs import Outputs
-from vtwcli.report.plots import BLUE, GREEN, GREY, ORANGE, save_figure
+from vtwcli.methods import METHODS
+from vtwcli.report.plots import GREEN, save_figure
+from vtwcli.report.tables import markdown_table, terminal_table
 from vtwcli.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
     from rich.console import Group
-
-# colour and marker of each method; the controls are grey
-_STYLES = {
-    "vtw": (BLUE, "o", "VTW: withdrawal at K"),
-    "visipruner": (ORANGE, "s", "VisiPruner"),
-    "attention": (GREEN, "^", "keep by attention"),
-    "contribution": ("#CC79A7", "v", "keep by contribution"),
-    "two-step": ("#E69F00", "D", "keep by attention, then withdrawal"),
-    "random": (GREY, "x", "random (control)"),
-    "uniform": (GREY, "+", "uniform (control)"),
-}
 
 
 def write_budget(result: dict[str, Any], outputs: Outputs) -> None:
@@ -57,37 +48,69 @@ def _best(result: dict[str, Any]) -> Schedule:
 def budget_view(result: dict[str, Any]) -> Group:
     """The terminal view: every schedule, the cheapest first, with the Pareto front marked."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("schedule", *COLUMNS, ""):
-        table.add_column(name, justify="left" if name in ("schedule", "") else "right", no_wrap=True)
+    rows, styles = [], []
     for row in sorted(result["candidates"], key=lambda row: (flops(result, row), row["kl"])):
-        marks = ["*" if row["pareto"] else " "] + (["best"] if row["name"] == result["best"] else [])
-        style = "bold green" if row["name"] == result["best"] else ("" if row["pareto"] else "dim")
-        table.add_row(*cells(result, row), " ".join(marks), style=style)
+        best = row["name"] == result["best"]
+        mark = "*" if row["pareto"] else " "
+        rows.append([*cells(result, row), f"{mark} best" if best else mark])
+        styles.append("bold green" if best else "" if row["pareto"] else "dim")
+    table = terminal_table(["schedule", *COLUMNS, ""], rows, ["schedule", ""], styles)
     return Group(table, Text(""), Text(budget_sentence(result)))
 
 
 def budget_sentence(result: dict[str, Any]) -> str:
     """What the table says in words: the front, and the best schedule within the budget."""
     cost, samples = result["cost"], sum(task["samples"] for task in result["tasks"].values())
-    text = (
+    words = (
         f"{len(result['candidates'])} schedules on {samples} samples; * marks the Pareto front: no other schedule is "
         f"both cheaper and closer to the full model. FLOPs ({cost['convention']}) of the prefill and "
         f"KV cache as shares of the full model's at {cost['visual_tokens']:.0f} visual + "
         f"{cost['text_tokens']:.0f} text tokens."
     )
+    return " ".join([words, *_within(result)])
+
+
+def budget_line(result: dict[str, Any]) -> str:
+    """What came out, in a line."""
+    count = f"{len(result['candidates'])} schedules, {len(result['pareto'])} of them on the Pareto front."
+    return " ".join([count, *_within(result)])
+
+
+def _within(result: dict[str, Any]) -> list[str]:
+    """A sentence on what fits into the budget, if there is a budget."""
     if result["max_flops"] is None:
-        return text
+        return []
     if result["best"] is None:
-        return f"{text} None costs at most {100 * result['max_flops']:.3g}%."
+        return [f"None costs at most {100 * result['max_flops']:.3g}%."]
     best = next(row for row in result["candidates"] if row["name"] == result["best"])
-    return (
-        f"{text} Best within {100 * result['max_flops']:.3g}%: {best['name']}, KL {best['kl']:.2e}, "
+    return [
+        f"Best within {100 * result['max_flops']:.3g}%: {best['name']}, KL {best['kl']:.2e}, "
         f"FLOPs {flops(result, best):.1%}."
-    )
+    ]
+
+
+def shortfall(result: dict[str, Any]) -> str | None:
+    """That there is a budget, and no schedule fits into it; None otherwise."""
+    if result["max_flops"] is None or result["best"] is not None:
+        return None
+    return f"no schedule costs at most {100 * result['max_flops']:.3g}% of the full model's prefill FLOPs"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The Pareto front in Markdown, for a job's summary page."""
+    rows = {row["name"]: row for row in result["candidates"]}
+    front = [cells(result, rows[name]) for name in result["pareto"]]
+    parts = [
+        f"## {text.markdown(result['model']['name'])}: methods compared",
+        markdown_table(["schedule", *COLUMNS], front),
+        text.paragraph(
+            f"The Pareto front of {len(rows)} schedules; prefill FLOPs ({result['cost']['convention']}) and KV cache "
+            "as shares of the full model's."
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def plot_budget(result: dict[str, Any], path: Path) -> None:
@@ -98,13 +121,13 @@ def plot_budget(result: dict[str, Any], path: Path) -> None:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     rows = result["candidates"]
     floor = max(min((row["kl"] for row in rows if row["kl"] > 0), default=1e-6), 1e-9)
-    for method, (colour, marker, label) in _STYLES.items():
+    for method in dict.fromkeys(row["method"] for row in rows):
+        colour, marker, label = METHODS[method].style
         mine = [row for row in rows if row["method"] == method]
-        if mine:
-            cost = [100 * flops(result, row) for row in mine]
-            kl = [max(row["kl"], floor) for row in mine]
-            upper.plot(cost, kl, marker, color=colour, ms=6, ls="", label=label)
-            lower.plot(cost, [100 * row["agreement"] for row in mine], marker, color=colour, ms=6, ls="")
+        cost = [100 * flops(result, row) for row in mine]
+        kl = [max(row["kl"], floor) for row in mine]
+        upper.plot(cost, kl, marker, color=colour, ms=6, ls="", label=label)
+        lower.plot(cost, [100 * row["agreement"] for row in mine], marker, color=colour, ms=6, ls="")
     front = [next(row for row in rows if row["name"] == name) for name in result["pareto"]]
     points = [(100 * flops(result, row), max(row["kl"], floor)) for row in front]
     upper.plot(*zip(*points, strict=True), color="black", lw=1, alpha=0.6, zorder=0, label="Pareto front")

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from vtwcli.io import files
 from vtwcli.io.outputs import Outputs
-from vtwcli.report import candidates as report_visipruner
+from vtwcli.report import candidates
 from vtwcli.report.plots import BLUE, GREEN, GREY, ORANGE, new_figure, save_figure
+from vtwcli.report.tables import terminal_table
 from vtwcli.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -34,41 +35,29 @@ def write_calibration(result: dict[str, Any], outputs: Outputs) -> None:
 def calibration_view(result: dict[str, Any]) -> Group:
     """The terminal view of a calibration: the curve as bars, the chosen K and what it saves."""
     if result.get("method") == "visipruner":
-        return report_visipruner.visipruner_view(result)
+        return candidates.visipruner_view(result)
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     k, eta = result["withdrawal_layer"], result["eta"]
     mean, agree = result["kl"]["mean"], result["agreement"]["mean"]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("layer", justify="right")
-    table.add_column("mean KL (nats)", justify="right")
-    table.add_column("log scale, | is eta")
-    table.add_column("top-1", justify="right")
-    table.add_column("")
+    rows, styles = [], []
     for layer, value in enumerate(mean):
-        marks = []
-        if layer == k:
-            marks.append("<- K")
-        if layer < result["min_layer"]:
-            marks.append("not a candidate")
-        style = "bold green" if layer == k else ("dim" if layer < result["min_layer"] else "")
-        table.add_row(
-            str(layer),
-            f"{value:.2e}",
-            _bar(value, mean, eta),
-            f"{agree[layer]:.1%}",
-            " ".join(marks),
-            style=style,
-        )
+        early = layer < result["min_layer"]
+        marks = ["<- K"] * (layer == k) + ["not a candidate"] * early
+        bar = _bar(value, mean, eta)
+        rows.append([str(layer), f"{value:.2e}", bar, f"{agree[layer]:.1%}", " ".join(marks)])
+        styles.append("bold green" if layer == k else "dim" if early else "")
+    scale = "log scale, | is eta"
+    header = ["layer", "mean KL (nats)", scale, "top-1", ""]
+    table = terminal_table(header, rows, left=[scale, ""], styles=styles, wrap=True)
     return Group(table, Text(""), Text(calibration_sentence(result)), *_task_lines(result))
 
 
 def calibration_sentence(result: dict[str, Any]) -> str:
     """One line: the chosen K and what it saves, or that no layer qualifies."""
     if result.get("method") == "visipruner":
-        return report_visipruner.visipruner_sentence(result)
+        return candidates.visipruner_sentence(result)
     k, layers = result["withdrawal_layer"], result["num_layers"]
     rule = f"policy {result['policy']}, eta {result['eta']:g}, {result['positions']} positions"
     if k is None:
@@ -121,7 +110,7 @@ def plot_calibration(result: dict[str, Any], path: Path) -> None:
     The format follows the suffix of ``path`` (png, svg, pdf).
     """
     if result.get("method") == "visipruner":
-        report_visipruner.plot_visipruner(result, path)
+        candidates.plot_visipruner(result, path)
         return
     import numpy as np
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtwcli.report.budget import COLUMNS, cells, flops
 from vtwcli.report.plots import BLUE, GREEN, ORANGE, save_figure
+from vtwcli.report.tables import terminal_table
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -15,29 +16,23 @@ if TYPE_CHECKING:
 def visipruner_view(result: dict[str, Any]) -> Group:
     """The terminal view of VisiPruner's calibration: the boundary's curve, the front's candidates, the choice."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    curve = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("muted layers", "mean KL (nats)", "worst task", ""):
-        curve.add_column(name, justify="right" if name else "left", no_wrap=True)
-    boundary = result["boundary"]
+    boundary, rows, styles = result["boundary"], [], []
     for layer, value in enumerate(boundary["kl"]):
         worst = max(one[layer] for one in boundary["tasks"].values())
         mark = "<- boundary: too much" if layer == boundary["layer"] else ""
-        style = "dim" if layer > boundary["layer"] else ""
-        curve.add_row(f"0..{layer}", f"{value:.2e}", f"{worst:.2e}", mark, style=style)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("candidate", *COLUMNS, ""):
-        table.add_column(name, justify="left" if name in ("candidate", "") else "right", no_wrap=True)
+        rows.append([f"0..{layer}", f"{value:.2e}", f"{worst:.2e}", mark])
+        styles.append("dim" if layer > boundary["layer"] else "")
+    curve = terminal_table(["muted layers", "mean KL (nats)", "worst task", ""], rows, [""], styles)
     shown = [row for row in result["candidates"] if row["pareto"] or row["name"] == result["chosen"]]
+    rows, styles = [], []
     for row in sorted(shown, key=lambda row: (flops(result, row), row["kl"])):
         chosen = row["name"] == result["chosen"]
-        table.add_row(
-            *cells(result, row),
-            "<- chosen" if chosen else "accepted" if row["accepted"] else "",
-            style="bold green" if chosen else "",
-        )
+        mark = "<- chosen" if chosen else "accepted" if row["accepted"] else ""
+        rows.append([*cells(result, row), mark])
+        styles.append("bold green" if chosen else "")
+    table = terminal_table(["candidate", *COLUMNS, ""], rows, ["candidate", ""], styles)
     count = len(result["candidates"])
     front = Text(f"The Pareto front of {count} candidates (S boundary, cos and t thresholds):")
     return Group(curve, Text(""), front, table, Text(""), Text(visipruner_sentence(result)))

@@ -12,6 +12,7 @@ from vtwcli.io.outputs import FOOTER, Outputs
 from vtwcli.judge import gates
 from vtwcli.report import pages
 from vtwcli.report.plots import BLUE, GREY, new_panels, save_figure
+from vtwcli.report.tables import html_table, markdown_table, terminal_table
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -130,17 +131,11 @@ def _milliseconds(row: dict[str, Any]) -> str:
 def evaluation_view(result: dict[str, Any]) -> Group:
     """The terminal view: the tables, what their columns mean, gates."""
     from rich.console import Group
-    from rich.table import Table as Grid
     from rich.text import Text
 
     parts: list[Any] = []
     for header, rows in tables(result):
-        grid = Grid(box=None, pad_edge=False, header_style="bold")
-        for i, name in enumerate(header):
-            grid.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-        for row in rows:
-            grid.add_row(*row)
-        parts += [grid, Text("")]
+        parts += [terminal_table(header, rows, left=header[:1]), Text("")]
     return Group(*parts, *(Text(words) for words in sentences(result)))
 
 
@@ -202,7 +197,7 @@ def markdown(result: dict[str, Any]) -> str:
 
     parts = [
         f"## {text.markdown(result['model']['name'])}: full against pruned",
-        *(text.table(*one) for one in tables(result)),
+        *(markdown_table(*one) for one in tables(result)),
         *(text.paragraph(words) for words in sentences(result)),
     ]
     return "\n\n".join(parts) + "\n"
@@ -266,7 +261,7 @@ def html_report(result: dict[str, Any], samples: Sequence[Sample]) -> str:
     """
     body = [
         f"<h1>{pages.text(result['model']['name'])}: full against pruned</h1>",
-        *(pages.table(*one) for one in tables(result)),
+        *(html_table(*one) for one in tables(result)),
         *(f"<p>{pages.text(words)}</p>" for words in sentences(result)),
     ]
     for name in result["schedules"]:
@@ -282,15 +277,14 @@ def html_report(result: dict[str, Any], samples: Sequence[Sample]) -> str:
             body.append(f"<p>The {_MOST_SAMPLES} with the largest KL:</p>")
         for kl, i, row in differing[:_MOST_SAMPLES]:
             images = "".join(f'<img alt="" src="{_data_uri(image)}">' for image in samples[i].images)
-            lines = [
+            facts = [
                 ("question", row["question"]),
                 ("full", row["full"]),
                 ("pruned", row["pruned"][name]["answer"]),
                 ("reference", " / ".join(row["references"]) or "-"),
                 ("mean KL", f"{kl:.3g} nats"),
             ]
-            said = "".join(f"<dt>{key}</dt><dd>{pages.text(value)}</dd>" for key, value in lines)
-            body.append(f"<article>{images}<dl>{said}</dl></article>")
+            body.append(f"<article>{images}{pages.facts(facts)}</article>")
     return pages.page(result["model"]["name"], _STYLE, body)
 
 

@@ -1,4 +1,4 @@
-"""The frame of a self-contained HTML page, and the tables and pictures in it."""
+"""The frame of a self-contained HTML page, and what pages have in common."""
 
 from __future__ import annotations
 
@@ -45,10 +45,6 @@ def png_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain text."""
-
-    def cells(tag: str, values: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{text(value)}</{tag}>" for value in values) + "</tr>"
-
-    return f"<table>{cells('th', header)}{''.join(cells('td', row) for row in rows)}</table>"
+def facts(values: Sequence[tuple[str, str]]) -> str:
+    """What is known of a sample, by name."""
+    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{text(value)}</dd>" for name, value in values) + "</dl>"

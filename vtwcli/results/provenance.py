@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from vtwcli import __version__
 from vtwcli.machine import distributed
+from vtwcli.machine.memory import peak_memory
+from vtwcli.models.dtypes import name_of
 
 if TYPE_CHECKING:
     from vtwcli.data.sources import DataMix
@@ -21,7 +21,7 @@ def model_of(loaded: LoadedModel) -> dict[str, Any]:
         "revision": loaded.revision,
         "family": loaded.family.model_type,
         "architecture": loaded.family.architecture,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "dtype": name_of(loaded.dtype),
         **template_date(loaded),
     }
 
@@ -36,8 +36,6 @@ def template_date(loaded: LoadedModel) -> dict[str, str]:
 
 def run_of(loaded: LoadedModel, timing: dict[str, float], **measured: Any) -> dict[str, Any]:
     """What differs between equal runs: seconds, memory, processes, device, and what else was ``measured``."""
-    from vtwcli.sweep.sweep import peak_memory
-
     return {
         "seconds": {name: round(value, 3) for name, value in timing.items()},
         "peak_memory_bytes": peak_memory(),
@@ -55,14 +53,4 @@ def provenance_of(loaded: LoadedModel, mix: DataMix, **found: Any) -> dict[str, 
         **found,
         "data": [entry["fingerprint"] for entry in mix.sources],
         "vtwcli": __version__,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of the tool and of the libraries that its numbers depend on."""
-    libraries = ("torch", "transformers", "datasets", "numpy", "safetensors")
-    return {
-        "vtwcli": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in libraries},
     }

@@ -1,4 +1,4 @@
-"""Executes a schedule on a transformers model; the work is in ``pruning``, the file that exported models carry.
+"""Executes a schedule on a transformers model; exported models carry the other files of this folder, see ``pruning``.
 
 from vtwcli.runtime import pruned
 
@@ -16,7 +16,10 @@ import torch
 
 from vtwcli.models.families import family_of, placeholder_ids
 from vtwcli.runtime import pruning
-from vtwcli.runtime.pruning import PrunedLayer, Pruning, PruningError, Trace, remove
+from vtwcli.runtime.cache import PrunedLayer
+from vtwcli.runtime.contract import PruningError
+from vtwcli.runtime.pruning import Pruning, remove
+from vtwcli.runtime.trace import Trace
 from vtwcli.schedule.schedule import Keep, Schedule, Withdraw
 
 __all__ = ["PrunedLayer", "Pruning", "PruningError", "Trace", "apply", "layout_of", "pruned", "remove"]

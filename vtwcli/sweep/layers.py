@@ -15,8 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vtwcli.errors import NotFoundError, UsageError, VtwError
-from vtwcli.models.checkpoint import first_line
+from vtwcli.errors import NotFoundError, UsageError, VtwError, first_line
 from vtwcli.models.families import Family, placeholder_ids
 
 
@@ -46,11 +45,11 @@ def cache_argument(module: nn.Module) -> str:
     Raises:
         VtwError: it takes none that is known.
     """
-    from vtwcli.runtime import pruning
+    from vtwcli.runtime import contract
 
     try:
-        return pruning.cache_argument(module)
-    except pruning.PruningError as error:
+        return contract.cache_argument(module)
+    except contract.PruningError as error:
         raise VtwError(str(error)) from error
 
 

@@ -220,6 +220,7 @@ def _savings(schedule: Schedule, shape: TextShape) -> str:
 
 def _calibration(result: dict[str, Any], schedule: Schedule, picture: str | None) -> str:
     from vtwcli.report.calibration import calibration_sentence
+    from vtwcli.report.tables import markdown_table
 
     samples = sum(task["samples"] for task in result["tasks"].values())
     parts = [text.paragraph(f"Calibrated on {samples} samples. {calibration_sentence(result)}")]
@@ -234,7 +235,7 @@ def _calibration(result: dict[str, Any], schedule: Schedule, picture: str | None
             [name, str(task["samples"]), f"{task['kl'][k]:.2e}", f"{task['agreement'][k]:.1%}"]
             for name, task in result["tasks"].items()
         ]
-        table = text.table(["task", "samples", "KL at K (nats)", "top-1 agreement"], rows)
+        table = markdown_table(["task", "samples", "KL at K (nats)", "top-1 agreement"], rows)
         parts += [table, "KL(pruned ‖ full) of the next-token distributions, mean over samples."]
     return "\n\n".join(parts)
 
@@ -267,7 +268,7 @@ processor = AutoProcessor.from_pretrained(path)"""
     return f"""{text.code_block(code, "python")}
 
 With `trust_remote_code=True` the model is pruned, in `generate` and in `pipeline("image-text-to-text")`; the code is
-`modeling_vtw.py`, `vtw_loading.py` and `vtw_pruning.py`, which need torch and transformers only. It was exported with
+`modeling_vtw.py` and the `vtw_*.py` beside it, which need torch and transformers only. It was exported with
 transformers {version("transformers")}, and its code was tested with {", ".join(tested())}; where another release
 reads the files or runs the layers otherwise, it stops with an error. Without the flag the same files load as the
 unpruned model. A model that was loaded pruned stays so through `save_pretrained`; one that was loaded without the

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from vtwcli.models.families import Family
 
 MODELING = "modeling_vtw.py"
-RUNTIME = "vtw_pruning.py"
-LOADING = "vtw_loading.py"
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
 _TEMPLATE = '''"""Loads {title} with the visual token schedule of config.json at work.
@@ -22,6 +21,9 @@ from transformers import {architecture} as Base
 
 from .vtw_loading import load, prepare_config
 from .vtw_pruning import apply
+
+# Releases of transformers before 5.10 copy the files that are named here, but not those that they name in turn.
+{others}
 
 
 class {architecture}(Base, GenerationMixin):
@@ -50,13 +52,38 @@ class {architecture}(Base, GenerationMixin):
 '''
 
 
+_PACKAGE = Path(__file__).parents[2]
+_FIRST = ("runtime.loading", "runtime.pruning")  # what the model class imports
+_IMPORT = re.compile(r"^(\s*from )vtwcli\.((?:runtime|schedule)\.(\w+)) import\b", re.MULTILINE)
+
+
 def remote_code(family: Family) -> dict[str, str]:
     """File name -> text of the Python files for a family: a small model class, the runtime, and how it is loaded."""
-    from vtwcli.runtime import loading, pruning
+    code = travelling_code()
+    model = _TEMPLATE.format(
+        title=family.title,
+        architecture=family.architecture,
+        others="\n".join(f"from .{name.removesuffix('.py')} import __name__ as _" for name in code),
+    )
+    return {MODELING: model, **code}
 
-    model = _TEMPLATE.format(title=family.title, architecture=family.architecture)
-    texts = {name: Path(module.__file__ or "") for name, module in ((RUNTIME, pruning), (LOADING, loading))}
-    return {MODELING: model, **{name: file.read_text(encoding="utf-8") for name, file in texts.items()}}
+
+def travelling_code() -> dict[str, str]:
+    """File name -> text of this package's modules that an export carries: those that its model class needs.
+
+    They lie flat beside the model class and import each other as ``.vtw_NAME``. transformers finds what to copy by a
+    search for lines with ``from .NAME import``, so that is all it is told.
+    """
+    found: dict[str, str] = {}
+    waiting = list(_FIRST)
+    while waiting:
+        module = waiting.pop()
+        name = f"vtw_{module.rpartition('.')[2]}.py"
+        if name not in found:
+            text = _PACKAGE.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
+            waiting += [needed for _, needed, _ in _IMPORT.findall(text)]
+            found[name] = _IMPORT.sub(r"\1.vtw_\3 import", text)
+    return dict(sorted(found.items()))
 
 
 def auto_map(family: Family) -> dict[str, str]:

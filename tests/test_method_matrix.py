@@ -1,0 +1,74 @@
+"""Every method on models of every kind, with both attention implementations, against the slow interpreter.
+
+A method has a row here: parameters that fit a random model of six layers, at which it decides something.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from tests import parity, slow_schedule
+from tests.tiny import LAYERS, TINY, VARIANTS
+from vtwcli.methods import METHODS
+from vtwcli.methods.method import Grid, Shape
+from vtwcli.models.families import family_of
+
+ROWS = {
+    "vtw": {"layer": 4},
+    "visipruner": {
+        "shallow_mid_layer": 2, "layer_threshold": 0.99, "tokens_threshold": 1.0, "exit_threshold": 0.7
+    },
+    "fastv": {"layer": 3, "count": 4},
+    "attention": {"layer": 3, "ratio": 0.5},
+    "contribution": {"layer": 3, "ratio": 0.25},
+    "random": {"layer": 3, "ratio": 0.5, "seed": 1},
+    "uniform": {"layer": 3, "ratio": 0.5},
+    "two-step": {"layer": 3, "ratio": 0.5, "withdraw": 5},
+}  # fmt: skip
+
+# one a kind: plain, grouped keys with any resolution, three-axis positions, DeepStack, sliding window, prefix mask
+KINDS = ["llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "gemma3-window", "paligemma2"]
+SAMPLES = ["t3 i t5", "t2 i t3 i t2"]
+STEPS = 3
+
+
+@cache
+def model_of(kind: str, attn: str):
+    return (TINY | VARIANTS)[kind].build(dtype=torch.float64, attn=attn)
+
+
+def test_every_method_has_a_row():
+    assert ROWS.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_its_schedule_written_out(name, kind, attn):
+    model = model_of(kind, attn)
+    batch = (TINY | VARIANTS)[kind].batch(SAMPLES, dtype=torch.float64)
+    schedule = METHODS[name](**ROWS[name]).schedule()
+    schedule.check_depth(LAYERS, family_of(model.config).first_withdrawal)
+    actions = schedule.to_dict()["actions"]
+    count = not (TINY | VARIANTS)[kind].own_positions
+    tokens, scores, _ = slow_schedule.greedy(model, batch, actions, STEPS, count_positions=count)
+    out, logits = parity.generated(model, batch, schedule, STEPS)
+    assert torch.equal(out.sequences[:, -STEPS:], tokens)
+    parity.same(model, logits, scores)
+    entries = out.past_key_values.layers[-1].keys.shape[-2]
+    assert entries < batch["input_ids"].shape[1], "no token left, so nothing was tested"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_method_compares_fits_every_depth(name):
+    for depth in (4, 6, 12, 32):
+        for first in (0, 3):
+            grid = Grid((0.5, 0.25), max(2, first), (0.1, 0.4), 0)
+            found = METHODS[name].compared(Shape(depth, first), grid, {})
+            assert found or depth < 6
+            for one in found:
+                assert one.method == name
+                one.schedule.check_depth(depth, first)

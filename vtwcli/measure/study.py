@@ -1,0 +1,235 @@
+"""A study: one model, the samples that it is asked, the options of the command, and what the time went into."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from vtwcli.data.sample import Sample
+from vtwcli.data.sources import DataMix
+from vtwcli.data.spec import DataSpec
+from vtwcli.errors import UsageError
+from vtwcli.io import console
+from vtwcli.judge import policies
+from vtwcli.judge.flops import TextShape
+from vtwcli.machine import distributed
+from vtwcli.machine.libraries import versions
+from vtwcli.measure.candidates import Tried, tried
+from vtwcli.measure.samples import SampleOptions, check_model, load_model, read_samples
+from vtwcli.methods.method import Candidate, Shape
+from vtwcli.models.inputs import Encoded, UnusableSampleError, answer_ids, encode, generate_answers
+from vtwcli.models.loading import LoadedModel, fits
+from vtwcli.recipe.recipe import ModelSection
+from vtwcli.results.provenance import model_of, provenance_of, run_of
+from vtwcli.sweep.layers import LayerSource, Resident
+from vtwcli.sweep.streaming import Streamed
+from vtwcli.sweep.sweep import SweepItem
+
+
+class SweepOptions(SampleOptions, Protocol):
+    """The options that decide which positions a sweep compares; calibration and analysis have them."""
+
+    @property
+    def min_layer(self) -> int | None:
+        """First candidate for K."""
+
+    @property
+    def positions(self) -> str:
+        """``first`` or ``answer``."""
+
+    @property
+    def answers(self) -> str:
+        """``auto``, ``generated`` or ``reference``."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest answer."""
+
+
+Options = TypeVar("Options", bound=SampleOptions, covariant=True)
+Given = TypeVar("Given", bound=SampleOptions)
+
+
+@dataclass(frozen=True)
+class Study(Generic[Options]):
+    """What calibrate, analyze and budget have in common from their first line to their last.
+
+    Attributes:
+        loaded: the model with its processor; without weights where it is streamed.
+        mix: the samples and where they come from.
+        options: the command's section.
+        streamed: whether layers are read from disk one at a time.
+        timing: seconds by part, of this process; ``part`` adds to it.
+    """
+
+    loaded: LoadedModel
+    mix: DataMix
+    options: Options
+    streamed: bool
+    timing: dict[str, float] = field(default_factory=dict)
+    _began: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def open(
+        cls, model: ModelSection, data: Sequence[DataSpec], options: Given, *, whole: bool = False
+    ) -> Study[Given]:
+        """Look at the model, read the samples, then load the model: what is wrong is said before it takes long.
+
+        Args:
+            model: which model, and where it runs.
+            data: sources of samples; by default the model's own.
+            options: the command's section.
+            whole: never stream, since the model will run as a whole.
+
+        Raises:
+            NotFoundError: model or data missing or unreadable, or visual tokens cannot leave the family.
+            UsageError: options that contradict the model.
+        """
+        began = time.perf_counter()
+        check_model(model)
+        mix = read_samples(model, data, options)
+        streamed = False if whole else _streams(model)
+        loaded = load_model(model, weights=not streamed)
+        study = Study(loaded, mix, options, streamed, _began=began)
+        study.timing["load"] = time.perf_counter() - began
+        return study
+
+    def check_sweep(self: Study[SweepOptions]) -> None:
+        """Refuse options that contradict the model.
+
+        Raises:
+            UsageError: no candidate layer is left, or a streamed model would have to generate.
+        """
+        options, depth = self.options, self.source.depth
+        if options.min_layer is not None and options.min_layer >= depth:
+            raise UsageError(
+                f"--min-layer: {options.min_layer} leaves no candidate, the model has layers 0..{depth - 1}"
+            )
+        if options.positions == "answer" and options.answers == "generated" and self.streamed:
+            raise UsageError(
+                "--answers generated: a streamed model would be read from disk once for every token",
+                "use --answers reference or --positions first",
+            )
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """The samples of all sources, in order."""
+        return self.mix.samples
+
+    @cached_property
+    def source(self) -> LayerSource:
+        """The model as layers, for the sweep."""
+        return Streamed(self.loaded) if self.streamed else Resident(self.loaded.model, self.loaded.family)
+
+    @property
+    def shape(self) -> Shape:
+        """What methods need to know of the model."""
+        return Shape(len(self.loaded.layers), self.loaded.family.first_withdrawal)
+
+    def least(self, min_layer: int | None) -> int:
+        """The first layer that may be K: as asked, by default of the depth, never before the family allows."""
+        depth, first = self.shape.depth, self.shape.first_withdrawal
+        return max(policies.default_min_layer(depth) if min_layer is None else min_layer, first)
+
+    @property
+    def text(self) -> TextShape:
+        """The sizes that FLOPs are counted from."""
+        return TextShape.from_config(self.loaded.model.config)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Take the time of a part of the work."""
+        begun = time.perf_counter()
+        yield
+        self.timing[name] = self.timing.get(name, 0.0) + time.perf_counter() - begun
+
+    def encode(self: Study[SweepOptions], samples: Sequence[Sample]) -> tuple[list[Encoded], list[SweepItem]]:
+        """Samples as the sweep's items, each with the answer that is forced."""
+        with self.part("answers"):
+            answers = forced_answers(self.loaded, self.source, samples, self.options)
+        # the last answer token is compared but never read, so it is not part of the input
+        encoded = [
+            encode(self.loaded, sample, None if ids is None else ids[:-1])
+            for sample, ids in zip(samples, answers, strict=True)
+        ]
+        items = [
+            SweepItem(one.inputs, _rows(one), name=f"sample {sample.id!r}")
+            for one, sample in zip(encoded, samples, strict=True)
+        ]
+        return encoded, items
+
+    def try_(self, candidates: Sequence[Candidate], max_new_tokens: int, batch_size: int) -> Tried:
+        """Force every candidate along the full model's own answers; see ``candidates.tried``."""
+        with self.part("schedules"):
+            return tried(self.loaded, candidates, self.samples, max_new_tokens, batch_size)
+
+    def provenance(self, **found: Any) -> dict[str, Any]:
+        """Where a schedule of this study comes from."""
+        return provenance_of(self.loaded, self.mix, **found)
+
+    def model(self) -> dict[str, Any]:
+        """What documents say of the model."""
+        return model_of(self.loaded)
+
+    def data(self, seed: int) -> dict[str, Any]:
+        """What documents end with: the data, what was skipped, the seed and the versions."""
+        return {
+            "data": list(self.mix.sources),
+            "skipped": self.mix.skipped,
+            "seed": seed,
+            "versions": versions(),
+        }
+
+    def run(self, **measured: Any) -> dict[str, Any]:
+        """The record of what differs between equal runs; the time ends here."""
+        self.timing["total"] = time.perf_counter() - self._began
+        return run_of(self.loaded, self.timing, **measured)
+
+
+def _streams(model: ModelSection) -> bool:
+    """Whether layers are read from disk: as asked, else where the model does not fit into memory."""
+    if model.stream is not None:
+        return model.stream
+    where = distributed.local_device(model.device)
+    if fits(model.name, where, model.dtype, trust_remote_code=model.trust_remote_code):
+        return False
+    console.note(f"{model.name} does not fit into memory; its layers are read one at a time")
+    return True
+
+
+def forced_answers(
+    loaded: LoadedModel, source: LayerSource, samples: Sequence[Sample], options: SweepOptions
+) -> list[torch.Tensor | None]:
+    """The answer tokens to force behind each prompt; None compares the first position only."""
+    if options.positions == "first" or not samples:
+        return [None] * len(samples)
+    kind = options.answers
+    if kind == "auto":
+        kind = "reference" if source.together else "generated"
+    if kind == "generated":
+        return [ids for _, ids in generate_answers(loaded, samples, options.max_new_tokens)]
+    without = sum(not sample.references for sample in samples)
+    if without:
+        console.warn(f"{without} samples have no reference answer; only their first position is compared")
+    forced = [_forced(loaded, sample) for sample in samples]
+    return [None if ids is None else ids[: options.max_new_tokens] for ids in forced]
+
+
+def _forced(loaded: LoadedModel, sample: Sample) -> torch.Tensor | None:
+    if not sample.references:
+        return None
+    try:
+        return answer_ids(loaded, sample.references[0])
+    except UnusableSampleError as error:
+        raise UnusableSampleError(f"sample {sample.id!r}: {error.message}", error.hint) from None
+
+
+def _rows(encoded: Encoded) -> torch.Tensor:
+    """Positions whose next token is compared, [1, R]: the prompt's last and those of the answer behind it."""
+    return torch.arange(encoded.prompt_length - 1, encoded.inputs["input_ids"].shape[1])[None]

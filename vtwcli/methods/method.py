@@ -1,0 +1,141 @@
+"""The seam between published methods and the rest: what a method is, what it asks of a model, what it then tries.
+
+A method is one file in this folder with one class, named once in ``METHODS``. It builds schedules and nothing else;
+calibration, comparison, evaluation, export, recipes and reports know it through this class alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+from vtwcli.io.section import Section
+from vtwcli.schedule.intervention import Intervention
+from vtwcli.schedule.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a method needs to know of a model.
+
+    Attributes:
+        depth: number of decoder layers L.
+        first_withdrawal: the first layer at which the family's visual tokens may leave.
+    """
+
+    depth: int
+    first_withdrawal: int = 0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule that may be chosen.
+
+    Attributes:
+        name: for tables and plots.
+        method: the method it belongs to.
+        schedule: what the runtime executes.
+        parameters: what the method made it from.
+    """
+
+    name: str
+    method: str
+    schedule: Schedule
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+class Style(NamedTuple):
+    """How a method's candidates are drawn: a colour, matplotlib's marker, and the words of the legend."""
+
+    colour: str
+    marker: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a comparison varies.
+
+    Attributes:
+        ratios: shares of visual tokens that subsets keep.
+        keep_layer: layer at which subsets are chosen.
+        thresholds: norms of contribution to try.
+        seed: of random subsets.
+    """
+
+    ratios: Sequence[float]
+    keep_layer: int
+    thresholds: Sequence[float]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the sweep and the last row of the full model said to a method's questions, over samples with vision.
+
+    Attributes:
+        kl: mean over samples for each intervention asked for, nats.
+        by_task: the same for each task.
+        contribution: ||c_i||_2 of visual tokens in all layers of all samples, or their quantiles.
+        eta: the KL threshold in nats.
+        worst_task: whether the worst task's curve decides, and not the mean.
+    """
+
+    kl: Sequence[float]
+    by_task: Mapping[str, Sequence[float]]
+    contribution: Sequence[float]
+    eta: float
+    worst_task: bool
+
+
+class Method(Section):
+    """A method's parameters, each with its bounds, its help and its one default, and the schedule they make.
+
+    Class attributes:
+        key: the name that options, recipes and documents use.
+        title: its name for people.
+        paper: where it was published; None for a control.
+        finds: what a calibration of it finds, in words; None where there is nothing to find.
+        searched: parameters that a calibration finds by running candidates; none where the sweep tells all.
+        style: how it is drawn.
+    """
+
+    key: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str | None] = None
+    finds: ClassVar[str | None] = None
+    searched: ClassVar[tuple[str, ...]] = ()
+    style: ClassVar[Style]
+
+    def schedule(self, **provenance: Any) -> Schedule:
+        """The schedule that these parameters make."""
+        raise NotImplementedError
+
+    def label(self) -> str:
+        """The schedule's name in results."""
+        return self.key
+
+    @classmethod
+    def compared(cls, model: Shape, grid: Grid, base: Mapping[str, Any]) -> list[Candidate]:
+        """What a comparison of methods tries.
+
+        Args:
+            base: parameters of the recipe's schedule section, which the method may keep fixed.
+        """
+        return []
+
+    @classmethod
+    def ask(cls, model: Shape) -> list[Intervention]:
+        """What one sweep shall answer before candidates are made."""
+        return []
+
+    @classmethod
+    def findings(cls, found: Answers) -> dict[str, Any]:
+        """What the sweep's answers say by themselves, for the result document; plain JSON values."""
+        return {}
+
+    @classmethod
+    def candidates(cls, model: Shape, found: Answers, base: Mapping[str, Any]) -> list[Candidate]:
+        """What a calibration tries, given the sweep's answers; ``base`` as for ``compared``."""
+        return []

@@ -1,0 +1,55 @@
+"""Tables of plain text: for the terminal, in Markdown, and in HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from vtwcli.io.text import markdown
+from vtwcli.report import pages
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def terminal_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    left: Collection[str],
+    styles: Iterable[str] = (),
+    wrap: bool = False,
+) -> Table:
+    """A table for the terminal.
+
+    Args:
+        header: a name for each column.
+        rows: their cells.
+        left: columns whose text stands at the left; the others hold numbers.
+        styles: of each row, where rows have one.
+        wrap: cells may break where the terminal is too narrow.
+    """
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in header:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=not wrap)
+    given = iter(styles)
+    for row in rows:
+        table.add_row(*row, style=next(given, None))
+    return table
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
+    """A table in Markdown; with ``numbers`` the columns behind the first are to the right."""
+    lines = [[markdown(cell) for cell in line] for line in (header, *rows)]
+    lines.insert(1, ["---", *["---:" if numbers else "---"] * (len(header) - 1)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of a page."""
+
+    def cells(tag: str, values: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{pages.text(value)}</{tag}>" for value in values) + "</tr>"
+
+    return f"<table>{cells('th', header)}{''.join(cells('td', row) for row in rows)}</table>"

@@ -1,0 +1,356 @@
+"""One forward pass: who is present, what was decided, and what each layer is given."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vtwcli.runtime.cache import Columns
+from vtwcli.runtime.contract import attention_kind, strange
+from vtwcli.runtime.masks import check_mask, flash_mask, gathered, sunk
+from vtwcli.runtime.plan import Plan, PlannedAction
+from vtwcli.runtime.rows import Rows, Tensor, compact
+
+
+@dataclass(eq=False)
+class Tap:
+    """Stands where the cache stands in one layer's call: keeps keys and values, may hand out other values.
+
+    Attributes:
+        cache: the model's, or None.
+        call, layer, rows, columns, past: of the forward pass and the layer; ``columns`` None: those of a stock layer.
+        base: mutes whose values the attention itself is given.
+        second: mutes whose values text rows are given in a pass of their own, or None.
+        skips: whether text rows are given text entries only, in a pass of their own.
+        given: the mask that the model made.
+        probes: whether the last row is to be looked at.
+        due: whether the attention's hook still has something to do.
+    """
+
+    cache: Any
+    call: Call
+    layer: int
+    rows: Rows
+    columns: Columns | None
+    past: int
+    base: list[PlannedAction]
+    second: list[PlannedAction] | None
+    skips: bool
+    given: Tensor | None
+    probes: bool
+    due: bool
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As a cache's."""
+        if self.cache is not None:
+            keys, values = self.cache.update(keys, values, *args, **kwargs)
+        self.keys, self.values = keys, values
+        return keys, values if self.columns is None else sunk(values, self.columns, self.base)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["cache"], name)
+
+
+class Call:
+    """The state of one forward pass: a prompt, a chunk of one, or a decode step.
+
+    Token indices count from the start of the chunk. Decisions are remembered per layer, so a layer that is run
+    again by gradient checkpointing finds what it found before.
+    """
+
+    def __init__(
+        self, plan: Plan, visual: Tensor | None, real: Tensor | None, shape: tuple[int, int]
+    ) -> None:
+        """
+        Args:
+            visual: which tokens are visual, [B, S]; None if none is.
+            real: which tokens are not padding, [B, S]; None if all are.
+            shape: (B, S).
+        """
+        self.plan, self.visual, self.real, self.shape = plan, visual, real, shape
+        self.memo: dict[Any, Any] = {}
+        self.at: dict[int, Rows] = {}
+        self.present_at: list[Tensor] = []
+        self.rows_at: list[int] = []
+        self.fired: list[Tensor] = []
+        self.kept: dict[int, Tensor] = {}
+        self.probe: dict[str, Tensor] | None = None
+        self.tap: Tap | None = None
+        self.past = 0
+        self.cache: Any = None
+        self.entered = 0  # how many layers have been
+        self.over = False
+        if visual is None:
+            return
+        device = visual.device
+        batch, length = shape
+        real = torch.ones_like(visual) if real is None else real
+        visual = visual & real
+        self.visual = visual
+        place = torch.arange(length, device=device)
+        # argmax of a row without any token would be 0; its last slot is as good
+        last = (real * (place + 1)).argmax(1)
+        self.last = torch.where(real.any(1), last, torch.full_like(last, length - 1))
+        self.ordinal = visual.cumsum(1) - 1
+        self.number = visual.sum(1)
+        half = visual & (self.ordinal < (self.number // 2)[:, None])
+        self.kind = visual.to(torch.int8) + half.to(torch.int8)
+        self.real = real
+        self.present = real.clone()
+        self.is_last = real & (place[None] == self.last[:, None])
+        self.stage = torch.zeros(batch, dtype=torch.long, device=device)
+        self.count = torch.zeros_like(self.stage)
+        self.fired = [torch.full_like(self.stage, -1) for _ in plan.leaving]
+
+    # ------------------------------------------------------------------ who is there
+
+    def full(self, device: torch.device) -> Rows:
+        """All tokens, in place; padding is nobody's row."""
+        if "full" not in self.memo:
+            here = torch.ones(self.shape, dtype=torch.bool, device=device) if self.real is None else self.real
+            self.memo["full"] = Rows(None, here, here, ragged=not bool(here.all()))
+        return self.memo["full"]
+
+    def rows(self, layer: int, device: torch.device) -> Rows:
+        """The rows that run in ``layer``."""
+        if layer not in self.at:
+            self._check_tap()
+            before = self.at.get(layer - 1, self.full(device))
+            self.at[layer] = before if self.visual is None else self._decide(layer, before)
+            self.probe = None
+            if self.visual is not None:
+                self.present_at.append(self.present & self.visual)
+                now = self.at[layer]
+                self.rows_at.append(self.shape[1] if now.index is None else now.index.shape[1])
+        return self.at[layer]
+
+    def finish(self) -> Rows | None:
+        """After the last layer: the rows that ran in it.
+
+        Raises:
+            PruningError: a layer or its attention was passed by, or a cache does not hold what the schedule says.
+        """
+        self._check_tap()
+        if self.entered != self.plan.depth:
+            raise strange(f"the model called {self.entered} of its {self.plan.depth} layers")
+        self._check_cache()
+        self.tap, self.cache, self.over = None, None, True
+        self.memo.clear()
+        return self.at.get(self.plan.depth - 1)
+
+    def enter(self, layer: int, hidden: Any) -> None:
+        """A layer begins: the ones before it must have run, and handed on the rows that they were given."""
+        if self.over:
+            return  # run again, by gradient checkpointing
+        if layer != self.entered:
+            raise strange(f"layer {layer} runs where layer {self.entered} was to run")
+        self.entered += 1
+        self.check_rows(layer - 1, hidden)
+
+    def check_rows(self, layer: int, hidden: Any) -> None:
+        """``hidden`` must have the rows that ran in ``layer``; -1: those of the whole chunk."""
+        rows = self.at.get(layer)
+        wide = self.shape[1] if rows is None or rows.index is None else rows.index.shape[1]
+        if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
+            shape: Any = type(hidden).__name__
+        elif tuple(hidden.shape[:2]) != (self.shape[0], wide):
+            shape = list(hidden.shape)
+        else:
+            return
+        raise strange(f"the rows behind layer {layer} are {shape}, not [{self.shape[0]}, {wide}, D]")
+
+    def _check_tap(self) -> None:
+        if self.tap is not None and (self.tap.due or self.tap.keys is None):
+            raise strange(f"layer {self.tap.layer} does not call its self_attn with the cache it is given")
+
+    def _check_cache(self) -> None:
+        """Every layer's cache has seen the chunk's tokens and holds the entries announced to it, no others."""
+        seen = self.past + self.shape[1]
+        for number, layer in enumerate(getattr(self.cache, "layers", None) or ()):
+            if number >= self.plan.depth:
+                break
+            if getattr(layer, "awaited", False) or layer.get_seq_length() != seen:
+                raise strange(
+                    f"layer {number} did not put its keys and values into the cache it was given: that has seen "
+                    f"{layer.get_seq_length()} of {seen} tokens"
+                )
+
+    def probes(self, layer: int) -> bool:
+        """Whether the last row's attention in ``layer`` decides something."""
+        if not self.plan.may_probe(layer):
+            return False
+        return any(
+            (a.at == layer + 1 and a.measured)
+            or (a.at is None and layer > a.after and bool((self.stage == number).any()))
+            for number, a in enumerate(self.plan.leaving)
+        )
+
+    def kinds(self, rows: Rows, device: torch.device) -> Tensor:
+        """Kinds of the rows' tokens, [B, T]."""
+        index = self.index(rows, device)
+        if self.visual is None:
+            return torch.zeros_like(index, dtype=torch.int8)
+        return self.kind.to(device).gather(1, index)
+
+    def _decide(self, layer: int, before: Rows) -> Rows:
+        """Let start what starts in ``layer``: ``stage`` counts the actions each sample has behind it."""
+        assert self.visual is not None
+        stage, left = self.stage, False
+        for number, action in enumerate(self.plan.leaving):
+            if action.at is None:
+                if self.probe is None or layer - 1 <= action.after:
+                    continue
+                starts = self._condition(action, stage == number)
+            elif action.at == layer:
+                starts = self.stage <= number
+            else:
+                continue
+            if action.at is None and not bool(starts.any()):
+                continue
+            stays = self.present & ~self.visual
+            if action.action == "keep":
+                chosen = self._select(action)
+                stays = stays | chosen
+                before_now = self.kept.get(number, torch.zeros_like(chosen))
+                self.kept[number] = torch.where(starts[:, None], chosen, before_now)
+            self.present = torch.where(starts[:, None], stays, self.present)
+            self.stage = torch.where(starts, number + 1, self.stage)
+            self.count = self.count.masked_fill(starts, 0)
+            self.fired[number] = self.fired[number].masked_fill(starts, layer)
+            left = True
+        return compact(self.present | self.is_last, self.present) if left else before
+
+    def _condition(self, action: PlannedAction, awaited: Tensor) -> Tensor:
+        """Rows [B] at which an ``auto`` action starts, given the layer before."""
+        assert self.probe is not None and self.visual is not None
+        there, cosine = self.present & self.visual, self.probe["cosine"]
+        if "cosine_below" in action.when:
+            holds = ((cosine < action.when["cosine_below"]) & there).any(1)
+        else:
+            holds = ((cosine >= action.when["cosine_above"]) | ~there).all(1) & there.any(1)
+        without = torch.zeros_like(self.count) if action.when.get("consecutive") else self.count
+        self.count = torch.where(awaited, torch.where(holds, self.count + 1, without), self.count)
+        return awaited & (self.count >= action.when.get("layers", 1))
+
+    def _select(self, action: PlannedAction) -> Tensor:
+        """The visual tokens [B, S] that ``keep`` keeps among those present."""
+        assert self.visual is not None
+        there, select = self.present & self.visual, action.select
+        number = there.sum(1)
+        if select.get("above") is not None:
+            return there & (self._measured(select["score"]) > select["above"])
+        amounts = [
+            min(n, select["count"]) if "count" in select else math.ceil(n * select["ratio"])
+            for n in number.tolist()
+        ]
+        wanted = torch.tensor(amounts, device=number.device)
+        if select["score"] == "uniform":
+            # of n tokens the ceil(i n / m)-th for i = 0..m-1: those with (j m) mod n < m
+            ordinal = there.cumsum(1) - 1
+            return there & ((ordinal * wanted[:, None]) % number.clamp(min=1)[:, None] < wanted[:, None])
+        if select["score"] == "random":
+            score = self._random(select.get("seed", 0))
+        else:
+            score = self._measured(select["score"])
+        score = score.masked_fill(~there, -torch.inf)
+        order = score.argsort(dim=1, descending=True, stable=True)
+        rank = order.argsort(dim=1)
+        return there & (rank < wanted[:, None])
+
+    def _measured(self, name: str) -> Tensor:
+        """A score [B, S] that the layer before gave."""
+        if self.probe is None:
+            raise strange(f"the attention of this model gave no {name}")
+        return self.probe[name]
+
+    def _random(self, seed: int) -> Tensor:
+        """Scores [B, S] that depend on the seed and the number of a sample's visual tokens only."""
+        assert self.visual is not None
+        score = torch.zeros(self.shape, device=self.visual.device)
+        for row, number in enumerate(self.number.tolist()):
+            draw = torch.rand(number, generator=torch.Generator().manual_seed(seed))
+            score[row, self.visual[row]] = draw.to(score.device)
+        return score
+
+    # ------------------------------------------------------------------ what a layer is given
+
+    def slots(self, before: Rows, now: Rows) -> Tensor | None:
+        """Where the rows of ``now`` lie among those of ``before``, [B, T]."""
+        if before.index is None or now.index is None:
+            return now.index
+        place = torch.zeros(self.shape, dtype=torch.long, device=now.index.device)
+        arange = torch.arange(before.index.shape[1], device=now.index.device).expand_as(before.index)
+        place.scatter_(1, before.index, arange)
+        return place.gather(1, now.index)
+
+    def columns(self, old: Columns | None, rows: Rows, past: int, device: torch.device) -> Columns:
+        """The entries of a cache layer once ``rows`` are added to the ``old`` ones."""
+        key = ("columns", id(old), id(rows), past)
+        if key not in self.memo:
+            index = self.index(rows, device)
+            position = (index + past).masked_fill(~rows.key.to(device), -1)
+            kind = self.kinds(rows, device)
+            ragged, visual = rows.ragged, self.visual is not None
+            if old is not None and old.position.shape[1]:
+                position = torch.cat([old.position, position], 1)
+                kind = torch.cat([old.kind, kind], 1)
+                ragged, visual = ragged or old.ragged, visual or old.visual
+            # the memo holds what its keys are the ids of, so that no other object gets them
+            self.memo[key] = Columns(position, kind, ragged, visual), old, rows
+        return self.memo[key][0]
+
+    def mask(
+        self,
+        given: Tensor | None,
+        rows: Rows,
+        columns: Columns,
+        past: int,
+        muted: list[PlannedAction],
+        hidden: Tensor,
+        attention: Any,
+    ) -> Tensor | None:
+        """The mask for ``rows`` reading ``columns``, out of the one the model made for the whole chunk.
+
+        Raises:
+            PruningError: a mask of a form that is not known.
+
+        Args:
+            given: additive or boolean [B or 1, 1 or H, S, W], over the last W tokens seen; None: causal.
+            past: tokens seen before the chunk.
+            muted: actions that act before the softmax.
+            hidden: hidden states, of the device and dtype wanted.
+            attention: the module that gets it.
+        """
+        kind = attention_kind(attention)
+        key = ("mask", id(given), id(rows), id(columns), tuple(map(id, muted)), kind)
+        if key not in self.memo:
+            real = None if self.visual is None else self.real
+            check_mask(given, self.shape, past, real, attention)
+            if "flash" in kind:
+                window = getattr(attention, "sliding_window", None)
+                mask = flash_mask(given, rows, columns, past + self.shape[1], muted, window)
+            else:
+                dtype = given.dtype if given is not None else hidden.dtype if kind == "eager" else torch.bool
+                like, index = hidden.new_empty(0, dtype=dtype), self.index(rows, hidden.device)
+                reader = self.kinds(rows, hidden.device)
+                length = self.shape[1]
+                mask = gathered(given, rows, index, reader, columns, past, length, muted, like)
+            self.memo[key] = mask, given, rows, columns
+        return self.memo[key][0]
+
+    def index(self, rows: Rows, device: torch.device) -> Tensor:
+        """The token of each row, [B, T]."""
+        if rows.index is not None:
+            return rows.index.to(device)
+        return torch.arange(self.shape[1], device=device).expand(self.shape)
+
+    def last_row(self, rows: Rows) -> Tensor:
+        """Where the last token of each sample has its row, [B]."""
+        if rows.index is None:
+            return self.last
+        return torch.full_like(self.last, rows.index.shape[1] - 1)

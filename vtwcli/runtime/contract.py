@@ -1,0 +1,87 @@
+"""What the runtime takes for granted about a model: the names of arguments, the attention, the release."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+
+TESTED = ("4.57.6", "5.0.0", "5.10.4", "5.20.0", "5.23.0", "5.24.0")
+"""Releases of transformers that the runtime was tested with."""
+
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value")  # newest first
+POSITIONS = "position_embeddings"  # what the names of rotary embeddings begin with
+# what layers are given that has, or may have, a row for each token, and is understood or does not matter
+_PER_TOKEN = ("hidden_states", "position_ids", "attention_mask", "cache_position", *CACHE_NAMES)
+
+
+class PruningError(ValueError):
+    """The schedule cannot be executed exactly here; the message says why and what to do."""
+
+
+def strange(what: str) -> PruningError:
+    """The model does not keep the contract that the hooks rely on; ``what`` says in which point."""
+    return PruningError(
+        f"{what}; its layers are not built like those that this runtime knows. transformers is "
+        f"{transformers.__version__}: take a release it was tested with ({', '.join(TESTED)}), or run the model "
+        "unpruned"
+    )
+
+
+def cache_argument(module: torch.nn.Module, *more: str) -> str:
+    """The name by which a module takes the cache.
+
+    Raises:
+        PruningError: it takes none or several, or not what ``more`` names.
+    """
+    names = inspect.signature(module.forward).parameters
+    found = [name for name in CACHE_NAMES if name in names]
+    if len(found) != 1 or not names.keys() >= set(more):
+        raise strange(
+            f"{type(module).__name__} takes {', '.join(names)}, not one of {', '.join((*CACHE_NAMES, *more))}"
+            if not found
+            else f"{type(module).__name__} takes {', '.join(names)}, where {', '.join((found[0], *more))} is known"
+        )
+    return found[0]
+
+
+def given_cache(given: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a call, whatever its name there; None if there is none.
+
+    Raises:
+        PruningError: there are several, or one that goes by another name.
+    """
+    caches = {id(value): value for name in CACHE_NAMES if (value := given.get(name)) is not None}
+    for name, value in given.items():
+        if name not in CACHE_NAMES and hasattr(value, "update") and hasattr(value, "get_seq_length"):
+            raise strange(f"a cache is given by the name {name}")
+    if len(caches) > 1:
+        raise strange(f"two caches are given, as {' and '.join(n for n in CACHE_NAMES if given.get(n))}")
+    return next(iter(caches.values()), None)
+
+
+def check_arguments(given: Mapping[str, Any], lengths: set[int]) -> None:
+    """Refuse a layer's argument that is not known and has a size for each token or entry, ``lengths``."""
+    for name, value in given.items():
+        if name in _PER_TOKEN or name.startswith(POSITIONS):
+            continue
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(part, torch.Tensor) and lengths.intersection(part.shape):
+                raise strange(f"the layers get {name}, with a row for each token")
+
+
+def arguments(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    names = [n for n in inspect.signature(module.forward).parameters if n != "self"] if args else []
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def attention_kind(attention: Any) -> str:
+    """The attention implementation of a module."""
+    kind = getattr(getattr(attention, "config", None), "_attn_implementation", None) or "eager"
+    if "flex" in kind or "paged" in kind:
+        raise PruningError(f"{kind} is not supported under a schedule; use sdpa, eager or flash attention")
+    return kind

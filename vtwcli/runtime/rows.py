@@ -1,0 +1,82 @@
+"""Which of a chunk's tokens have a row, and gathering what has one entry per row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vtwcli.runtime.contract import POSITIONS, attention_kind, strange
+
+Tensor = torch.Tensor
+
+# kinds of tokens; other visual tokens than those of the first half of a prompt's are 1
+TEXT, FIRST_HALF = 0, 2
+
+
+@dataclass(eq=False)
+class Rows:
+    """Which of a chunk's tokens have a row in the hidden states.
+
+    Attributes:
+        index: token of each row, [B, T]; right-aligned. None: all tokens, in place.
+        query: the row is a token's, not a filler, [B, T].
+        key: others may read the row, [B, T].
+        ragged: whether some row is a filler or may not be read.
+        lonely: whether some token has a row that others may not read.
+    """
+
+    index: Tensor | None
+    query: Tensor
+    key: Tensor
+    ragged: bool = False
+    lonely: bool = False
+
+
+def compact(stay: Tensor, readable: Tensor | None = None) -> Rows:
+    """Rows for the tokens that ``stay`` [B, S]; T is the largest number of them in any batch row, at least 1."""
+    length = max(int(stay.sum(1).max()), 1)
+    index = stay.int().argsort(dim=1, stable=True)[:, -length:]
+    query = stay.gather(1, index)
+    key = query if readable is None else (stay & readable).gather(1, index)
+    ragged = not bool(key.all())
+    return Rows(index, query, key, ragged, ragged and key is not query and bool((query & ~key).any()))
+
+
+def take(x: Tensor, index: Tensor | None, dim: int, batch: int = 0) -> Tensor:
+    """Gather ``index`` [B, T] along ``dim`` of ``x``, whose dimension ``batch`` has size B or 1; None: all."""
+    if index is None:
+        return x
+    sizes, shape = list(x.shape), [1] * x.ndim
+    sizes[batch], shape[batch], shape[dim] = index.shape[0], *index.shape
+    x, sizes[dim] = x.expand(sizes), index.shape[1]
+    return x.gather(dim, index.to(x.device).view(shape).expand(sizes))
+
+
+def take_positions(given: dict[str, Any], index: Tensor, length: int, attention: Any) -> None:
+    """Gather all that tells rows their positions, in the arguments ``given`` for ``length`` rows."""
+    names = [name for name, value in given.items() if name.startswith(POSITIONS) and value is not None]
+    if not names:
+        raise strange(f"the layers get no {POSITIONS}")
+    for name in names:
+        given[name] = _take_position(name, given[name], index, length)
+    ids = given.get("position_ids")
+    if ids is not None:
+        if ids.ndim < 2 or ids.shape[-1] != length or ids.shape[-2] not in (1, index.shape[0]):
+            raise strange(f"the layers get position_ids of shape {list(ids.shape)} for {length} rows")
+        # flash attention would take a gap for the border between packed sequences, so it gets none
+        taken = None if "flash" in attention_kind(attention) else take(ids, index, ids.ndim - 1, ids.ndim - 2)
+        given["position_ids"] = taken
+
+
+def _take_position(name: str, x: Any, index: Tensor, length: int) -> Any:
+    """Gather rows of rotary embeddings [B or 1, S, D], with an axis for time, row and column [3, B or 1, S, D] before
+    them where these are merged later, or tuples of them."""
+    if isinstance(x, tuple | list):
+        return tuple(_take_position(name, part, index, length) for part in x)
+    fits = isinstance(x, torch.Tensor) and x.ndim in (3, 4) and x.shape[-2] == length
+    if not fits or x.shape[-3] not in (1, index.shape[0]):
+        shape = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+        raise strange(f"the layers get {name} of {shape}, not [B, S, D] with {length} rows")
+    return take(x, index, x.ndim - 2, x.ndim - 3)

@@ -1,0 +1,31 @@
+"""Scores of columns, from the last row's attention."""
+
+from __future__ import annotations
+
+import torch
+
+from vtwcli.runtime.rows import Tensor
+
+
+def last_row_numbers(weights: Tensor, values: Tensor) -> dict[str, Tensor]:
+    """Scores of the columns for one query row per sample, each [B, T].
+
+    With c_i the concatenation over heads of w_i v_i and o their sum over all columns: ``contribution`` ||c_i||_2,
+    ``attention`` the mean of w_i over heads, ``cosine`` cos(o - c_i, o) (VisiPruner, arXiv 2510.17205).
+
+    Args:
+        weights: attention weights [B, H, T].
+        values: [B, H_kv, T, D].
+    """
+    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+    batch, _, columns = weights.shape
+    w = weights.to(wide).view(batch, values.shape[1], -1, columns)
+    v = values.to(wide)
+    output = w @ v
+    square = torch.einsum("bkgt,bkt->bt", w.square(), v.square().sum(-1))
+    product = (w * (output @ v.transpose(2, 3))).sum((1, 2))
+    total = output.square().sum((1, 2, 3))[:, None]
+    rest = (total - 2 * product + square).clamp(min=0).sqrt()
+    # the smallest denominator is that of torch's cosine_similarity: a token that is all of the output has cosine 0
+    cosine = ((total - product) / (rest * total.sqrt()).clamp(min=1e-8)).clamp(-1, 1)
+    return {"contribution": square.sqrt(), "attention": w.mean((1, 2)), "cosine": cosine}
