@@ -72,7 +72,7 @@ def test_a_flag_is_what_its_field_says():
     def command(**given: Any) -> None:
         print(given)
 
-    app = typer.Typer()
+    app = typer.Typer(rich_markup_mode="rich")
     app.command()(command)
     run = CliRunner().invoke
     nothing = dict.fromkeys(("count", "share", "names", "kind", "on", "off"))
