@@ -6,9 +6,9 @@ M shown layers; KL in nats, numbers with six digits.
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NotRequired
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from vtwcli.results.document import Files, ModelRecord, Origin, SweepRun
 

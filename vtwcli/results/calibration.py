@@ -6,10 +6,10 @@ S samples, L layers, R compared positions of a sample; KL in nats. Nothing but `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal, TypeAlias, cast
+from typing import Annotated, Any, Final, Literal, NotRequired, TypeAlias, cast
 
 from pydantic import AfterValidator, Field, with_config
-from typing_extensions import NotRequired, TypedDict, TypeIs
+from typing_extensions import TypedDict, TypeIs
 
 from vtwcli.results.comparison import ComparedRow, TaskCount
 from vtwcli.results.document import (
@@ -212,9 +212,7 @@ def is_searched(document: Calibration | Mapping[str, Any]) -> TypeIs[SearchedCal
     return document.get("method", "vtw") != "vtw"
 
 
-def with_own_keys(
-    document: SearchedCalibration, own: Mapping[str, Mapping[str, Any]]
-) -> SearchedCalibration:
+def with_own_keys(document: SearchedCalibration, own: Mapping[str, Mapping[str, Any]]) -> SearchedCalibration:
     """A document with keys that are its method's own, each group behind the key that it is given by."""
     whole: dict[str, Any] = {}
     for key, value in document.items():

@@ -5,9 +5,9 @@ L layers; KL in nats.
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NotRequired
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from vtwcli.results.document import Files, ModelRecord, Origin, RunRecord, TokenCounts
 

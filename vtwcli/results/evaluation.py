@@ -5,10 +5,10 @@ S samples, R positions of the full model's answer, C conventions of ``judge.flop
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, NotRequired
 
 from pydantic import AfterValidator, Field, with_config
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from vtwcli.results.document import (
     STRICT,
