@@ -19,7 +19,7 @@ from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
-from vtwcli.demo.scenes import examples
+from vtwcli.data.scenes import examples
 from vtwcli.models.layers import cache_of
 
 from vtwcli.data.sample import Sample
