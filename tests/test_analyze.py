@@ -23,7 +23,8 @@ from vtwcli.cli import build
 from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
-from vtwcli.models.inputs import encode, generate_answers
+from vtwcli.models.generation import generate_answers
+from vtwcli.models.inputs import encode
 from vtwcli.models.loading import load
 from vtwcli.recipe.recipe import AnalyzeSection, CalibrateSection, ModelSection
 from vtwcli.report.analysis import PLOTS, plot, sentences

@@ -33,7 +33,7 @@ from vtwcli.export.hf import weights
 from vtwcli.export.hf.export import baked_schedule, export_hf
 from vtwcli.export.hf.remote import travelling_code
 from vtwcli.machine.libraries import versions
-from vtwcli.models.checkpoint import resolve
+from vtwcli.models.hub import resolve
 from vtwcli.runtime.contract import TESTED
 from vtwcli.schedule.schedule import Schedule
 

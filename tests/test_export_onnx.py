@@ -29,7 +29,7 @@ from vtwcli.export.onnx import parity as onnx_parity
 from vtwcli.export.onnx import trace as onnx_trace
 from vtwcli.export.onnx.companions import scripts, write_companions
 from vtwcli.export.onnx.export import export_onnx
-from vtwcli.models.checkpoint import resolve
+from vtwcli.models.hub import resolve
 from vtwcli.models.inputs import encode_batch
 from vtwcli.models.loading import load
 from vtwcli.ort import OnnxModel

@@ -36,7 +36,8 @@ from vtwcli.measure.variants import (
     reader_of,
 )
 from vtwcli.models.dtypes import name_of
-from vtwcli.models.inputs import encode_batch, plain_generation
+from vtwcli.models.generation import plain_generation
+from vtwcli.models.inputs import encode_batch
 from vtwcli.models.loading import LoadedModel
 from vtwcli.recipe.recipe import EvalSection, GatesSection, ModelSection
 from vtwcli.results.provenance import run_of, template_date

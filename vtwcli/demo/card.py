@@ -20,7 +20,7 @@ from vtwcli.data.scenes import ALL_TASKS, DEFAULT_TASKS
 from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
 from vtwcli.io import files
-from vtwcli.models.inputs import generate_answers
+from vtwcli.models.generation import generate_answers
 from vtwcli.models.loading import LoadedModel, load
 from vtwcli.recipe.recipe import CalibrateSection, ModelSection
 from vtwcli.runtime import pruned

@@ -41,7 +41,7 @@ def export(
     """
     if options.format == "onnx":
         from vtwcli.export.onnx.export import export_onnx
-        from vtwcli.models.checkpoint import resolve
+        from vtwcli.models.hub import resolve
 
         return export_onnx(
             resolve(model.name, trust_remote_code=model.trust_remote_code),

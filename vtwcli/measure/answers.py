@@ -15,7 +15,7 @@ from torch import Tensor
 from vtwcli.errors import UsageError
 from vtwcli.judge.flops import DEFAULT_CONVENTION, Convention, TextShape, kv_bytes, prefill_cost
 from vtwcli.judge.kl import distance, log_probabilities, sample_name
-from vtwcli.models.inputs import answer_of, greedy
+from vtwcli.models.generation import answer_of, greedy
 from vtwcli.models.loading import LoadedModel
 from vtwcli.runtime import PruningError, Trace, pruned
 from vtwcli.schedule.schedule import Keep, Schedule, Withdraw

@@ -17,7 +17,8 @@ from vtwcli.judge.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape
 from vtwcli.machine import distributed
 from vtwcli.measure.answers import Answer, flops_ratio, full_answers, kv_ratio, schedule_answers
 from vtwcli.methods.method import Candidate
-from vtwcli.models.inputs import encode_batch, plain_generation
+from vtwcli.models.generation import plain_generation
+from vtwcli.models.inputs import encode_batch
 from vtwcli.models.loading import LoadedModel
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vtwcli.models.inputs import cache_of
+from vtwcli.models.generation import cache_of
 from vtwcli.models.loading import LoadedModel
 
 Timer = Callable[[int], float]

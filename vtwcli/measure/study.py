@@ -23,7 +23,8 @@ from vtwcli.machine.libraries import versions
 from vtwcli.measure.candidates import Tried, tried
 from vtwcli.measure.samples import SampleOptions, check_model, load_model, read_samples
 from vtwcli.methods.method import Candidate, Shape
-from vtwcli.models.inputs import Encoded, UnusableSampleError, answer_ids, encode, generate_answers
+from vtwcli.models.generation import generate_answers
+from vtwcli.models.inputs import Encoded, UnusableSampleError, answer_ids, encode
 from vtwcli.models.loading import LoadedModel, fits
 from vtwcli.recipe.recipe import ModelSection
 from vtwcli.results.provenance import model_of, provenance_of, run_of

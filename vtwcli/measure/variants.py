@@ -20,7 +20,7 @@ from vtwcli.measure import costs
 from vtwcli.measure.answers import Answer, Full, compared, schedule_answers
 from vtwcli.measure.samples import check_model, load_model
 from vtwcli.models.dtypes import LONG, torch_type
-from vtwcli.models.inputs import plain_generation
+from vtwcli.models.generation import plain_generation
 from vtwcli.models.loading import LoadedModel, choose_device
 from vtwcli.recipe.recipe import EvalSection, ModelSection
 from vtwcli.results.reading import read_calibration

@@ -33,9 +33,10 @@ from vtwcli.export.hf.weights import check_finite, place_weights
 from vtwcli.io import console
 from vtwcli.machine.libraries import quiet_libraries, versions
 from vtwcli.machine.releases import tested
-from vtwcli.models.checkpoint import COMPANIONS, Checkpoint, resolve
+from vtwcli.models.checkpoint import COMPANIONS, Checkpoint
 from vtwcli.models.dtypes import asked, name_of
 from vtwcli.models.families import Family
+from vtwcli.models.hub import resolve
 from vtwcli.models.jsonfiles import CONFIG, read_json
 from vtwcli.schedule.schedule import Schedule
 

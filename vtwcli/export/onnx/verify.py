@@ -17,9 +17,12 @@ from vtwcli.export.directory.own_code import read_own_code
 from vtwcli.export.onnx.companions import scripts
 from vtwcli.export.onnx.failures import as_vtw_errors
 from vtwcli.io import console
-from vtwcli.models.checkpoint import Checkpoint, read_config, resolve
+from vtwcli.models.checkpoint import Checkpoint
+from vtwcli.models.config import read_config
+from vtwcli.models.hub import resolve
 from vtwcli.models.inputs import encode
-from vtwcli.models.loading import LoadedModel, choose_device, load_processor
+from vtwcli.models.loading import LoadedModel, choose_device
+from vtwcli.models.processor import load_processor
 from vtwcli.ort import FORMAT, OnnxModel, has_device
 from vtwcli.schedule.schedule import Schedule
 
