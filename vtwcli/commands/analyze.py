@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,6 +35,7 @@ from vtwcli.commands.options import (
 from vtwcli.io.files import present
 from vtwcli.recipe.recipe import AnalyzeSection
 from vtwcli.recipe.settings import section_of
+from vtwcli.results.analysis import ANALYSIS
 
 if TYPE_CHECKING:
     from vtwcli.analyze import Analysis
@@ -48,16 +50,6 @@ Examples:
 
   vtw analyze ./my-model --data ./mine.jsonl --json | jq .stages.sentences
 """
-
-BESIDE = {
-    "page": ".html",
-    "static": ".static.yaml",
-    "dynamic": ".dynamic.yaml",
-    "kl": ".kl.png",
-    "attention": ".attention.png",
-    "tokens": ".tokens.png",
-    "values": ".values.png",
-}
 
 
 def analyze(
@@ -132,8 +124,10 @@ def outputs_of(
     """Where the result and what goes beside it are written."""
     if output is not None and (not output.suffix or (present(output) and output.is_dir())):
         output = output / "analysis.json"
-    suffixes = {key: suffix.replace(".png", ".svg") if svg else suffix for key, suffix in BESIDE.items()}
-    return output_paths(model, output, as_json, "analysis", suffixes, force=force)
+    suffixes = {
+        key: suffix.replace(".png", ".svg") if svg else suffix for key, suffix in ANALYSIS.beside.items()
+    }
+    return output_paths(model, output, as_json, replace(ANALYSIS, beside=suffixes), force=force)
 
 
 def _publish(analysis: Analysis, outputs: Outputs, as_json: bool) -> None:

@@ -33,6 +33,7 @@ from vtwcli.commands.options import (
 from vtwcli.errors import GateError
 from vtwcli.recipe.recipe import BudgetSection
 from vtwcli.recipe.settings import section_of
+from vtwcli.results.comparison import BUDGET
 
 EXAMPLES = """
 Examples:
@@ -94,8 +95,7 @@ def budget(
     base = recipe_of(context.params)
     options = section_of(BudgetSection, context.params, base.budget)
     where, specs = model_of(context.params, base), data_of(context.params, base)
-    beside = {"schedule": ".schedule.yaml", "plot": ".png"}
-    outputs = output_paths(where.name, output, as_json, "budget", beside, plot, force)
+    outputs = output_paths(where.name, output, as_json, BUDGET, plot, force)
     if options.max_flops is None:
         outputs["schedule"] = None
     outputs.check(inputs_here(context.params, base, where, specs))

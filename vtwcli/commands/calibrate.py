@@ -35,6 +35,7 @@ from vtwcli.commands.options import (
 from vtwcli.errors import GateError
 from vtwcli.recipe.recipe import CalibrateSection
 from vtwcli.recipe.settings import section_of
+from vtwcli.results.calibration import CALIBRATION
 
 EXAMPLES = """
 Examples:
@@ -103,8 +104,7 @@ def calibrate(
     base = recipe_of(context.params)
     options = section_of(CalibrateSection, context.params, base.calibrate)
     where, specs = model_of(context.params, base), data_of(context.params, base)
-    beside = {"schedule": ".schedule.yaml", "plot": ".png"}
-    outputs = output_paths(where.name, output, as_json, "calibration", beside, plot, force)
+    outputs = output_paths(where.name, output, as_json, CALIBRATION, plot, force)
     outputs.check(inputs_here(context.params, base, where, specs))
 
     from vtwcli.calibrate import calibrate as run

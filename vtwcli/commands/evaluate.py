@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -43,6 +43,8 @@ from vtwcli.commands.options import (
 from vtwcli.errors import GateError
 from vtwcli.recipe.recipe import EvalSection, GatesSection
 from vtwcli.recipe.settings import section_of
+from vtwcli.results.calibration import CalibratedOn, SearchedSample
+from vtwcli.results.evaluation import EVALUATION
 
 EXAMPLES = """
 Examples:
@@ -157,8 +159,7 @@ def evaluate(
     from vtwcli.recipe.schedules import schedules_of
 
     schedules = schedules_of(context.params, base)
-    beside = {"markdown": ".md", "page": ".html", "plot": ".png"}
-    outputs = output_paths(where.name, output, as_json, "evaluation", beside, force=force, trace=trace)
+    outputs = output_paths(where.name, output, as_json, EVALUATION, force=force, trace=trace)
     outputs.check(inputs_here(context.params, base, where, specs))
 
     from vtwcli.judge import gates
@@ -191,10 +192,10 @@ def evaluate(
         raise GateError(gates.sentence(failed[0]), f"{len(failed)} of {len(result['gates'])} gates failed")
 
 
-def _calibrated(calibration: Path | None, schedules: Sequence[Path]) -> dict[str, Any] | None:
+def _calibrated(calibration: Path | None, schedules: Sequence[Path]) -> CalibratedOn | None:
     """The samples of the calibration result, and of those schedule files that are one."""
     from vtwcli.results.reading import calibration_in, read_calibration
 
     found = [read_calibration(calibration), *map(calibration_in, schedules)]
-    samples = [sample for document in found if document for sample in document["samples"]]
+    samples: list[SearchedSample] = [sample for one in found if one for sample in one["samples"]]
     return {"samples": samples} if samples else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -20,6 +20,9 @@ from vtwcli.io.files import document, present
 from vtwcli.io.outputs import Inputs, Outputs, inputs_of
 from vtwcli.recipe.recipe import ModelSection, Recipe, ScheduleSection
 from vtwcli.recipe.settings import section_of
+from vtwcli.results.document import Files
+
+T = TypeVar("T")
 
 
 def option(section: type[Section], field: str, *names: str, **extra: Any) -> Any:
@@ -70,8 +73,7 @@ def output_paths(
     model: str,
     output: Path | None,
     as_json: bool,
-    name: str,
-    beside: dict[str, str],
+    files: Files,
     plot: Path | None = None,
     force: bool = False,
     trace: Path | None = None,
@@ -85,14 +87,14 @@ def output_paths(
         raise UsageError(f"--plot: {plot} must end in .png, .svg or .pdf")
     if output is None and not as_json:
         slug = model.rstrip("/").replace("@", "-").rsplit("/", 1)[-1] or "model"
-        output = Path(f"vtw-{slug}") / f"{name}.json"
+        output = Path(f"vtw-{slug}") / files.named()["result"]
     places = {
         "result": output,
-        **{key: _beside(output, suffix) if output else None for key, suffix in beside.items()},
+        **{key: _beside(output, suffix) if output else None for key, suffix in files.beside.items()},
         **({} if plot is None else {"plot": plot}),
         **({} if trace is None else {"trace": trace}),
     }
-    return Outputs(places, f"vtw-{name}", force)
+    return Outputs(places, files.format, force)
 
 
 def _beside(output: Path, suffix: str) -> Path:
@@ -137,8 +139,8 @@ def state_beside(result: Path | None, resume: bool) -> Path | None:
 
 
 def show(
-    result: dict[str, Any],
-    view: Callable[[dict[str, Any]], Any],
+    result: T,
+    view: Callable[[T], Any],
     outputs: Outputs,
     as_json: bool,
 ) -> None:

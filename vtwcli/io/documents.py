@@ -336,9 +336,7 @@ def _problems(
     return [problem for _, problem in sorted(found.values(), key=lambda entry: entry[0])]
 
 
-def _described(
-    one: Any, node: Any, schema: Callable[[], dict[str, Any]]
-) -> tuple[Location, str, str | None]:
+def _described(one: Any, node: Any, schema: Callable[[], dict[str, Any]]) -> tuple[Location, str, str | None]:
     """Of one of a validation's errors the place in the document, the message and the hint."""
     context = one.get("ctx", {})  # a check of a section as a whole says which key below it is meant
     value = context.get("given", one["input"])

@@ -6,15 +6,16 @@ M shown layers; KL in nats, numbers with six digits.
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NotRequired
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from vtwcli.results.document import Files, ModelRecord, Origin, SweepRun
 
 FORMAT: Final = "vtw-analysis"
 FORMAT_VERSION: Final = 1
-FILES = Files(
+ANALYSIS = Files(
+    FORMAT,
     "analysis",
     {
         "page": ".html",
@@ -26,6 +27,9 @@ FILES = Files(
         "values": ".values.png",
     },
 )
+
+
+Stage = Literal["shallow", "middle", "deep"]
 
 
 class Spread(TypedDict):

@@ -6,10 +6,10 @@ S samples, L layers, R compared positions of a sample; KL in nats. Nothing but `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal, TypeAlias, cast
+from typing import Annotated, Any, Final, Literal, NotRequired, TypeAlias, cast
 
 from pydantic import AfterValidator, Field, with_config
-from typing_extensions import NotRequired, TypedDict, TypeIs
+from typing_extensions import TypedDict, TypeIs
 
 from vtwcli.results.comparison import ComparedRow, TaskCount
 from vtwcli.results.document import (
@@ -27,7 +27,7 @@ from vtwcli.results.document import (
 
 FORMAT: Final = "vtw-calibration"
 FORMAT_VERSION: Final = 1
-FILES = Files("calibration", {"schedule": ".schedule.yaml", "plot": ".png"})
+CALIBRATION = Files(FORMAT, "calibration", {"schedule": ".schedule.yaml", "plot": ".png"})
 
 
 class Compromise(TypedDict):
@@ -207,14 +207,18 @@ class SearchedCalibration(Origin):
 Calibration: TypeAlias = VtwCalibration | SearchedCalibration
 
 
+class CalibratedOn(TypedDict):
+    """What an evaluation wants of calibrations: the samples that it leaves out."""
+
+    samples: list[SearchedSample]
+
+
 def is_searched(document: Calibration | Mapping[str, Any]) -> TypeIs[SearchedCalibration]:
     """Whether a calibration is of a method that is searched: VTW's names no method."""
     return document.get("method", "vtw") != "vtw"
 
 
-def with_own_keys(
-    document: SearchedCalibration, own: Mapping[str, Mapping[str, Any]]
-) -> SearchedCalibration:
+def with_own_keys(document: SearchedCalibration, own: Mapping[str, Mapping[str, Any]]) -> SearchedCalibration:
     """A document with keys that are its method's own, each group behind the key that it is given by."""
     whole: dict[str, Any] = {}
     for key, value in document.items():

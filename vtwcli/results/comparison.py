@@ -5,15 +5,15 @@ L layers; KL in nats.
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NotRequired
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from vtwcli.results.document import Files, ModelRecord, Origin, RunRecord, TokenCounts
 
 FORMAT: Final = "vtw-budget"
 FORMAT_VERSION: Final = 1
-FILES = Files("budget", {"schedule": ".schedule.yaml", "plot": ".png"})
+BUDGET = Files(FORMAT, "budget", {"schedule": ".schedule.yaml", "plot": ".png"})
 
 
 class TriedRow(TypedDict):
