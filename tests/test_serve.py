@@ -19,10 +19,10 @@ from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
-from vtwcli.data.scenes import examples
 from vtwcli.models.layers import cache_of
 
 from vtwcli.data.sample import Sample
+from vtwcli.data.scenes import examples
 from vtwcli.export.hf import export_hf
 from vtwcli.models.inputs import encode
 from vtwcli.models.loading import load

@@ -31,12 +31,21 @@ from vtwcli.models.geometry import token_boxes
 from vtwcli.models.inputs import Encoded
 from vtwcli.models.loading import LoadedModel
 from vtwcli.recipe.recipe import AnalyzeSection, CalibrateSection, ModelSection
+from vtwcli.results.analysis import (
+    FORMAT,
+    FORMAT_VERSION,
+    AnalysisDocument,
+    Quartiles,
+    Ranges,
+    Spread,
+    TokenMap,
+)
+from vtwcli.results.calibration import VtwCalibration
 from vtwcli.schedule.intervention import Intervention
 from vtwcli.sweep.layers import LayerSource
 from vtwcli.sweep.probes import LastRow, LastRowProbe
 from vtwcli.sweep.sweep import ItemResult, sweep
 
-FORMAT_VERSION = 1
 _SHARED = ("limit", "seed", "skip_bad", "positions", "answers", "max_new_tokens")
 _STREAM_BYTES = 2 << 30  # of the interventions' hidden states that walk together when layers are streamed
 
@@ -71,9 +80,9 @@ class Analysis(NamedTuple):
         calibration: the result document of ``calibrate`` from the same sweep, where it was asked for.
     """
 
-    result: dict[str, Any]
+    result: AnalysisDocument
     samples: list[Sample]
-    calibration: dict[str, Any] | None
+    calibration: VtwCalibration | None
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ class Profile:
     critical: list[list[int]]
     kept_minimum: list[list[float]]
     lens: list[list[tuple[str, float]]]
-    map: dict[str, Any] | None = None
+    map: TokenMap | None = None
 
 
 def shares_sweep(options: AnalyzeSection, calibration: CalibrateSection) -> bool:
@@ -125,12 +134,7 @@ def analyze(
         calibration: also give the result of ``calibrate`` with these options; ``shares_sweep`` must hold.
 
     Returns:
-        The result document is plain JSON values: ``measures`` (by name of ``MEASURES``: ``mean`` and ``std`` [L],
-        ``samples`` [S][L]; ``knockout_window`` has L - window + 1 entries), ``stages`` (``shallow``, ``middle``,
-        ``deep`` as [first, behind the last], ``sentences``, ``tasks``), ``visipruner`` (see
-        ``visipruner.filter_and_exit``), ``schedules`` (``static``, ``dynamic``), ``samples`` (with ``critical`` tokens,
-        ``filter``, ``exit``, ``kept`` and ``lens``), ``maps``, ``model``, ``data``, ``versions``, ``seed`` and ``run``.
-        Only ``run`` differs between equal runs. Samples without visual tokens do not count and are left out.
+        The result document, plain JSON values; samples without visual tokens do not count and are left out.
 
     Raises:
         NotFoundError: model or data missing or unreadable, or no sample has a visual token.
@@ -154,10 +158,9 @@ def analyze(
     both = None
     if calibration is not None:
         both = assemble(study, [one.calibration for one in profiles], calibration)
-    run = study.run(streamed=study.streamed)
-    for document in (result, both):
-        if document is not None:
-            document["run"] = run
+    result["run"] = {**study.run(), "streamed": study.streamed}
+    if both is not None:
+        both["run"] = result["run"]
     return Analysis(result, samples, both)
 
 
@@ -289,7 +292,7 @@ def _profile(
 
 def _map(
     loaded: LoadedModel, sample: Sample, prompt: Encoded, rows: Sequence[LastRow], layers: Sequence[int]
-) -> dict[str, Any] | None:
+) -> TokenMap | None:
     """Attention and contribution of every visual token at the shown layers; None where its place is not known."""
     visual = len(rows[0].attention)
     boxes = token_boxes(loaded, sample.images, prompt.inputs, visual)
@@ -337,7 +340,7 @@ def _map_layers(options: AnalyzeSection, depth: int) -> list[int]:
 
 def _result(
     study: Study[AnalyzeSection], profiles: Sequence[Profile], map_layers: Sequence[int]
-) -> tuple[dict[str, Any], list[Sample]]:
+) -> tuple[AnalysisDocument, list[Sample]]:
     """The document without ``run``, and the samples that count."""
     mix, options = study.mix, study.options
     places = [i for i, one in enumerate(profiles) if one.calibration.visual]
@@ -356,6 +359,14 @@ def _result(
     measures = {name: _spread(rows) for name, rows in columns.items()}
     least = study.least(options.min_layer)
     tasks = [sample.task for sample in samples]
+
+    def of_task(name: str, task: str) -> list[float]:
+        rows = [row for row, one in zip(columns[name], tasks, strict=True) if one == task]
+        return [float(x) for x in np.mean(rows, axis=0)]
+
+    def curve(name: str) -> list[float]:
+        return [x for x in measures[name]["mean"] if x is not None]  # these are measured in every layer
+
     found, by_task = stages.boundaries(
         np.array(columns["knockout_until"]), np.array(columns["withdrawal"]), tasks, options.eta, least
     )
@@ -377,9 +388,8 @@ def _result(
         exit_layers=options.exit_layers,
     )
     dynamic = visipruner.behind(len(found.shallow), study.shape, rule, provenance)
-    mean = {name: measures[name]["mean"] for name in measures}
-    result = {
-        "format": "vtw-analysis",
+    result: AnalysisDocument = {
+        "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "model": study.model(),
         "num_layers": study.shape.depth,
@@ -391,22 +401,18 @@ def _result(
             **_ranges(found),
             "sentences": stages.sentences(
                 found,
-                mean["knockout_until"],
-                mean["knockout_layer"],
-                mean["withdrawal"],
-                mean["critical"],
+                curve("knockout_until"),
+                curve("knockout_layer"),
+                curve("withdrawal"),
+                curve("critical"),
                 options.eta,
             ),
             "tasks": {
                 task: {
                     "samples": tasks.count(task),
                     **_ranges(one),
-                    **{
-                        name: np.mean(
-                            [row for row, t in zip(columns[name], tasks, strict=True) if t == task], axis=0
-                        ).tolist()
-                        for name in ("knockout_until", "withdrawal")
-                    },
+                    "knockout_until": of_task("knockout_until", task),
+                    "withdrawal": of_task("withdrawal", task),
                 }
                 for task, one in by_task.items()
             },
@@ -443,17 +449,17 @@ def _result(
         ],
         "maps": [{"sample": i, **one.map} for i, one in enumerate(seeing) if one.map],
         "map_layers": list(map_layers),
-        **study.data(options.seed),
+        **study.origin(options.seed),
     }
     return result, samples
 
 
-def _ranges(found: stages.Stages) -> dict[str, list[int]]:
-    parts = {"shallow": found.shallow, "middle": found.middle, "deep": found.last}
-    return {name: [part.start, part.stop] for name, part in parts.items()}
+def _ranges(found: stages.Stages) -> Ranges:
+    shallow, middle, deep = ([part.start, part.stop] for part in (found.shallow, found.middle, found.last))
+    return {"shallow": shallow, "middle": middle, "deep": deep}
 
 
-def _spread(rows: Sequence[Sequence[float | None]]) -> dict[str, Any]:
+def _spread(rows: Sequence[Sequence[float | None]]) -> Spread:
     """Mean and standard deviation over samples by layer, without those that have nothing to measure there."""
     values = np.array(rows, dtype=float)
     there = ~np.isnan(values)
@@ -467,7 +473,7 @@ def _spread(rows: Sequence[Sequence[float | None]]) -> dict[str, Any]:
     return {"mean": known(mean), "std": known(std), "samples": [list(row) for row in rows]}
 
 
-def _middle(values: Sequence[int | None]) -> dict[str, Any]:
+def _middle(values: Sequence[int | None]) -> Quartiles:
     """Quartiles over the samples that have a value, and how many have none."""
     there = [value for value in values if value is not None]
     quartiles = [float(x) for x in np.quantile(there, (0.25, 0.5, 0.75))] if there else None

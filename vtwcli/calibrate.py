@@ -31,11 +31,11 @@ from vtwcli.measure.study import Study
 from vtwcli.methods import METHODS
 from vtwcli.models.inputs import Encoded
 from vtwcli.recipe.recipe import CalibrateSection, ModelSection, Policy, ScheduleSection
+from vtwcli.results.calibration import FORMAT, FORMAT_VERSION, Calibration, VtwCalibration
 from vtwcli.results.resume import Keep, kept, key_of, stamp
 from vtwcli.schedule.schedule import Schedule
 from vtwcli.sweep.sweep import ItemResult, sweep
 
-FORMAT_VERSION = 1
 WIDE_INTERVAL = 2  # layers; a wider interval of K means too few samples
 
 
@@ -63,7 +63,7 @@ def calibrate(
     *,
     state: Path | None = None,
     rule: ScheduleSection = ScheduleSection(),
-) -> dict[str, Any]:
+) -> Calibration:
     """Find the withdrawal layer K of a model, or VisiPruner's boundary and thresholds (``options.method``).
 
     Args:
@@ -71,14 +71,10 @@ def calibrate(
         data: sources of samples; by default the demo data for ``demo`` and a small mix of public tasks otherwise.
         options: policy, threshold, positions and so on.
         state: file that keeps finished samples across an interruption (``options.resume``).
-        rule: VisiPruner's parameters that are not searched; see ``measure.search``, also for its document.
+        rule: VisiPruner's parameters that are not searched; see ``measure.search``.
 
     Returns:
-        The result document, plain JSON values: ``withdrawal_layer`` (int or None), ``num_layers``, ``policy``,
-        ``eta``, ``min_layer``, ``positions``, ``kl`` (``mean`` [L]; ``samples`` [S][L], each the mean over its
-        positions; ``positions`` [S][L][R]) in nats, ``agreement`` (``mean``, ``samples``), ``tasks``, ``policies``
-        (K by each policy), ``interval``, ``compromise``, ``cost``, ``schedule`` (canonical form or None), ``model``,
-        ``data``, ``samples``, ``versions``, ``seed`` and ``run``. Only ``run`` differs between equal runs.
+        The result document, plain JSON values.
 
     Raises:
         NotFoundError: model or data missing or unreadable, or no sample has a visual token.
@@ -102,7 +98,7 @@ def calibrate(
     with kept(state, _key(study), [sample_content(one) for one in samples]) as finished:
         measured = distributed.gathered(partial(work, *finished))
     result = assemble(study, measured)
-    result["run"] = study.run(streamed=study.streamed)
+    result["run"] = {**study.run(), "streamed": study.streamed}
     return result
 
 
@@ -135,7 +131,7 @@ def measured_of(outcome: ItemResult, prompt: Encoded) -> Measured:
 
 def assemble(
     study: Study[Any], measured: Sequence[Measured], options: CalibrateSection | None = None
-) -> dict[str, Any]:
+) -> VtwCalibration:
     """The result document of ``calibrate`` without ``run``.
 
     Args:
@@ -184,7 +180,7 @@ def assemble(
         found = {"policy": options.policy, "eta": options.eta, "positions": options.positions}
         schedule = Schedule.withdraw_at(k, **study.provenance(**found)).to_dict()
     return {
-        "format": "vtw-calibration",
+        "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "model": study.model(),
         "num_layers": depth,
@@ -232,7 +228,7 @@ def assemble(
             }
             for sample, fingerprint, one in zip(mix.samples, mix.fingerprints, measured, strict=True)
         ],
-        **study.data(options.seed),
+        **study.origin(options.seed),
     }
 
 

@@ -14,7 +14,8 @@ from vtwcli.results.document import Files, ModelRecord, Origin, SweepRun
 
 FORMAT: Final = "vtw-analysis"
 FORMAT_VERSION: Final = 1
-FILES = Files(
+ANALYSIS = Files(
+    FORMAT,
     "analysis",
     {
         "page": ".html",
@@ -26,6 +27,9 @@ FILES = Files(
         "values": ".values.png",
     },
 )
+
+
+Stage = Literal["shallow", "middle", "deep"]
 
 
 class Spread(TypedDict):

@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 from vtwcli.results.document import (
     STRICT,
     Count,
+    Dated,
     Files,
     Origin,
     Pair,
@@ -24,10 +25,10 @@ from vtwcli.results.document import (
 
 FORMAT: Final = "vtw-evaluation"
 FORMAT_VERSION: Final = 1
-FILES = Files("evaluation", {"markdown": ".md", "page": ".html", "plot": ".png"})
+EVALUATION = Files(FORMAT, "evaluation", {"markdown": ".md", "page": ".html", "plot": ".png"})
 
 
-class EvaluatedModel(TypedDict):
+class EvaluatedModel(Dated):
     """What was evaluated, and the full model that it was compared with."""
 
     name: str
@@ -44,8 +45,6 @@ class EvaluatedModel(TypedDict):
     """The full model's name."""
     baseline_dtype: Unchecked[str]
     """That it ran in."""
-    template_date: NotRequired[Unchecked[str]]
-    """The date that the chat template was told for today's, where it asks for one."""
 
 
 class Score(TypedDict):

@@ -17,6 +17,8 @@ from vtwcli.io import documents, text
 from vtwcli.judge.flops import CONVENTIONS, TextShape, kv_bytes, prefill_cost
 from vtwcli.machine.releases import tested
 from vtwcli.models.families import Family
+from vtwcli.results.calibration import Calibration, is_searched
+from vtwcli.results.evaluation import EvaluatedModel, Evaluation
 from vtwcli.schedule.schedule import Action, Freeze, Keep, Mute, Schedule, Select, When
 
 _CARRIED = ("license", "license_name", "license_link", "language")
@@ -56,8 +58,8 @@ class Subject:
 
 def model_card(
     subject: Subject,
-    calibration: dict[str, Any] | None,
-    evaluation: dict[str, Any] | None,
+    calibration: Calibration | None,
+    evaluation: Evaluation | None,
     picture: str | None,
 ) -> str:
     """The text of the card, Markdown with YAML front matter.
@@ -81,7 +83,7 @@ def model_card(
     if evaluation is not None:
         from vtwcli.report.evaluation import markdown
 
-        about = {**evaluation["model"], "name": subject.base, "baseline": subject.base}
+        about: EvaluatedModel = {**evaluation["model"], "name": subject.base, "baseline": subject.base}
         parts.append(markdown(of_schedule({**evaluation, "model": about}, subject.schedule)).strip())
     parts += [
         f"## Loading\n\n{_loading(subject)}",
@@ -218,7 +220,7 @@ def _savings(schedule: Schedule, shape: TextShape) -> str:
     return "\n".join(rows)
 
 
-def _calibration(result: dict[str, Any], schedule: Schedule, picture: str | None) -> str:
+def _calibration(result: Calibration, schedule: Schedule, picture: str | None) -> str:
     from vtwcli.report.calibration import calibration_sentence
     from vtwcli.report.tables import markdown_table
 
@@ -229,6 +231,8 @@ def _calibration(result: dict[str, Any], schedule: Schedule, picture: str | None
         parts[0] += " The schedule above is not the one that this calibration chose."
     if picture:
         parts.append(f"![What withdrawing visual tokens changes, by layer]({picture})")
+    if is_searched(result):
+        return "\n\n".join(parts)
     k = result["withdrawal_layer"]
     if k is not None and k < result["num_layers"]:
         rows = [
@@ -240,7 +244,7 @@ def _calibration(result: dict[str, Any], schedule: Schedule, picture: str | None
     return "\n\n".join(parts)
 
 
-def of_schedule(evaluation: dict[str, Any], schedule: Schedule) -> dict[str, Any]:
+def of_schedule(evaluation: Evaluation, schedule: Schedule) -> Evaluation:
     """An evaluation result reduced to one of the schedules that it compares.
 
     Raises:
@@ -251,10 +255,10 @@ def of_schedule(evaluation: dict[str, Any], schedule: Schedule) -> dict[str, Any
     name = next((name for name, row in rows.items() if row["schedule"]["actions"] == actions), None)
     if name is None:
         raise UsageError("the evaluation is not of this schedule", "evaluate the schedule that is exported")
-    tasks = {
-        task: {**row, "schedules": {name: row["schedules"][name]}} if "schedules" in row else row
-        for task, row in evaluation["tasks"].items()
-    }
+    tasks = dict(evaluation["tasks"])
+    for task, row in tasks.items():
+        if "schedules" in row:
+            tasks[task] = {**row, "schedules": {name: row["schedules"][name]}}
     return {**evaluation, "tasks": tasks, "schedules": {name: rows[name]}}
 
 
