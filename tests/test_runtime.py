@@ -561,7 +561,7 @@ def test_apply_and_remove():
     for schedule in (2, Schedule.withdraw_at(2), Schedule.withdraw_at(2, model="x").to_dict()):
         handle = apply(model, schedule)
         assert torch.equal(run(model, batch), expected)
-        assert handle.trace.samples[0]["visual_per_layer"] == [9, 9, 0, 0, 0, 0]
+        assert handle.trace.samples[0].visual_per_layer == [9, 9, 0, 0, 0, 0]
         with pytest.raises(PruningError, match="at work on this model already"):
             apply(model, 3)
         remove(model)
