@@ -17,7 +17,7 @@ from vtwcli.judge.flops import DEFAULT_CONVENTION, Convention, TextShape, kv_byt
 from vtwcli.judge.kl import distance, log_probabilities, sample_name
 from vtwcli.models.generation import answer_of, greedy
 from vtwcli.models.loading import LoadedModel
-from vtwcli.runtime import PruningError, Trace, pruned
+from vtwcli.runtime import ActionTrace, PruningError, Trace, pruned
 from vtwcli.schedule.schedule import Keep, Schedule, Withdraw
 
 
@@ -154,7 +154,7 @@ def schedule_answers(
         raise UsageError(f"schedule {name}: {error}") from None
     found = compared(loaded, full, forced, said)
     for b, answer in enumerate(found):
-        layers = answer.visual_per_layer if trace is None else trace.samples[b]["visual_per_layer"]
+        layers = answer.visual_per_layer if trace is None else trace.samples[b].visual_per_layer
         found[b] = replace(
             answer,
             visual_per_layer=[int(n) for n in layers],
@@ -188,14 +188,15 @@ def compared(
 
 def _actions(schedule: Schedule, trace: Trace | None, row: int) -> list[dict[str, Any]]:
     """``Answer.actions`` of one row of the batch; without a trace no action ever starts."""
-    leaving = [action for action in schedule.actions if isinstance(action, Withdraw | Keep)]
-    found: list[dict[str, Any]] = []
-    for number, action in enumerate(leaving):
-        start = None if trace is None else trace.samples[row]["starts"][number]
-        found.append({"action": action.action, "layer": start})
-        if isinstance(action, Keep):
-            found[-1]["kept"] = None if trace is None else trace.samples[row]["kept"][number]
-    return found
+    if trace is not None:
+        happened = trace.samples[row].actions
+    else:
+        leaving = [action for action in schedule.actions if isinstance(action, Withdraw | Keep)]
+        happened = [ActionTrace(action.action, None) for action in leaving]
+    return [
+        {"action": one.action, "layer": one.layer, **({"kept": one.kept} if one.action == "keep" else {})}
+        for one in happened
+    ]
 
 
 def _text_counts(loaded: LoadedModel, batch: dict[str, Tensor]) -> Tensor:

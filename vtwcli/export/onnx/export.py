@@ -31,6 +31,7 @@ from vtwcli.models.dtypes import LONG, name_of, torch_type
 from vtwcli.models.families import placeholder_ids
 from vtwcli.models.loading import LoadedModel, load, memory_needed
 from vtwcli.ort import FORMAT, FORMAT_VERSION, MANIFEST, OnnxModel
+from vtwcli.schedule import words
 from vtwcli.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -122,24 +123,14 @@ def removals(schedule: Schedule, depth: int) -> list[dict[str, Any]]:
     Raises:
         UsageError: the schedule is dynamic or has actions that graphs cannot have.
     """
-    if not schedule.is_static:
-        raise UsageError(
-            "a dynamic schedule cannot be exported to ONNX: where and what is removed depends on the sample, and "
-            "graphs are cut at fixed layers",
-            "run it and put the layer that its trace shows into a static schedule, for example "
-            "{at: 16, action: withdraw}; or export with --format hf",
-        )
-    kept = [action for action in schedule.to_dict()["actions"] if action["at"] < depth]
-    for action in kept:
-        if action["action"] not in ("withdraw", "keep"):
-            raise UsageError(
-                f"the action {action['action']} cannot be exported to ONNX",
-                "use a schedule of withdraw and keep, or --format hf",
-            )
-        if action.get("select", {}).get("score") == "random":
-            raise UsageError(
-                "keep with random scores cannot be exported to ONNX, they are drawn by torch", "use uniform"
-            )
+    actions = schedule.plain()
+    for word in words.used(actions):
+        if not word.fixed and word.onnx is not None:
+            raise UsageError(*word.onnx)
+    kept = [action for action in actions if action["at"] < depth]
+    for word in words.used(kept):
+        if word.onnx is not None:
+            raise UsageError(*word.onnx)
     layers = [action["at"] for action in kept]
     if len(set(layers)) < len(layers):
         raise UsageError("two actions at one layer cannot be exported to ONNX", "give them different layers")
