@@ -9,14 +9,13 @@ dearest, Σ(L-k)·c(V+Q).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from vtwcli.calibrate import Measured, assemble, measured_of
+from vtwcli.calibrate import assemble
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import DataMix
 from vtwcli.data.spec import DataSpec
@@ -25,9 +24,9 @@ from vtwcli.io import console
 from vtwcli.judge import stages
 from vtwcli.judge.kl import is_distribution, not_finite
 from vtwcli.machine import distributed
+from vtwcli.measure.profile import Profile, interventions, map_of, profile_of
 from vtwcli.measure.study import Study
 from vtwcli.methods import visipruner
-from vtwcli.models.geometry import token_boxes
 from vtwcli.models.inputs import Encoded
 from vtwcli.models.loading import LoadedModel
 from vtwcli.recipe.recipe import AnalyzeSection, CalibrateSection, ModelSection
@@ -38,13 +37,12 @@ from vtwcli.results.analysis import (
     Quartiles,
     Ranges,
     Spread,
-    TokenMap,
 )
 from vtwcli.results.calibration import VtwCalibration
 from vtwcli.schedule.intervention import Intervention
 from vtwcli.sweep.layers import LayerSource
-from vtwcli.sweep.probes import LastRow, LastRowProbe
-from vtwcli.sweep.sweep import ItemResult, sweep
+from vtwcli.sweep.probes import LastRowProbe
+from vtwcli.sweep.sweep import sweep
 
 _SHARED = ("limit", "seed", "skip_bad", "positions", "answers", "max_new_tokens")
 _STREAM_BYTES = 2 << 30  # of the interventions' hidden states that walk together when layers are streamed
@@ -85,29 +83,6 @@ class Analysis(NamedTuple):
     calibration: VtwCalibration | None
 
 
-@dataclass(frozen=True)
-class Profile:
-    """One sample's part, plain numbers only, so that processes can pass it on.
-
-    Attributes:
-        calibration: withdrawal at every layer.
-        curves: the KL curves, each the mean over compared positions.
-        layers: the last row's measures, by layer; None where there is nothing to measure.
-        critical: critical tokens of each layer, counted among the sample's visual tokens.
-        kept_minimum: [L][L], see ``visipruner.filter_and_exit``.
-        lens: most likely tokens of each layer's last row, with their probabilities, [L][N].
-        map: attention and contribution at the shown layers with the tokens' boxes, for shown samples.
-    """
-
-    calibration: Measured
-    curves: dict[str, list[float]]
-    layers: dict[str, list[Any]]
-    critical: list[list[int]]
-    kept_minimum: list[list[float]]
-    lens: list[list[tuple[str, float]]]
-    map: TokenMap | None = None
-
-
 def shares_sweep(options: AnalyzeSection, calibration: CalibrateSection) -> bool:
     """Whether both sections ask about the same samples and positions, so that one sweep serves both.
 
@@ -134,7 +109,9 @@ def analyze(
         calibration: also give the result of ``calibrate`` with these options; ``shares_sweep`` must hold.
 
     Returns:
-        The result document, plain JSON values; samples without visual tokens do not count and are left out.
+        The result document, plain JSON values; samples without visual tokens do not count and are left out. All
+        thresholds but ``tokens_threshold`` can be changed on the document: ``judge.stages.boundaries`` and
+        ``visipruner.filter_and_exit`` take what it holds.
 
     Raises:
         NotFoundError: model or data missing or unreadable, or no sample has a visual token.
@@ -162,20 +139,6 @@ def analyze(
     if both is not None:
         both["run"] = result["run"]
     return Analysis(result, samples, both)
-
-
-def interventions(depth: int, window: int, freeze: bool) -> dict[str, list[Intervention]]:
-    """By curve, what is tried at each layer."""
-    layers = range(depth)
-    found = {
-        "withdrawal": [Intervention("withdraw", d) for d in layers],
-        "knockout_layer": [Intervention("mute", d, d + 1) for d in layers],
-        "knockout_window": [Intervention("mute", d, d + window) for d in range(depth - window + 1)],
-        "knockout_until": [Intervention("mute", 0, d + 1) for d in layers],
-    }
-    if freeze:
-        found["layer_update"] = [Intervention("freeze", d, d + 1) for d in layers]
-    return found
 
 
 def _measure(
@@ -206,9 +169,9 @@ def _measure(
                     if lens is not None and not bool((sound := is_distribution(lens)).all()):
                         where = f"the logit lens of layer {int(sound.int().argmin())} is"
                         raise not_finite(items[i].name, where, loaded.dtype)
-                    one = _profile(loaded, outcome, encoded[i], rows, lens, places, options)
+                    one = profile_of(loaded, outcome, encoded[i], rows, lens, places, options)
                     if place in shown:
-                        one = replace(one, map=_map(loaded, sample, encoded[i], rows, map_layers))
+                        one = replace(one, map=map_of(loaded, sample, encoded[i], rows, map_layers))
                     yield place, one
 
 
@@ -234,88 +197,6 @@ def _parts(
         room -= needed
     if len(encoded) > start:
         yield range(start, len(encoded))
-
-
-def _profile(
-    loaded: LoadedModel,
-    outcome: ItemResult,
-    prompt: Encoded,
-    rows: Sequence[LastRow],
-    lens: Tensor | None,
-    curves: dict[str, list[int]],
-    options: AnalyzeSection,
-) -> Profile:
-    """One sample's numbers.
-
-    Args:
-        lens: logits of each layer's last row, [L, V].
-        curves: by name, the places of its interventions in the outcome.
-    """
-    depth = len(rows)
-    first = replace(outcome, kl=outcome.kl[:depth], agree=outcome.agree[:depth])
-    means = outcome.kl.mean(1)
-    if not outcome.visual:
-        return Profile(measured_of(first, prompt), {}, {}, [], [], [])
-    critical = [(row.contribution > options.tokens_threshold).nonzero()[:, 0] for row in rows]
-    cosine = torch.stack([row.cosine for row in rows])
-    layers: dict[str, list[Any]] = {
-        f"attention_{name}": [_short(row.masses[name]) for row in rows] for name in rows[0].masses
-    }
-    layers["entropy"] = [_short(row.entropy) for row in rows]
-    layers["value_norm"] = [_mean(row.value_norms[~row.sinks]) for row in rows]
-    layers["value_norm_sinks"] = [_mean(row.value_norms[row.sinks]) for row in rows]
-    layers["sinks"] = [int(row.sinks.sum()) for row in rows]
-    layers["minimum_cosine"] = [float(f"{float(x):.9g}") for x in cosine.amin(1)]
-    layers["critical"] = [len(tokens) for tokens in critical]
-    words: list[list[tuple[str, float]]] = []
-    if lens is not None:
-        layers["lens_agreement"] = (lens.argmax(-1).cpu() == outcome.top1[0]).float().tolist()
-        top = lens.cpu().double().softmax(-1).topk(min(options.lens, lens.shape[1]))
-        decode = loaded.processor.tokenizer.decode
-        words = [
-            [(decode([token]), _short(p)) for token, p in zip(tokens, shares, strict=True)]
-            for tokens, shares in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        ]
-    return Profile(
-        measured_of(first, prompt),
-        {
-            name: [_short(x) for x in means[places].tolist()]
-            for name, places in curves.items()
-            if name != "withdrawal"
-        },
-        layers,
-        [tokens.tolist() for tokens in critical],
-        [cosine[:, tokens].amin(1).tolist() if len(tokens) else [] for tokens in critical],
-        words,
-    )
-
-
-def _map(
-    loaded: LoadedModel, sample: Sample, prompt: Encoded, rows: Sequence[LastRow], layers: Sequence[int]
-) -> TokenMap | None:
-    """Attention and contribution of every visual token at the shown layers; None where its place is not known."""
-    visual = len(rows[0].attention)
-    boxes = token_boxes(loaded, sample.images, prompt.inputs, visual)
-    if boxes is None:
-        console.note(
-            f"{loaded.family.title}: where tokens lie in the image is not known; no heat map of {sample.id}"
-        )
-        return None
-    return {
-        "layers": list(layers),
-        "attention": [[_short(x) for x in rows[d].attention.tolist()] for d in layers],
-        "contribution": [[_short(x) for x in rows[d].contribution.tolist()] for d in layers],
-        "boxes": [None if box is None else [image, *(round(x, 6) for x in box)] for image, box in boxes],
-    }
-
-
-def _short(x: float) -> float:
-    """Six digits: what a 32-bit forward knows, and no more."""
-    return float(f"{x:.6g}")
-
-
-def _mean(x: Tensor) -> float | None:
-    return _short(float(x.mean())) if len(x) else None
 
 
 def _shown(mix: DataMix, count: int) -> set[int]:
@@ -357,6 +238,9 @@ def _result(
         if rows[0] is not None:
             columns[name] = rows
     measures = {name: _spread(rows) for name, rows in columns.items()}
+    measures["withdrawal"]["positions"] = [one.calibration.kl for one in seeing]
+    for name in seeing[0].positions:
+        measures[name]["positions"] = [one.positions[name] for one in seeing]
     least = study.least(options.min_layer)
     tasks = [sample.task for sample in samples]
 
@@ -443,6 +327,7 @@ def _result(
                 "exit": end[1],
                 "kept": count,
                 "critical": one.critical,
+                "kept_cosine": one.kept_minimum,
                 "lens": [[list(token) for token in layer] for layer in one.lens],
             }
             for place, sample, one, end, count in zip(places, samples, seeing, ends, kept, strict=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -28,32 +27,15 @@ from vtwcli.machine import distributed
 from vtwcli.machine.libraries import versions
 from vtwcli.measure.search import search
 from vtwcli.measure.study import Study
+from vtwcli.measure.withdrawn import Measured, measured_of
 from vtwcli.methods import METHODS
-from vtwcli.models.inputs import Encoded
 from vtwcli.recipe.recipe import CalibrateSection, ModelSection, Policy, ScheduleSection
 from vtwcli.results.calibration import FORMAT, FORMAT_VERSION, Calibration, VtwCalibration
 from vtwcli.results.resume import Keep, kept, key_of, stamp
 from vtwcli.schedule.schedule import Schedule
-from vtwcli.sweep.sweep import ItemResult, sweep
+from vtwcli.sweep.sweep import sweep
 
 WIDE_INTERVAL = 2  # layers; a wider interval of K means too few samples
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One sample's part of a calibration, plain numbers only, so that ranks and interrupted runs can pass it on.
-
-    Attributes:
-        kl: nats by layer and compared position, [L][R].
-        agree: top-1 agreement with the full model by layer and position, [L][R].
-        prefix, visual, suffix: token counts of the prompt.
-    """
-
-    kl: list[list[float]]
-    agree: list[list[bool]]
-    prefix: int
-    visual: int
-    suffix: int
 
 
 def calibrate(
@@ -114,19 +96,6 @@ def measure(
         outcomes = (one for part in parts for one in sweep(source, part, asked, progress=bar))
         for (place, _), prompt, outcome in zip(samples, encoded, outcomes, strict=True):
             yield place, measured_of(outcome, prompt)
-
-
-def measured_of(outcome: ItemResult, prompt: Encoded) -> Measured:
-    """A sample's part of a calibration from its result for withdrawal at layers 0..L-1."""
-    visual = int(prompt.visual[: prompt.prompt_length].sum())
-    prefix = int(prompt.visual.int().argmax()) if visual else 0
-    return Measured(
-        kl=[[float(f"{value:.9g}") for value in row] for row in outcome.kl.tolist()],
-        agree=outcome.agree.tolist(),
-        prefix=prefix,
-        visual=visual,
-        suffix=prompt.prompt_length - visual - prefix,
-    )
 
 
 def assemble(
