@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests import reference, slow_schedule
-from tests.test_calibrate import launch
+from tests.cli import launch
 from vtwcli.analyze import analyze, interventions, shares_sweep
 from vtwcli.calibrate import calibrate
 from vtwcli.cli import build
@@ -28,9 +28,10 @@ from vtwcli.models.loading import load
 from vtwcli.recipe.recipe import AnalyzeSection, CalibrateSection, ModelSection
 from vtwcli.report.analysis import PLOTS, plot, sentences
 from vtwcli.report.analysis_page import heat_map, page, spread_over
+from vtwcli.schedule.intervention import Intervention
 from vtwcli.schedule.schedule import Schedule
 from vtwcli.sweep.layers import Resident
-from vtwcli.sweep.sweep import Intervention, SweepItem, sweep
+from vtwcli.sweep.sweep import SweepItem, sweep
 
 LAYERS = 6
 

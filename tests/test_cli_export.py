@@ -15,32 +15,16 @@ from pathlib import Path
 import pytest
 
 import vtwcli
-from tests import cli as cli_in_process
 from tests.test_export_hf import calibration_result
 from vtwcli import cli
 from vtwcli.export.directory import push as pushing
 from vtwcli.export.directory.manifest import check_files, read_manifest
 from vtwcli.export.hf import export as hf
 from vtwcli.export.hf.export import baked_schedule
-from vtwcli.io import files
+from vtwcli.io import staging
 from vtwcli.models.checkpoint import resolve
 from vtwcli.runtime.contract import TESTED
 from vtwcli.schedule.schedule import Schedule
-
-
-@pytest.fixture
-def vtw(monkeypatch, tmp_path):
-    """Run the command in ``tmp_path``; gives exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    return cli_in_process.vtw
-
-
-@pytest.fixture(scope="module")
-def exported(tiny_dir, tmp_path_factory) -> Path:
-    target = tmp_path_factory.mktemp("cli") / "pruned"
-    hf.export_hf(str(tiny_dir), Schedule.withdraw_at(3), target)
-    return target
-
 
 # ------------------------------------------------------------------ export
 
@@ -270,7 +254,7 @@ def test_a_second_signal_waits_for_the_tidying(tiny_dir, tmp_path, monkeypatch):
             os.kill(os.getpid(), left.pop())
         remove(*args, **options)
 
-    monkeypatch.setattr(files.shutil, "rmtree", struck)
+    monkeypatch.setattr(staging.shutil, "rmtree", struck)
     monkeypatch.setattr(hf, "_check_loading", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     process = in_child("export", tiny_dir, "--layer", 3, "--output", tmp_path / "out")
     process.join(60)

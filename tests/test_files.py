@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vtwcli.errors import UsageError, VtwError
-from vtwcli.io import files
+from vtwcli.io import files, staging
 from vtwcli.io.outputs import Outputs
 
 
@@ -32,16 +32,16 @@ def test_write_is_whole_or_nothing(tmp_path):
 def test_an_exclusive_rename_replaces_nothing(tmp_path, monkeypatch, able, kind):
     """Not even an empty directory, or a link that leads nowhere; also where the system has no such rename."""
     if not able:
-        monkeypatch.setattr(files, "_renameat2", lambda *_: errno.ENOSYS)
+        monkeypatch.setattr(staging, "_renameat2", lambda *_: errno.ENOSYS)
     mine, place = tmp_path / "mine", tmp_path / "place"
     mine.mkdir() if kind == "directory" else mine.write_text("mine")
     for make in (Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")):
         make(place)
         with pytest.raises(FileExistsError):
-            files.rename_new(mine, place)
+            staging.rename_new(mine, place)
         assert mine.exists() and os.path.lexists(place)
         place.rmdir() if place.is_dir() else place.unlink()
-    files.rename_new(mine, place)
+    staging.rename_new(mine, place)
     assert place.exists() and not mine.exists()
 
 

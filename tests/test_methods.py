@@ -8,7 +8,6 @@ import torch
 from pydantic import ValidationError
 
 from tests import parity, slow_schedule
-from tests.test_calibrate import data  # noqa: F401  (the fixture)
 from tests.test_runtime import batch_of
 from tests.tiny import IMAGE_ID, llava
 from vtwcli.data.sources import load_data
@@ -261,7 +260,7 @@ def test_a_recipe_names_one_schedule():
     assert schedule_of(ScheduleSection(layer=3, method="vtw")) == ("K=3", Schedule.withdraw_at(3))
 
 
-def test_trace_tells_what_the_runtime_did(tiny_dir, data, tmp_path):  # noqa: F811
+def test_trace_tells_what_the_runtime_did(tiny_dir, data, tmp_path):
     schedule = VisiPruner(
         shallow_mid_layer=1, layer_threshold=0.99, tokens_threshold=0.5, exit_threshold=-1.0
     ).schedule()

@@ -15,13 +15,12 @@ import pytest
 from PIL import Image
 
 from tests.cli import vtw
-from tests.test_calibrate import data  # noqa: F401  (the fixture)
 from vtwcli.errors import UsageError, VtwError
 from vtwcli.export.directory.manifest import check_files, read_manifest
 from vtwcli.export.directory.publish import publish
 from vtwcli.export.hf.export import export_hf
 from vtwcli.export.onnx import export as onnx
-from vtwcli.io import console, files
+from vtwcli.io import console, files, staging
 from vtwcli.io.outputs import Outputs, is_ours
 from vtwcli.report import calibration as report_calibrate
 from vtwcli.schedule.schedule import Schedule
@@ -31,7 +30,7 @@ SET = ["k.json", "k.png", "k.schedule.yaml"]
 
 
 @pytest.fixture
-def here(tiny_dir, data, tmp_path, monkeypatch):  # noqa: F811
+def here(tiny_dir, data, tmp_path, monkeypatch):
     """A working directory with a model and data of its own."""
     shutil.copytree(tiny_dir, tmp_path / "model")
     shutil.copytree(data.parent, tmp_path / "data")
@@ -428,7 +427,7 @@ def test_a_summary_is_appended_to_nothing_that_matters(ran):
 
 def test_a_second_run_in_the_same_directory_waits_outside(ran):
     before = content(ran)
-    with files.claimed(ran / "out/.vtw-run.lock", UsageError("")):
+    with staging.claimed(ran / "out/.vtw-run.lock", UsageError("")):
         done = vtw("run", "r.yaml", "--output", "out", "--force")
     assert (done.code, "error: another vtw run is at work in out\n" in done.err) == (2, True), done.err
     assert content(ran) == before
@@ -474,7 +473,7 @@ def test_the_later_of_two_exports_keeps_its_result_aside(here, force):
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_place_that_is_taken_meanwhile(tmp_path, monkeypatch, direct):
     if not direct:  # a system that cannot rename exclusively
-        monkeypatch.setattr(files, "_renameat2", lambda *_: 38)
+        monkeypatch.setattr(staging, "_renameat2", lambda *_: 38)
     outputs = Outputs({"result": tmp_path / "k.json", "plot": tmp_path / "k.png"}, "vtw-calibration")
     outputs.check([])
     for number, taken in enumerate(("k.json", "k.png"), 1):
@@ -494,13 +493,13 @@ def test_a_place_that_is_taken_meanwhile(tmp_path, monkeypatch, direct):
 
 def test_a_file_that_appears_between_check_and_rename_is_kept(tmp_path, monkeypatch):
     outputs = Outputs({"result": tmp_path / "k.json", "plot": tmp_path / "k.png"}, "vtw-calibration")
-    move = files._move
+    move = staging._move
 
     def late(new, one):
         (tmp_path / "k.png").write_text("theirs")
         return move(new, one)
 
-    monkeypatch.setattr(files, "_move", late)
+    monkeypatch.setattr(staging, "_move", late)
     with pytest.raises(UsageError, match=r"k\.png exists by now"), outputs.publish() as new:
         new.text("result", "result")
         new.text("plot", "plot")
@@ -571,7 +570,7 @@ def test_an_old_set_survives_until_the_new_one_is_complete(here, monkeypatch):
             def interrupted(*_, **__):
                 raise KeyboardInterrupt
 
-            owner = {"document": files, "to_yaml": Schedule, "alone_in": files}[moment]
+            owner = {"document": files, "to_yaml": Schedule, "alone_in": staging}[moment]
             patched.setattr(owner, moment, interrupted)
             assert calibrate("--output", "k.json", "--force", "--seed", 1).code != 0
         assert content(here) == before
@@ -587,7 +586,7 @@ def test_a_signal_between_two_renames_finishes_the_set(tmp_path, monkeypatch, fo
     if force:
         for key, path in places.items():
             path.write_text(texts[key] % "")
-    move, count = files._move, []
+    move, count = staging._move, []
 
     def struck(new, one):
         done = move(new, one)
@@ -596,7 +595,7 @@ def test_a_signal_between_two_renames_finishes_the_set(tmp_path, monkeypatch, fo
             raise KeyboardInterrupt
         return done
 
-    monkeypatch.setattr(files, "_move", struck)
+    monkeypatch.setattr(staging, "_move", struck)
     with pytest.raises(KeyboardInterrupt), outputs.publish() as new:
         for key, text in texts.items():
             new.text(key, text % ' , "new": 1')
@@ -687,7 +686,7 @@ KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 MOMENTS = {
     "calibrate, drawing": (
         ("calibrate", "model", "--data", "data/rows.jsonl", *QUICK, "--output", "k.json"),
-        f"from vtwcli import report_calibrate as m\nm.plot_calibration = lambda *_: {KILL}",
+        f"from vtwcli.report import calibration as m\nm.plot_calibration = lambda *_: {KILL}",
     ),
     "export, at the end": (
         ("export", "model", "--layer", 3, "--dtype", "bfloat16", "--output", "out"),
@@ -707,11 +706,11 @@ MOMENTS = {
     ),
     "run, drawing": (
         ("run", "r.yaml", "--output", "out"),
-        f"from vtwcli import report_calibrate as m\nm.plot_calibration = lambda *_: {KILL}",
+        f"from vtwcli.report import calibration as m\nm.plot_calibration = lambda *_: {KILL}",
     ),
     "run, at the beginning": (
         ("run", "r.yaml", "--output", "out"),
-        f"from vtwcli import pipeline as m\nm.resolved = lambda *_: {KILL}",
+        f"from vtwcli.pipeline import plan as m\nm.resolved = lambda *_: {KILL}",
     ),
 }
 
@@ -743,7 +742,7 @@ def test_a_set_that_was_ready_is_put_in_place_by_the_next_run(here, after, force
         assert vtw(*command).code == 0
         seeds = ["--seed", 2, "--force"]
     hook = (
-        "from vtwcli import files as m\nreal, count = m._move, []\n"
+        "from vtwcli.io import staging as m\nreal, count = m._move, []\n"
         "def move(*given):\n"
         f"    if len(count) == {after}: {KILL}\n"
         "    count.append(1)\n"
@@ -764,7 +763,7 @@ def test_a_set_that_was_ready_is_put_in_place_by_the_next_run(here, after, force
 
 
 def test_what_a_running_process_makes_is_left_alone(here):
-    with files.staged(here / "out") as new, files.staged(here / "k.json") as other:
+    with staging.staged(here / "out") as new, staging.staged(here / "k.json") as other:
         (new / "a").write_text("mine")
         assert vtw("export", "model", "--layer", 3, "--output", "out").code == 0
         assert calibrate("--output", "k.json").code == 0
@@ -773,11 +772,11 @@ def test_what_a_running_process_makes_is_left_alone(here):
 
 
 def test_what_is_not_of_the_target_or_not_ours_is_left_alone(here):
-    dead = here / f"{files._prefix('out')}{'0' * 12}"
-    for place in (dead, here / f"{files._prefix('other')}{'0' * 12}", here / ".out-0123456789ab"):
+    dead = here / f"{staging.stage_prefix('out')}{'0' * 12}"
+    for place in (dead, here / f"{staging.stage_prefix('other')}{'0' * 12}", here / ".out-0123456789ab"):
         (place / "new").mkdir(parents=True)
-    (here / f"{files._prefix('out')}{'1' * 12}").write_text("a file")
-    (here / f"{files._prefix('out')}{'2' * 12}").symlink_to(here / "data")
+    (here / f"{staging.stage_prefix('out')}{'1' * 12}").write_text("a file")
+    (here / f"{staging.stage_prefix('out')}{'2' * 12}").symlink_to(here / "data")
     assert vtw("export", "model", "--layer", 3, "--output", "out").code == 0
     assert not dead.exists() and len(names()) == 5
     assert (here / "data" / "rows.jsonl").exists()
@@ -788,8 +787,8 @@ def test_killed_while_two_directories_could_not_change_places(here, moment):
     """The old export stands aside for a moment; the new one, which was complete, takes its place."""
     export_hf("model", Schedule.withdraw_at(3), here / "out")
     hook = (
-        "from vtwcli.io import files\nfrom vtwcli.export.directory import publish as m\n"
-        f"m._exchange = lambda *_: False\nfiles.{moment} = lambda *_: {KILL}"
+        "from vtwcli.io import staging\nfrom vtwcli.export.directory import publish as m\n"
+        f"m.exchange = lambda *_: False\nstaging.{moment} = lambda *_: {KILL}"
     )
     process = spawn("export", "model", "--layer", 2, "--output", "out", "--force", before=hook, cwd=here)
     assert (process.communicate()[1], process.returncode)[1] == -signal.SIGKILL

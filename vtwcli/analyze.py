@@ -41,9 +41,10 @@ from vtwcli.results.analysis import (
     TokenMap,
 )
 from vtwcli.results.calibration import VtwCalibration
+from vtwcli.schedule.intervention import Intervention
 from vtwcli.sweep.layers import LayerSource
 from vtwcli.sweep.probes import LastRow, LastRowProbe
-from vtwcli.sweep.sweep import Intervention, ItemResult, sweep
+from vtwcli.sweep.sweep import ItemResult, sweep
 
 _SHARED = ("limit", "seed", "skip_bad", "positions", "answers", "max_new_tokens")
 _STREAM_BYTES = 2 << 30  # of the interventions' hidden states that walk together when layers are streamed

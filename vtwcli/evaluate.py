@@ -35,6 +35,7 @@ from vtwcli.measure.variants import (
     open_variants,
     reader_of,
 )
+from vtwcli.models.dtypes import name_of
 from vtwcli.models.inputs import plain_generation
 from vtwcli.models.loading import LoadedModel
 from vtwcli.recipe.recipe import EvalSection, GatesSection, ModelSection
@@ -218,10 +219,10 @@ def _model(model: ModelSection, full: LoadedModel, variants: Sequence[Variant]) 
         "name": model.name,
         "revision": own.inputs.revision,
         "family": full.family.model_type,
-        "dtype": str(own.dtype).removeprefix("torch."),
+        "dtype": name_of(own.dtype),
         "backend": "torch" if isinstance(own, Scheduled) else "onnx",
         "baseline": full.name,
-        "baseline_dtype": str(full.dtype).removeprefix("torch."),
+        "baseline_dtype": name_of(full.dtype),
         **template_date(full),
     }
 

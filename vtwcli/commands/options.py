@@ -15,9 +15,9 @@ import typer
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import UsageError
 from vtwcli.io import console
-from vtwcli.io.documents import Section
 from vtwcli.io.files import document, present
 from vtwcli.io.outputs import Inputs, Outputs, inputs_of
+from vtwcli.io.section import Section
 from vtwcli.recipe.recipe import ModelSection, Recipe, ScheduleSection
 from vtwcli.recipe.settings import section_of
 from vtwcli.results.document import Files

@@ -60,7 +60,7 @@ def run(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run a recipe: calibrate, analyze, budget, eval, export, whichever sections it has.
+    """Run the steps that a recipe has: calibrate, analyze, budget, eval, export.
 
     Steps whose inputs (section, model, data, tool, earlier steps) have not
     changed are kept, so an interrupted run continues. The export is made

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from vtwcli.errors import UsageError
-from vtwcli.io.documents import Section, nearest
+from vtwcli.io.documents import nearest
+from vtwcli.io.section import Section
 
 
 class Columns(Section):

@@ -7,13 +7,11 @@ from typing import Any
 
 from vtwcli.data.sample import Sample
 from vtwcli.errors import NotFoundError
+from vtwcli.models.dtypes import LONG, SHORT
 from vtwcli.recipe.recipe import ExportSection, ModelSection
 from vtwcli.results.calibration import Calibration
 from vtwcli.results.evaluation import Evaluation
 from vtwcli.schedule.schedule import Schedule
-
-_HF_DTYPES = {"auto": None, "fp32": "float32", "fp16": "float16"}
-_ONNX_DTYPES = {"auto": "fp32", "float32": "fp32", "float16": "fp16"}
 
 
 def export(
@@ -51,7 +49,7 @@ def export(
             resolve(model.name, trust_remote_code=model.trust_remote_code),
             schedule,
             output,
-            dtype=_ONNX_DTYPES.get(options.dtype, options.dtype),
+            dtype=SHORT.get("float32" if options.dtype == "auto" else options.dtype, options.dtype),
             opset=options.opset,
             merged=options.merged,
             quantize=options.quantize,
@@ -63,7 +61,7 @@ def export(
         model.name,
         schedule,
         output,
-        dtype=_HF_DTYPES.get(options.dtype, options.dtype),
+        dtype=LONG.get(options.dtype, options.dtype),
         force=force,
         calibration=calibration,
         evaluation=evaluation,

@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
-from pydantic_core import CoreSchema
-from pydantic_core.core_schema import no_info_before_validator_function
+from pydantic import BaseModel, ValidationError
 
 from vtwcli.errors import UsageError
 from vtwcli.io.files import regular
+from vtwcli.io.nesting import DEEPEST, Location, MisshapenError, TooDeepError, check_size
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
@@ -27,8 +26,6 @@ _MOST_YAML = 200_000  # characters; the YAML reader takes seconds for them
 _MOST_BYTES = 256 << 20
 _MOST_VALUES = 100_000  # that aliases may stand for, besides what is written out
 _LARGEST = 2**63 - 1
-_DEEPEST = 100  # levels of lists and mappings inside each other
-Location = tuple[str | int, ...]
 
 
 class InvalidDocument(UsageError):
@@ -46,53 +43,6 @@ class InvalidDocument(UsageError):
 def all_problems(error: UsageError) -> Sequence[UsageError]:
     """Each thing that is wrong with a document, of the error that reading it raised."""
     return error.problems if isinstance(error, InvalidDocument) else [error]
-
-
-class Section(BaseModel):
-    """Base of the documents that people write.
-
-    Unknown keys are errors and values never change; true and false are no numbers; a text is one that a file's name
-    and a program's argument can hold.
-    """
-
-    # schemas are built on first use: help pages read the fields only
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        schema: CoreSchema = _stricter(handler(source), cls)
-        return schema
-
-
-def _stricter(schema: Any, cls: type[BaseModel]) -> Any:
-    """A schema of pydantic with a look at the values of its numbers and texts before they are read."""
-    if isinstance(schema, list):
-        return [_stricter(one, cls) for one in schema]
-    if not isinstance(schema, dict) or schema.get("cls", cls) is not cls:
-        return schema  # another class has seen to itself
-    if schema.get("type") in ("int", "float") or 1 in schema.get("expected", ()):
-        return no_info_before_validator_function(_no_truth, schema)
-    if schema.get("type") == "str":
-        return no_info_before_validator_function(_no_strange_text, schema)
-    return {key: one if key == "metadata" else _stricter(one, cls) for key, one in schema.items()}
-
-
-def _no_truth(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not true or false")
-    return value
-
-
-def _no_strange_text(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            strange = "\0" in value
-            value.encode("utf-8", "surrogateescape")  # as the system gives names that are not UTF-8
-        except UnicodeEncodeError:
-            strange = True
-        if strange:
-            raise ValueError("holds a null character or half of one")
-    return value
 
 
 def read(path: Path, kind: str) -> Any:
@@ -129,8 +79,8 @@ def parse(text: str, name: str, kind: str) -> Any:
     try:
         node = _yaml(text, name, hint)
     except RecursionError:
-        raise UsageError(f"{name}: {_TOO_DEEP}", hint) from None
-    _check_size(node, node, (), {}, name, _MOST_VALUES + len(text))
+        raise UsageError(f"{name}: {TooDeepError()}", hint) from None
+    _check_size(node, name, _MOST_VALUES + len(text))
     return node
 
 
@@ -144,8 +94,8 @@ def parse_json(text: str, name: str) -> Any:
     try:
         node = json.loads(text, object_pairs_hook=_unique)
     except RecursionError:
-        raise UsageError(f"{name}: {_TOO_DEEP}") from None
-    _check_size(node, node, (), {}, name, len(text))
+        raise UsageError(f"{name}: {TooDeepError()}") from None
+    _check_size(node, name, len(text))
     return node
 
 
@@ -180,7 +130,7 @@ def _reader() -> Any:
 
     class Scanner(RoundTripScanner):
         def fetch_flow_collection_start(self, *given: Any, **named: Any) -> None:
-            if len(self.flow_context) > _DEEPEST:
+            if len(self.flow_context) > DEEPEST:
                 raise RecursionError
             super().fetch_flow_collection_start(*given, **named)
 
@@ -208,47 +158,17 @@ def _check_aliases(text: str, name: str) -> None:
             )
 
 
-_TOO_DEEP = f"lists and mappings lie more than {_DEEPEST} levels deep inside each other"
-
-
-def _check_size(
-    node: Any,
-    document: Any,
-    path: Location,
-    known: dict[int, tuple[int, int]],
-    name: str,
-    most: int,
-) -> tuple[int, int]:
-    """How many values a node stands for, aliases followed, and how many levels deep they go.
-
-    Args:
-        known: what was found of nodes, by identity; an alias is the node that it names.
+def _check_size(node: Any, name: str, most: int) -> None:
+    """Refuse what is too large, with the place and the key.
 
     Raises:
-        UsageError: too many or too deep, with the place and the key.
+        UsageError: see above.
     """
-    if not isinstance(node, dict | list):
-        if isinstance(node, int) and not -_LARGEST <= node <= _LARGEST:
-            raise _misshapen(name, path, document, f"a whole number beyond {_LARGEST}")
-        return 1, 0
-    if id(node) not in known:
-        if len(path) >= _DEEPEST:
-            raise _misshapen(name, path[:3], document, _TOO_DEEP)
-        count, levels = 1, 0
-        for key, inner in node.items() if isinstance(node, dict) else enumerate(node):
-            more, deeper = _check_size(inner, document, (*path, key), known, name, most)
-            count, levels = count + more, max(levels, deeper + 1)
-            if count > most:
-                raise _misshapen(name, (*path, key), document, f"aliases stand for more than {most:,} values")
-        known[id(node)] = count, levels
-    if len(path) + known[id(node)][1] > _DEEPEST:
-        raise _misshapen(name, path[:3], document, _TOO_DEEP)
-    return known[id(node)]
-
-
-def _misshapen(name: str, path: Location, document: Any, problem: str) -> UsageError:
-    key = ".".join(str(part) for part in path) or "document"
-    return UsageError(f"{name}{position(path, document)}: {key}: {problem}")
+    try:
+        check_size(node, most, _LARGEST)
+    except MisshapenError as error:
+        key = ".".join(str(part) for part in error.path) or "document"
+        raise UsageError(f"{name}{position(error.path, node)}: {key}: {error}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

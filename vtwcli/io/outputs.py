@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vtwcli.errors import UsageError, VtwError
-from vtwcli.io import console, files
+from vtwcli.io import console, files, staging
 
 MARK = "vtwcli"
 """How pictures and pages name their maker."""
@@ -131,7 +131,7 @@ class Outputs(dict[str, Path | None]):
                 )
             seen[place] = key
             files.present(path)  # a name that no file can have
-            files.sweep(place)
+            staging.sweep(place)
             if path.is_dir():
                 raise UsageError(f"{path} is a directory, not a file")
             check_no_input(path, inputs)
@@ -169,14 +169,14 @@ class Outputs(dict[str, Path | None]):
                 stages: dict[Path, Path] = {}
                 for path in asked.values():
                     if path.parent not in stages:
-                        stages[path.parent] = stack.enter_context(files.staged(path))
+                        stages[path.parent] = stack.enter_context(staging.staged(path))
                 made = Together({key: stages[path.parent] / path.name for key, path in asked.items()}, self)
                 yield made
-                with files.alone_in(stages):
+                with staging.alone_in(stages):
                     taken = self._put(asked, stages)
                 if taken is not None:
                     finished = [place for place in made.places.values() if place.exists()]
-                    aside = files.keep_aside(finished, next(iter(asked.values())))
+                    aside = staging.keep_aside(finished, next(iter(asked.values())))
                     shown = os.path.relpath(aside) if not taken.is_absolute() else aside
                     raise UsageError(
                         f"{taken} exists by now, though it did not when the work began",
@@ -187,11 +187,11 @@ class Outputs(dict[str, Path | None]):
 
     def _put(self, asked: Mapping[str, Path], stages: Mapping[Path, Path]) -> Path | None:
         """Put everything in place; the path that was taken meanwhile, if one was."""
-        moves: dict[Path, list[files.Move]] = {folder: [] for folder in stages}
+        moves: dict[Path, list[staging.Move]] = {folder: [] for folder in stages}
         for key, path in asked.items():
             given = self[key] or path
             made = (stages[path.parent] / path.name).exists()
-            old = files.signature(path)
+            old = staging.signature(path)
             if old is not None:
                 try:
                     self._check_replaceable(key, given)
@@ -201,7 +201,7 @@ class Outputs(dict[str, Path | None]):
                     continue  # nothing is to stand there, and what does is somebody else's
             moves[path.parent].append({"name": path.name, "old": old})
         try:
-            files.put_in_place([(stages[folder], some) for folder, some in moves.items()])
+            staging.put_in_place([(stages[folder], some) for folder, some in moves.items()])
         except FileExistsError as error:
             return Path(error.filename2 or error.filename or next(iter(asked.values())))
         return None

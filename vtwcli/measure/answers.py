@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vtwcli.errors import UsageError
 from vtwcli.judge.flops import DEFAULT_CONVENTION, Convention, TextShape, kv_bytes, prefill_cost
-from vtwcli.judge.kl import divergence, log_probabilities, sample_name
+from vtwcli.judge.kl import distance, log_probabilities, sample_name
 from vtwcli.models.inputs import answer_of, greedy
 from vtwcli.models.loading import LoadedModel
 from vtwcli.runtime import PruningError, Trace, pruned
@@ -178,12 +178,11 @@ def compared(
     for b, whole in enumerate(full.answers):
         length = len(whole.ids)
         name = sample_name(full.names, b)
-        p = log_probabilities(forced[b, :length], name)
-        q = log_probabilities(full.logits[b, :length], name).to(p.device)
-        kl = divergence(p, q, name).tolist()
-        agree = (p.argmax(-1) == q.argmax(-1)).tolist()
+        kl, agree = distance(forced[b, :length], log_probabilities(full.logits[b, :length], name), name)
         ids = [] if said is None else answer_of(loaded, said[b])
-        found.append(_answer(loaded, ids, kl, agree, whole.visual_per_layer, whole.text_tokens))
+        found.append(
+            _answer(loaded, ids, kl.tolist(), agree.tolist(), whole.visual_per_layer, whole.text_tokens)
+        )
     return found
 
 

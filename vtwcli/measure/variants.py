@@ -23,6 +23,7 @@ from vtwcli.machine import distributed
 from vtwcli.measure import costs
 from vtwcli.measure.answers import Answer, Full, compared, schedule_answers
 from vtwcli.measure.samples import check_model, load_model
+from vtwcli.models.dtypes import LONG, torch_type
 from vtwcli.models.inputs import encode_batch, plain_generation
 from vtwcli.models.loading import LoadedModel, choose_device
 from vtwcli.recipe.recipe import EvalSection, ModelSection
@@ -116,7 +117,7 @@ class Graphs:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float16 if self.exported.manifest["dtype"] == "fp16" else torch.float32
+        return torch_type(LONG[self.exported.manifest["dtype"]])
 
     @property
     def folder(self) -> Path:

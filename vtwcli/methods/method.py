@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from vtwcli.io.documents import Section
+from vtwcli.io.section import Section
 from vtwcli.schedule.intervention import Intervention
 from vtwcli.schedule.schedule import Schedule
 

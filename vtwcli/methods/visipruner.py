@@ -33,7 +33,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from vtwcli.errors import UsageError
-from vtwcli.io.documents import Section
+from vtwcli.io.section import Section
 from vtwcli.methods.method import Answers, Candidate, Grid, Method, Shape, Style
 from vtwcli.schedule.intervention import Intervention
 from vtwcli.schedule.schedule import Action, Keep, Mute, Schedule, Select, When, Withdraw

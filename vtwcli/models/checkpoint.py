@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vtwcli.errors import NotFoundError
+from vtwcli.errors import NotFoundError, first_line
 from vtwcli.io import console, files
 from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.models.broken_torchvision import hide_if_broken
@@ -610,11 +610,3 @@ def _unreachable(name: str, error: Exception) -> NotFoundError:
 def _status(error: Any) -> str:
     response = getattr(error, "response", None)
     return f"HTTP {response.status_code}" if response is not None else type(error).__name__
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, with the next where it ends in a colon; its type where it has none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -19,12 +19,11 @@ from torch import Tensor
 from vtwcli.data.pixels import PictureError, check_resized
 from vtwcli.data.sample import Sample
 from vtwcli.data.tasks import shown
-from vtwcli.errors import NotFoundError, VtwError
+from vtwcli.errors import NotFoundError, VtwError, first_line
 from vtwcli.io import console
 from vtwcli.judge.kl import check_generation
 from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.models import prompts, templates
-from vtwcli.models.checkpoint import first_line
 from vtwcli.models.loading import LoadedModel
 
 _ANSWER = "ANSWER"  # stands for an answer where only the template around it is looked at

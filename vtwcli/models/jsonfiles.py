@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from vtwcli.errors import NotFoundError
+from vtwcli.io.files import regular
+from vtwcli.io.nesting import DEEPEST, TooDeepError, check_size
 from vtwcli.models.stored import DOWNLOAD_AGAIN
 
 CONFIG = "config.json"
@@ -26,7 +27,6 @@ _LIMITS = {
     "model.safetensors.index.json": 128 * _MIB,
     TEMPLATES[0]: _MIB,
 }
-_DEEPEST = 100  # levels; what transformers does with a config takes several calls a level
 _BOUNDS = {
     r"(patch|merge)_size": 1_024,  # pixels; patches
     r"height|width|max_image_size\.longest_edge": 16_384,  # pixels
@@ -69,40 +69,21 @@ def read_json(file: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         NotFoundError: it cannot be read, is no JSON, is nested too deeply, or holds no object.
     """
-    reason = None
     try:
-        if not stat.S_ISREG(file.stat().st_mode):
-            reason = "it is no regular file"
-        else:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(content, dict):
-                reason = "it does not hold a JSON object"
-            elif _deeper(content, _DEEPEST):
-                reason = f"it is nested more than {_DEEPEST} levels deep"
-            else:
-                return content
+        content = json.loads(regular(file).read_text(encoding="utf-8"))
+        check_size(content)
+        if isinstance(content, dict):
+            return content
+        reason = "it does not hold a JSON object"
     except FileNotFoundError:
         raise
     except OSError as error:
         reason = error.strerror or str(error)
-    except RecursionError:
-        reason = f"it is nested more than {_DEEPEST} levels deep"
+    except (RecursionError, TooDeepError):
+        reason = f"it is nested more than {DEEPEST} levels deep"
     except ValueError as error:
         reason = f"no valid JSON: {error}"
     raise NotFoundError(f"{file} cannot be read: {reason}", DOWNLOAD_AGAIN)
-
-
-def _deeper(content: Any, levels: int) -> bool:
-    """Whether lists and objects are nested in more than so many levels."""
-    layer = [content]
-    for _ in range(levels):
-        layer = [
-            inner
-            for value in layer
-            for inner in (value.values() if isinstance(value, dict) else value)
-            if isinstance(inner, dict | list)
-        ]
-    return bool(layer)
 
 
 def numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:

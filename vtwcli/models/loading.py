@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from vtwcli.errors import NotFoundError, UsageError, VtwError
+from vtwcli.errors import NotFoundError, UsageError, VtwError, first_line
 from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.machine.memory import memory_available
 from vtwcli.models.broken_torchvision import advice as torchvision_advice
 from vtwcli.models.broken_torchvision import hide_if_broken
-from vtwcli.models.checkpoint import Checkpoint, first_line, resolve
+from vtwcli.models.checkpoint import Checkpoint, resolve
+from vtwcli.models.dtypes import RUN, asked, name_of
 from vtwcli.models.families import Family, placeholder_ids
 from vtwcli.models.jsonfiles import CONFIG, GENERATION, PROCESSOR, TEMPLATES, TOKENIZER, broken
 
-_DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # how transformers names a package that it misses
 _PACKAGE = r"pip install ([\w.-]*\w)|requires the (\w+) library|optional dependencies: (\w+)"
 _OVERHEAD = 1.1  # activations, the cache and the allocator, on top of the weights
@@ -112,7 +112,7 @@ def load(
         NotFoundError: missing, unreachable, unsupported, incomplete, or larger than the memory.
         UsageError: a device, dtype or attention implementation that does not exist here.
     """
-    place, wanted = choose_device(device), _dtype_of(dtype)
+    place, wanted = choose_device(device), asked(dtype)
     checkpoint = resolve(name, trust_remote_code=trust_remote_code)
     processor = load_processor(checkpoint)
     kind = wanted or choose_dtype(checkpoint, place)
@@ -195,7 +195,7 @@ def choose_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     twice as fast, whether the model fits now or is streamed.
     """
     if device.type != "cpu":
-        return checkpoint.dtype if checkpoint.dtype in _DTYPE_NAMES.values() else torch.float32
+        return checkpoint.dtype if name_of(checkpoint.dtype) in RUN else torch.float32
     large = memory_needed(checkpoint, torch.float32) > memory_available(device)
     return torch.bfloat16 if large and _fast_bfloat16() else torch.float32
 
@@ -221,7 +221,7 @@ def fits(
         model if isinstance(model, Checkpoint) else resolve(model, trust_remote_code=trust_remote_code)
     )
     place = choose_device(device)
-    kind = _dtype_of(dtype) or choose_dtype(checkpoint, place)
+    kind = asked(dtype) or choose_dtype(checkpoint, place)
     return memory_needed(checkpoint, kind) <= memory_available(place, spread=device == "auto")
 
 
@@ -337,15 +337,6 @@ def _no_processor(checkpoint: Checkpoint, reason: str) -> NotFoundError:
     )
 
 
-def _dtype_of(dtype: str | torch.dtype) -> torch.dtype | None:
-    """The torch dtype, or None for ``auto``."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype != "auto" and dtype not in _DTYPE_NAMES:
-        raise UsageError(f"{dtype!r} is not a dtype", f"use auto, {', '.join(_DTYPE_NAMES)}")
-    return _DTYPE_NAMES.get(dtype)
-
-
 def _load_weights(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, attn: str | None, spread: bool
 ) -> Any:
@@ -355,7 +346,7 @@ def _load_weights(
     if needed > free:
         raise NotFoundError(
             f"not enough memory for {checkpoint.name!r}: {_gb(needed)} are needed in "
-            f"{str(dtype).removeprefix('torch.')}, {_gb(free)} are free on {device.type}",
+            f"{name_of(dtype)}, {_gb(free)} are free on {device.type}",
             "with --stream one layer at a time is loaded",
         )
     options: dict[str, Any] = {}

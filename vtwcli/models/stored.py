@@ -7,44 +7,19 @@ it: a file that it refuses is refused here, and one that it takes is taken.
 from __future__ import annotations
 
 import math
-import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import torch
 
 from vtwcli.errors import NotFoundError
+from vtwcli.io.files import regular
+from vtwcli.models.dtypes import STORED, torch_type
 
 DOWNLOAD_AGAIN = "copy or download the model again"
-
-_TYPES: dict[str, tuple[int, torch.dtype | None]] = {
-    "BOOL": (8, torch.bool),
-    "F4": (4, None),
-    "F6_E2M3": (6, None),
-    "F6_E3M2": (6, None),
-    "U8": (8, torch.uint8),
-    "I8": (8, torch.int8),
-    "F8_E5M2": (8, torch.float8_e5m2),
-    "F8_E4M3": (8, torch.float8_e4m3fn),
-    "F8_E8M0": (8, torch.float8_e8m0fnu),
-    "F8_E4M3FNUZ": (8, torch.float8_e4m3fnuz),
-    "F8_E5M2FNUZ": (8, torch.float8_e5m2fnuz),
-    "I16": (16, torch.int16),
-    "U16": (16, torch.uint16),
-    "F16": (16, torch.float16),
-    "BF16": (16, torch.bfloat16),
-    "I32": (32, torch.int32),
-    "U32": (32, torch.uint32),
-    "F32": (32, torch.float32),
-    "C64": (64, torch.complex64),
-    "F64": (64, torch.float64),
-    "I64": (64, torch.int64),
-    "U64": (64, torch.uint64),
-}
-"""The types of the format: bits of a value, and the torch type, where torch holds one value of it on its own."""
-
-NAMES = {dtype: name for name, (_, dtype) in _TYPES.items() if dtype is not None}
-"""The format's names for torch's types."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +50,38 @@ class StoredTensor:
         Raises:
             NotFoundError: the file is gone or ends early.
         """
-        view = tensor.flatten().view(torch.uint8).numpy().data
+        with self._opened() as stream:
+            self._fill(stream, tensor.flatten().view(torch.uint8).numpy().data)
+
+    def runs(self, size: int) -> Iterator[bytearray]:
+        """The bytes as they are on disk, at most ``size`` of them at a time.
+
+        Raises:
+            NotFoundError: the file is gone or ends early.
+        """
+        left = self.nbytes
+        with self._opened() as stream:
+            while left:
+                raw = bytearray(min(left, size))
+                self._fill(stream, memoryview(raw))
+                left -= len(raw)
+                yield raw
+
+    @contextmanager
+    def _opened(self) -> Iterator[FileIO]:
         try:
             with self.file.open("rb", buffering=0) as stream:
                 stream.seek(self.start)
-                while view:
-                    count = stream.readinto(view)
-                    if not count:
-                        raise NotFoundError(f"weight file {self.file} ends within {self.key!r}")
-                    view = view[count:]
+                yield stream
         except OSError as error:
             raise NotFoundError(f"weight file {self.file} cannot be read: {error.strerror}") from error
+
+    def _fill(self, stream: FileIO, view: memoryview) -> None:
+        while view:
+            count = stream.readinto(view)
+            if not count:
+                raise NotFoundError(f"weight file {self.file} ends within {self.key!r}")
+            view = view[count:]
 
     def read(self) -> torch.Tensor:
         """The values as they are on disk.
@@ -124,9 +120,7 @@ def read_header(file: Path) -> Header:
     from safetensors import SafetensorError, safe_open
 
     try:
-        info = file.stat()
-        if not stat.S_ISREG(info.st_mode):
-            raise NotFoundError(f"weight file {file} is no regular file", DOWNLOAD_AGAIN)
+        info = regular(file).stat()
         with file.open("rb") as stream:
             place = 8 + int.from_bytes(stream.read(8), "little")
         tensors = {}
@@ -136,9 +130,10 @@ def read_header(file: Path) -> Header:
             for key in opened.offset_keys():
                 entry = opened.get_slice(key)
                 kind, shape = entry.get_dtype(), tuple(entry.get_shape())
-                if kind not in _TYPES:
+                if kind not in STORED:
                     raise NotFoundError(f"weight file {file}: {key!r} is of the unknown type {kind}")
-                bits, dtype = _TYPES[kind]
+                bits, name = STORED[kind]
+                dtype = None if name is None else torch_type(name)
                 size = math.prod(shape) * bits // 8
                 tensors[key] = StoredTensor(file, key, kind, dtype, shape, place, size)
                 place += size

@@ -13,7 +13,7 @@ from typing import Any
 
 from vtwcli.data.sources import default_data
 from vtwcli.errors import UsageError, VtwError
-from vtwcli.io import console, documents, files
+from vtwcli.io import console, documents, files, staging
 from vtwcli.io.outputs import Inputs, check_no_input, inputs_of, is_ours, same_file
 from vtwcli.machine.distributed import is_main
 from vtwcli.machine.libraries import versions
@@ -76,7 +76,7 @@ def prepare(
     if files.present(folder) and not folder.is_dir():
         raise UsageError(f"{folder} exists and is not a directory", "choose another --output")
     files.check_folder(folder)
-    seen = files.signature(folder / RUN)
+    seen = staging.signature(folder / RUN)
     records, started = read_run(folder, force)
     model = model_record(recipe.model)
     data: dict[str, str] = {}
@@ -270,7 +270,7 @@ def _check_strangers(folder: Path) -> None:
     found = sorted(path.name for path in folder.iterdir()) if files.present(folder) else []
     ours = is_ours(folder / RUN, "vtw-run")
     for name in found:
-        if not is_run_file(name) or not (ours or files.is_stage(name) or name == LOCK):
+        if not is_run_file(name) or not (ours or staging.is_stage(name) or name == LOCK):
             why = f"which vtw run did not make{'' if ours else f', and no {RUN}'}"
             raise UsageError(
                 f"{folder} holds {name}, {why}, so --force does not replace what is there",

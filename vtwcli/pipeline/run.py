@@ -15,9 +15,9 @@ from pydantic import Field
 
 from vtwcli.data.spec import is_path
 from vtwcli.errors import UsageError
-from vtwcli.io import documents, files
-from vtwcli.io.documents import Section
+from vtwcli.io import documents, files, staging
 from vtwcli.io.outputs import Inputs, Outputs, is_ours
+from vtwcli.io.section import Section
 from vtwcli.machine.distributed import is_main
 from vtwcli.machine.libraries import versions
 from vtwcli.recipe.recipe import STEPS, Recipe
@@ -187,14 +187,14 @@ def alone(run: Run) -> Iterator[None]:
     )
     with ExitStack() as stack:
         try:
-            stack.enter_context(files.claimed(run.folder / LOCK, busy))
+            stack.enter_context(staging.claimed(run.folder / LOCK, busy))
         except OSError as error:
             raise files.cannot_write(run.folder, error) from None
-        if files.signature(run.folder / RUN) != run.seen:
+        if staging.signature(run.folder / RUN) != run.seen:
             raise UsageError(
                 f"another vtw run has changed {run.folder} meanwhile", "run again to go on from there"
             )
-        files.sweep(run.folder / RUN, everything=True)
+        staging.sweep(run.folder / RUN, everything=True)
         yield
 
 
@@ -235,7 +235,7 @@ class Run:
     failure: str | None = None
     file: Path | None = None
     owned: frozenset[Path] = frozenset()
-    seen: files.Signature | None = None
+    seen: staging.Signature | None = None
     finished: bool = False
 
     def document(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from vtwcli.errors import UsageError
 from vtwcli.export.directory.publish import aside, check_target
-from vtwcli.io import documents, files
+from vtwcli.io import documents, files, staging
 from vtwcli.io.outputs import Inputs, check_holds_no_input
 from vtwcli.judge import gates
 from vtwcli.machine.distributed import is_main
@@ -280,7 +280,7 @@ def is_run_file(name: str) -> bool:
     made = {Path(file).parts[0] for step in STEPS.values() for file in step.writes.values()}
     partial = [re.escape(step.partial) for step in STEPS.values() if step.partial]
     kept = re.fullmatch(rf"\.({'|'.join(partial)})\.\d+", name) is not None
-    return name in made | {RUN, RECIPE, SUMMARY, LOCK} or kept or files.is_stage(name)
+    return name in made | {RUN, RECIPE, SUMMARY, LOCK} or kept or staging.is_stage(name)
 
 
 def steps_of(recipe: Recipe, name: str = "the recipe") -> list[str]:

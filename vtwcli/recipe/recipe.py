@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from vtwcli.data.spec import DataSpec, is_path
 from vtwcli.errors import UsageError
-from vtwcli.io.documents import Section
+from vtwcli.io.section import Section
 from vtwcli.methods import METHODS
 from vtwcli.methods.method import Method
 from vtwcli.methods.visipruner import Rule
@@ -151,6 +151,17 @@ class ScheduleSection(Rule, _Named):
     """Which schedule to run: a file, a withdrawal layer, or a method with its parameters."""
 
     model_config = ConfigDict(extra="allow")  # what other methods want; checked below
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        """With the parameters of every method, and no other key."""
+        schema: dict[str, Any] = handler.resolve_ref_schema(handler(core))
+        for method in METHODS.values():
+            for key, one in method.model_json_schema().get("properties", {}).items():
+                words = f"{method.title}: {one['description']}"
+                schema["properties"].setdefault(key, {**one, "description": words})
+        schema["additionalProperties"] = False
+        return schema
 
     @property
     def names_one(self) -> bool:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from vtwcli.errors import UsageError
 from vtwcli.io import documents
-from vtwcli.io.documents import Section
+from vtwcli.io.section import Section
 from vtwcli.methods import METHODS
 from vtwcli.recipe.recipe import STEPS, Recipe
 

@@ -7,8 +7,8 @@ import re
 
 from pydantic.fields import FieldInfo
 
-from vtwcli.io.documents import Section
 from vtwcli.io.outputs import RECIPE
+from vtwcli.io.section import Section
 from vtwcli.recipe.recipe import STEPS, Recipe
 
 _HEAD = f"""\

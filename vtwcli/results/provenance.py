@@ -8,6 +8,7 @@ from vtwcli import __version__
 from vtwcli.machine import distributed
 from vtwcli.machine.libraries import versions
 from vtwcli.machine.memory import peak_memory
+from vtwcli.models.dtypes import name_of
 from vtwcli.results.document import Dated, ModelRecord, Origin, RunRecord
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def model_of(loaded: LoadedModel) -> ModelRecord:
         "revision": loaded.revision,
         "family": loaded.family.model_type,
         "architecture": loaded.family.architecture,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "dtype": name_of(loaded.dtype),
         **template_date(loaded),
     }
 

@@ -110,7 +110,7 @@ def _text_again(module: Any, given: dict[str, Any], tap: Tap) -> tuple[Rows, Ten
         only, columns, _ = call.memo[memo]
         keys, values = take(keys, only.index, 2), take(values, only.index, 2)
     mask = call.mask(tap.given, tokens, columns, tap.past, [], given["hidden_states"], module)
-    return here, _attend(module, given, here.index, mask, keys, values)[0]
+    return here, attend(module, given, here.index, mask, keys, values)[0]
 
 
 def _probe(module: Any, given: dict[str, Any], tap: Tap) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ def _probe(module: Any, given: dict[str, Any], tap: Tap) -> dict[str, Tensor]:
     if mask is not None and mask.dtype == torch.bool:
         like = given["hidden_states"]
         mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, torch.finfo(like.dtype).min)
-    weights = _attend(one, given, last, mask, tap.keys, tap.values)[1]
+    weights = attend(one, given, last, mask, tap.keys, tap.values)[1]
     if weights is None:
         raise strange("the eager attention of this model returns no weights")
     numbers = last_row_numbers(weights[:, :, 0], tap.values)
@@ -156,7 +156,7 @@ def _probe(module: Any, given: dict[str, Any], tap: Tap) -> dict[str, Tensor]:
     return {name: room[name].scatter(1, place, x.to(device))[:, :length] for name, x in numbers.items()}
 
 
-def _attend(
+def attend(
     module: Any, given: dict[str, Any], index: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor
 ) -> Any:
     """Run an attention module for the rows ``index`` [B, Q] of what it was ``given``, over these keys and values."""

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from vtwcli.errors import UsageError
 from vtwcli.io import documents
-from vtwcli.io.documents import Section
+from vtwcli.io.section import Section
 
 FORMAT_VERSION: Literal[1] = 1
 

@@ -15,8 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vtwcli.errors import NotFoundError, UsageError, VtwError
-from vtwcli.models.checkpoint import first_line
+from vtwcli.errors import NotFoundError, UsageError, VtwError, first_line
 from vtwcli.models.families import Family, placeholder_ids
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.export.directory.manifest import save_json
+from vtwcli.io.files import regular
 
 RELEASED: dict[str, frozenset[str]] = {}
 """SHA-256 of the code files that earlier releases wrote, by file name; this version's are made from the package."""
@@ -114,9 +115,7 @@ def _files(directory: Path) -> Iterator[Path]:
 
 def _read(file: Path) -> bytes:
     try:
-        if not file.is_file():
-            raise NotFoundError(f"{file} is not a regular file")
-        return file.read_bytes()
+        return regular(file).read_bytes()
     except OSError as error:
         raise NotFoundError(f"{file} cannot be read: {error.strerror or error}") from error
 

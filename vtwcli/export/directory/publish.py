@@ -10,9 +10,9 @@ from pathlib import Path
 
 from vtwcli.errors import UsageError
 from vtwcli.export.directory.manifest import MANIFEST
-from vtwcli.io import files
-from vtwcli.io.files import exchange as _exchange
+from vtwcli.io import files, staging
 from vtwcli.io.outputs import Inputs, check_holds_no_input
+from vtwcli.io.staging import exchange
 
 
 def check_target(target: Path, force: bool, inputs: Inputs = ()) -> None:
@@ -123,13 +123,13 @@ def publish(target: Path, force: bool, inputs: Inputs = ()) -> Iterator[Path]:
 def aside(target: Path, force: bool, inputs: Inputs = ()) -> Iterator[Path]:
     """``publish`` for what makes the directory itself: a name like ``target``'s, at which there is nothing yet."""
     target = target.absolute()
-    files.sweep(target)
+    staging.sweep(target)
     check_target(target, force, inputs)
     try:
-        with files.staged(target) as new:
+        with staging.staged(target) as new:
             made = new / target.name
             yield made
-            with files.alone_in([target.parent]):
+            with staging.alone_in([target.parent]):
                 _move(made, target, force, inputs)
     except OSError as error:
         raise files.cannot_write(target, error) from error
@@ -139,14 +139,14 @@ def _move(made: Path, target: Path, force: bool, inputs: Inputs) -> None:
     try:
         if os.path.lexists(target):
             check_target(target, force, inputs)
-            if _exchange(made, target):
+            if exchange(made, target):
                 return  # the old directory now stands where the new one was made, and goes with it
             # Where two directories cannot change places, the old one steps aside and comes back if the rename fails.
             _step_aside(made, target)
         else:
-            files.rename_new(made, target)
+            staging.rename_new(made, target)
     except (FileExistsError, UsageError) as error:
-        aside = files.keep_aside([made], target)
+        aside = staging.keep_aside([made], target)
         reason = error.message if isinstance(error, UsageError) else f"{target} exists already"
         raise UsageError(
             f"{reason}; it was made while this command was at work", f"its own result is kept in {aside}"
@@ -155,11 +155,13 @@ def _move(made: Path, target: Path, force: bool, inputs: Inputs) -> None:
 
 def _step_aside(made: Path, target: Path) -> None:
     old = made.parent.parent / "old"
-    moves: list[files.Move] = [{"name": made.name, "old": None}]
-    files.announce(made.parent, moves)  # killed behind the next line, the new one is what the next run finds
+    moves: list[staging.Move] = [{"name": made.name, "old": None}]
+    staging.announce(
+        made.parent, moves
+    )  # killed behind the next line, the new one is what the next run finds
     target.rename(old)
     try:
-        files.put_in_place([(made.parent, moves)])
+        staging.put_in_place([(made.parent, moves)])
     except BaseException:
         if not target.exists():
             old.rename(target)

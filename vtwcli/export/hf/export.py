@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from vtwcli import __version__
-from vtwcli.errors import GateError, NotFoundError, UsageError
+from vtwcli.errors import GateError, NotFoundError, UsageError, first_line
 from vtwcli.export.directory.card import Subject, front_matter, model_card, of_schedule
 from vtwcli.export.directory.manifest import (
     CARD,
@@ -34,14 +33,15 @@ from vtwcli.export.hf.weights import check_finite, place_weights
 from vtwcli.io import console
 from vtwcli.machine.libraries import quiet_libraries, versions
 from vtwcli.machine.releases import tested
-from vtwcli.models.checkpoint import COMPANIONS, Checkpoint, first_line, resolve
+from vtwcli.models.checkpoint import COMPANIONS, Checkpoint, resolve
+from vtwcli.models.dtypes import asked, name_of
 from vtwcli.models.families import Family
+from vtwcli.models.jsonfiles import CONFIG, read_json
 from vtwcli.results.calibration import Calibration
 from vtwcli.results.evaluation import Evaluation
 from vtwcli.schedule.schedule import Schedule
 
 CALIBRATION, PICTURE, RECIPE = "calibration.json", "calibration.png", "recipe.yaml"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _NOT_COPIED = {"config.json", "trainer_state.json", MANIFEST, CALIBRATION}
 
@@ -85,7 +85,7 @@ def export_hf(
         VtwError: the file system refuses.
     """
     check_target(output, force, source_of(model))
-    wanted = _dtype(dtype)
+    wanted = asked(dtype)
     checkpoint = resolve(model) if isinstance(model, str) else model
     _check_source(checkpoint, force)
     _check_schedule(checkpoint, schedule, calibration)
@@ -96,7 +96,7 @@ def export_hf(
     earlier = _earlier(checkpoint)
     with publish(output, force, source_of(checkpoint)) as folder:
         weights = place_weights(checkpoint, folder, wanted)
-        kind = str(wanted if wanted and weights == "converted" else checkpoint.dtype).removeprefix("torch.")
+        kind = name_of(wanted if wanted and weights == "converted" else checkpoint.dtype)
         _copy_companions(checkpoint, folder)
         config = _config(checkpoint, schedule, wanted if weights == "converted" else None)
         changed = clean_files(folder, config, schedule)
@@ -156,14 +156,6 @@ def baked_schedule(config: Any) -> Schedule | None:
         return None
     data = entry.get("schedule") if isinstance(entry, dict) else entry
     return Schedule.from_dict(data, "config.json, vtw.schedule")
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name is None or name == "auto":
-        return None
-    if name not in DTYPES:
-        raise UsageError(f"{name!r} is not a dtype", f"use auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def _check_source(checkpoint: Checkpoint, force: bool) -> None:
@@ -236,9 +228,9 @@ def _config(checkpoint: Checkpoint, schedule: Schedule, dtype: torch.dtype | Non
     from vtwcli.runtime import layout_of
     from vtwcli.runtime.loading import settings_of
 
-    config: dict[str, Any] = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_json(checkpoint.path / CONFIG)
     if dtype is not None:
-        _set_dtype(config, str(dtype).removeprefix("torch."))
+        _set_dtype(config, name_of(dtype))
     config["architectures"] = [checkpoint.family.architecture]
     # A code map of the base model would send transformers to code that it has a class for, and that is not copied.
     drop_code_map(config)

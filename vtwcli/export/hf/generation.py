@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vtwcli.models.jsonfiles import read_json
 from vtwcli.schedule.schedule import Schedule
 
 _CACHES = (None, "dynamic", "offloaded")
@@ -43,8 +44,8 @@ def clean_files(folder: Path, config: dict[str, Any], schedule: Schedule) -> dic
     changed: dict[str, dict[str, Any]] = {}
     file = folder / "generation_config.json"
     if file.is_file():
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(settings, dict) and (gone := clean(settings, schedule)):
+        settings = read_json(file)
+        if gone := clean(settings, schedule):
             changed[file.name] = gone
             file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     text = config.get("text_config")

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from vtwcli.data.sample import Sample
-from vtwcli.errors import GateError, NotFoundError, UsageError
+from vtwcli.errors import GateError, NotFoundError, UsageError, first_line
 from vtwcli.export.directory.manifest import at_hand, check_files, file_totals, read_manifest
 from vtwcli.export.directory.own_code import read_own_code
-from vtwcli.export.hf.export import DTYPES
 from vtwcli.export.hf.generation import REFUSED
 from vtwcli.export.hf.remote import auto_map, remote_code
 from vtwcli.io import console
 from vtwcli.judge.kl import is_distribution, not_finite
 from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.machine.releases import installed
-from vtwcli.models.checkpoint import first_line, resolve
+from vtwcli.models.checkpoint import resolve
+from vtwcli.models.dtypes import asked, name_of
 from vtwcli.models.families import FAMILIES
 from vtwcli.models.inputs import cache_of, encode
 from vtwcli.models.loading import LoadedModel, choose_device, choose_dtype, load
@@ -132,7 +132,7 @@ def verify_hf(
         "compared_with": name,
         "max_logit_difference": difference,
         "device": str(place),
-        "dtype": str(kind).removeprefix("torch."),
+        "dtype": name_of(kind),
     }
 
 
@@ -140,7 +140,7 @@ def _reference(
     directory: Path, manifest: dict[str, Any], base: str | None, device: str, dtype: str
 ) -> tuple[LoadedModel, str]:
     """The model to compare with and what to call it: the base, or the directory's weights without its code."""
-    kind = DTYPES.get(dtype) or choose_dtype(resolve(str(directory)), choose_device(device))
+    kind = asked(dtype) or choose_dtype(resolve(str(directory)), choose_device(device))
     name = base or at_hand(manifest["model"])
     if name is None:
         return load(str(directory), device=device, dtype=kind), "its own weights under the runtime"

@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,10 +15,10 @@ from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io import console
 from vtwcli.judge.kl import is_finite
 from vtwcli.models.checkpoint import Checkpoint
+from vtwcli.models.dtypes import FLOATS, name_of, stored_name
 from vtwcli.models.jsonfiles import read_json
-from vtwcli.models.stored import NAMES, StoredTensor, read_header
+from vtwcli.models.stored import StoredTensor, read_header
 
-_CONVERTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _CHUNK = 1 << 24  # bytes converted at a time, a multiple of every type's size
 _MIB = 1 << 20
 
@@ -39,11 +38,11 @@ def check_finite(checkpoint: Checkpoint) -> None:
         loaded[tensor.key] = tensor, name in parameters
     for name, conversion in checkpoint.conversions.items():
         loaded |= {tensor.key: (tensor, name in parameters) for tensor in conversion.sources}
-    tensors = [one for one in loaded.values() if one[0].dtype in _CONVERTED]
+    tensors = [one for one in loaded.values() if _is_converted(one[0])]
     done = 0
     with console.progress("checking weights, MiB", sum(t.nbytes for t, _ in tensors) // _MIB) as bar:
         for tensor, parameter in sorted(tensors, key=lambda one: (one[0].file, one[0].start)):
-            for raw in _runs(tensor):
+            for raw in tensor.runs(_CHUNK):
                 assert tensor.dtype is not None
                 values = torch.frombuffer(raw, dtype=tensor.dtype)
                 if not is_finite(values) and (parameter or bool(values.isnan().any())):
@@ -55,19 +54,6 @@ def check_finite(checkpoint: Checkpoint) -> None:
                 done += len(raw)
                 bar.advance(done // _MIB)
                 done %= _MIB
-
-
-def _runs(tensor: StoredTensor) -> Iterator[bytearray]:
-    """A tensor's bytes, a few MiB at a time."""
-    left = tensor.nbytes
-    with tensor.file.open("rb") as reader:
-        reader.seek(tensor.start)
-        while left:
-            raw = bytearray(min(left, _CHUNK))
-            if reader.readinto(raw) != len(raw):
-                raise NotFoundError(f"weight file {tensor.file} ends within {tensor.key!r}")
-            left -= len(raw)
-            yield raw
 
 
 def place_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> str:
@@ -112,9 +98,14 @@ def _link_or_copy(source: Path, target: Path) -> bool:
         return False
 
 
+def _is_converted(tensor: StoredTensor) -> bool:
+    """Whether it holds floats that could be others; eight-bit ones have scales elsewhere."""
+    return tensor.dtype is not None and name_of(tensor.dtype) in FLOATS
+
+
 def _target(tensor: StoredTensor, wanted: torch.dtype) -> torch.dtype | None:
     """The type that a tensor is converted to, or None where it stays as it is."""
-    return wanted if tensor.dtype in _CONVERTED and tensor.dtype != wanted else None
+    return wanted if _is_converted(tensor) and tensor.dtype != wanted else None
 
 
 def _convert(source: Path, target: Path, dtype: torch.dtype, bar: console.Task) -> None:
@@ -127,7 +118,7 @@ def _convert(source: Path, target: Path, dtype: torch.dtype, bar: console.Task) 
         kind = _target(tensor, dtype)
         size = tensor.nbytes if kind is None else math.prod(tensor.shape) * kind.itemsize
         header[tensor.key] = {
-            "dtype": tensor.kind if kind is None else NAMES[kind],
+            "dtype": tensor.kind if kind is None else stored_name(kind),
             "shape": list(tensor.shape),
             "data_offsets": [end, end + size],
         }
@@ -138,7 +129,7 @@ def _convert(source: Path, target: Path, dtype: torch.dtype, bar: console.Task) 
     with target.open("wb") as writer:
         writer.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
-            for raw in _runs(tensor):
+            for raw in tensor.runs(_CHUNK):
                 writer.write(_cast(raw, tensor, _target(tensor, dtype)))
                 done += len(raw)
                 bar.advance(done // _MIB)
@@ -153,7 +144,7 @@ def _cast(raw: bytearray, tensor: StoredTensor, dtype: torch.dtype | None) -> by
     values = torch.frombuffer(raw, dtype=tensor.dtype)
     cast = values.to(dtype)
     if not bool((cast.isfinite() | ~values.isfinite()).all()):
-        name = str(dtype).removeprefix("torch.")
+        name = name_of(dtype)
         raise UsageError(
             f"{tensor.key!r} holds values that are too large for {name}",
             "convert to bfloat16, which has the range of float32",

@@ -4,7 +4,6 @@ that tell others how to drive the graphs."""
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from vtwcli.export.directory.own_code import without_code_map
 from vtwcli.export.directory.source import own_files
 from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.models.checkpoint import LEGAL
+from vtwcli.models.jsonfiles import read_json
 from vtwcli.ort import MANIFEST
 
 if TYPE_CHECKING:
@@ -66,17 +66,18 @@ def write_companions(source: Source, manifest: dict[str, Any], folder: Path) -> 
     manifest["prompt"] = _prompts(source, processor)
     manifest["how_to"] = _how_to(manifest)
     for name, text in scripts().items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     save_json(folder / MANIFEST, manifest)
 
 
 def scripts() -> dict[str, str]:
-    """File name -> text of the Python files beside the graphs: the runtime, the reading of pictures, the script."""
+    """Name -> text of the Python files beside the graphs: the runtime, the reading of pictures, the script."""
     from vtwcli import ort
     from vtwcli.data import pixels
 
-    own = {
-        "vtw_ort.py": Path(ort.__file__),
+    own = {f"vtw_ort/{file.name}": file for file in sorted(Path(ort.__file__).parent.glob("*.py"))}
+    own |= {
         "vtw_pixels.py": Path(pixels.__file__),
         "run_onnx.py": Path(__file__).with_name("run_onnx.py"),
     }
@@ -88,7 +89,7 @@ def _keep_video_part(path: Path, folder: Path) -> None:
     if (path / _VIDEO).is_file():
         shutil.copyfile(path / _VIDEO, folder / _VIDEO)
     elif (path / _PROCESSOR).is_file():
-        settings = json.loads((path / _PROCESSOR).read_text(encoding="utf-8"))
+        settings = read_json(path / _PROCESSOR)
         if "video_processor" in settings:
             save_settings(folder / _VIDEO, settings["video_processor"])
 

@@ -21,11 +21,13 @@ from vtwcli.export.directory.manifest import file_entries, save_json
 from vtwcli.export.directory.publish import check_target, publish
 from vtwcli.export.directory.source import own_files, source_of
 from vtwcli.export.onnx.companions import write_companions
+from vtwcli.export.onnx.failures import as_vtw_errors
 from vtwcli.export.onnx.source import Source
 from vtwcli.io import console
 from vtwcli.machine.libraries import quiet_libraries, versions
 from vtwcli.machine.memory import memory_available
 from vtwcli.models.checkpoint import COMPANIONS, Checkpoint
+from vtwcli.models.dtypes import LONG, name_of, torch_type
 from vtwcli.models.families import placeholder_ids
 from vtwcli.models.loading import LoadedModel, load, memory_needed
 from vtwcli.ort import FORMAT, FORMAT_VERSION, MANIFEST, OnnxModel
@@ -34,7 +36,6 @@ from vtwcli.schedule.schedule import Schedule
 if TYPE_CHECKING:
     from vtwcli.export.onnx.graphs import Graph, Port
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 OPSETS = range(18, 25)
 FUSED_OPSET = 23  # the first with Attention and RMSNormalization as single operators
 QUANTIZERS = ("int8", "int4")
@@ -153,11 +154,11 @@ def write_graphs(
     from vtwcli.export.onnx import modules as onnx_modules
     from vtwcli.export.onnx import trace as onnx_trace
 
-    model = source.skeleton(DTYPES[dtype])
+    model = source.skeleton(torch_type(LONG[dtype]))
     model.get_submodule(source.family.text_model).config._attn_implementation = onnx_modules.ATTENTION
     mode = onnx_trace.fake_parameters(model)  # before the wrappers, which hold some parameters themselves
     names = onnx_trace.parameter_names(model)
-    graphs = onnx_graphs.all_graphs(model, source.family, cuts, merged, DTYPES[dtype])
+    graphs = onnx_graphs.all_graphs(model, source.family, cuts, merged, torch_type(LONG[dtype]))
     attention = onnx_modules.fused_attention if opset >= FUSED_OPSET else onnx_modules.attention
     with (
         console.progress("export", total=len(graphs)) as task,
@@ -202,7 +203,7 @@ def _graph_entry(graph: Graph) -> dict[str, Any]:
     def port(port: Port) -> dict[str, Any]:
         return {
             "name": port.name,
-            "dtype": str(port.dtype).removeprefix("torch."),
+            "dtype": name_of(port.dtype),
             "shape": list(port.dims),
         }
 
@@ -234,6 +235,7 @@ def _vision_entry(source: Source) -> dict[str, Any]:
     return entry
 
 
+@as_vtw_errors()
 def check(
     source: Source,
     schedule: Schedule,
@@ -352,8 +354,8 @@ def _check_options(dtype: str, opset: int, quantize: str | None) -> None:
         raise UsageError(
             f"export to ONNX needs the package {absent[0]}", "install it with: pip install 'vtwcli[onnx]'"
         )
-    if dtype not in DTYPES:
-        raise UsageError(f"{dtype!r} is no export type", f"use {' or '.join(DTYPES)}")
+    if dtype not in LONG:
+        raise UsageError(f"{dtype!r} is no export type", f"use {' or '.join(LONG)}")
     if opset not in OPSETS:
         raise UsageError(f"opset {opset} is not supported", f"use {OPSETS[0]} to {OPSETS[-1]}")
     if quantize is not None and quantize not in QUANTIZERS:

@@ -20,6 +20,7 @@ from torch import Tensor
 from vtwcli.data.sample import Sample
 from vtwcli.export.onnx.parity import compare, merge
 from vtwcli.io import console
+from vtwcli.models.dtypes import PORTS
 from vtwcli.models.inputs import Encoded, encode
 from vtwcli.models.loading import LoadedModel
 from vtwcli.ort import OnnxModel, State, Tokens
@@ -196,15 +197,12 @@ def _piece(exported: OnnxModel, graph: Mapping[str, Any], into: str, outputs: li
 
         def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
             kinds = {port.name: port.type for port in session.get_inputs()}
-            given = {name: np.asarray(feeds[name]).astype(_NUMPY[kind]) for name, kind in kinds.items()}
+            given = {name: np.asarray(feeds[name]).astype(PORTS[kind]) for name, kind in kinds.items()}
             return list(session.run(outputs, given))
 
         yield run
     finally:
         path.unlink(missing_ok=True)
-
-
-_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
 def cut_out(model: Any, into: str, outputs: Sequence[str]) -> Any:

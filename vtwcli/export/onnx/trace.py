@@ -16,20 +16,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vtwcli import __version__
-from vtwcli.errors import NotFoundError, UsageError, VtwError
+from vtwcli.errors import NotFoundError, UsageError, VtwError, first_line
 from vtwcli.export.onnx.graphs import Graph
 from vtwcli.judge.kl import HINT, is_finite
 from vtwcli.machine.libraries import quiet_exporters
+from vtwcli.models.dtypes import name_of
 
 Read = Callable[[Sequence[str]], Tensor]
 """Names of a parameter in the model (several where it is tied) -> its values, in any floating-point type."""
 
-ONNX_TYPES = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT16,
-    torch.int64: ir.DataType.INT64,
-    torch.bool: ir.DataType.BOOL,
-}
 _SMALL = 1024  # bytes; smaller tensors stay inside the .onnx file
 
 
@@ -92,7 +87,7 @@ def trace(graph: Graph, mode: FakeTensorMode, opset: int) -> ir.Model:
                 output_names=[port.name for port in outputs],
             )
         except Exception as error:
-            raise VtwError(f"{graph.role}: torch cannot export it: {str(error).splitlines()[0]}") from error
+            raise VtwError(f"{graph.role}: torch cannot export it: {first_line(error)}") from error
     assert exported is not None
     model = exported.model
     for port, value in zip(
@@ -194,7 +189,7 @@ def attach(model: ir.Model, sources: Mapping[str, list[str]], read: Read) -> Non
 def _lazy(value: ir.Value, source: list[str], turned: bool, read: Read) -> ir.LazyTensor:
     kind, shape = value.dtype, value.shape
     assert kind is not None and isinstance(shape, ir.Shape)
-    dtype = next(torch_type for torch_type, onnx_type in ONNX_TYPES.items() if onnx_type == kind)
+    dtype = ir.tensor_adapters.to_torch_dtype(kind)
 
     def load() -> ir.Tensor:
         stored = read(source)
@@ -203,9 +198,7 @@ def _lazy(value: ir.Value, source: list[str], turned: bool, read: Read) -> ir.La
         converted, exact = stored.to(dtype), stored.dtype == dtype
         del stored  # copies of the largest weight are most of the export's memory
         if not exact and not is_finite(converted):
-            raise UsageError(
-                f"{source[0]} has values that {str(dtype).removeprefix('torch.')} cannot hold", "use fp32"
-            )
+            raise UsageError(f"{source[0]} has values that {name_of(dtype)} cannot hold", "use fp32")
         converted = (converted.t() if turned else converted).contiguous()
         return ir.Tensor(converted.numpy(), dtype=kind, name=source[0])
 
@@ -256,4 +249,4 @@ def check_file(path: Path) -> None:
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
-        raise VtwError(f"{path.name} does not pass the ONNX checker: {str(error).splitlines()[0]}") from error
+        raise VtwError(f"{path.name} does not pass the ONNX checker: {first_line(error)}") from error

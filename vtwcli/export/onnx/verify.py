@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from vtwcli.data.sample import Sample
-from vtwcli.errors import GateError, NotFoundError, UsageError, VtwError
+from vtwcli.errors import GateError, NotFoundError, UsageError, VtwError, first_line, typed_line
 from vtwcli.export.directory.manifest import at_hand, check_files, file_totals, read_manifest
 from vtwcli.export.directory.own_code import read_own_code
 from vtwcli.export.onnx.companions import scripts
+from vtwcli.export.onnx.failures import as_vtw_errors
 from vtwcli.io import console
-from vtwcli.models.checkpoint import Checkpoint, first_line, read_config, resolve
+from vtwcli.models.checkpoint import Checkpoint, read_config, resolve
 from vtwcli.models.inputs import encode
 from vtwcli.models.loading import LoadedModel, choose_device, load_processor
 from vtwcli.ort import FORMAT, OnnxModel, has_device
@@ -61,7 +62,8 @@ def verify_onnx(
         raise UsageError("ONNX graphs are compared with torch in float32", "leave out --dtype")
     manifest = read_manifest(directory, FORMAT)
     auto = "cuda" if has_device("cuda") else "cpu"
-    exported = OnnxModel(directory, auto if device == "auto" else choose_device(device).type)
+    with as_vtw_errors():
+        exported = OnnxModel(directory, auto if device == "auto" else choose_device(device).type)
     files = check_files(directory, manifest)
     if not trust_remote_code:  # none of it runs here, but it is not to be called verified either
         read_own_code(directory, scripts(), {})
@@ -95,10 +97,12 @@ def verify_onnx(
 def _running(directory: Path) -> Iterator[None]:
     """Tell of graphs that do not do what the manifest says, whatever they raise for it."""
     try:
-        yield
+        with as_vtw_errors():
+            yield
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise GateError(f"{directory}: the graphs do not run as the manifest says: {reason}") from error
+        raise GateError(
+            f"{directory}: the graphs do not run as the manifest says: {typed_line(error)}"
+        ) from error
 
 
 def _check_graph(directory: Path, graph: Mapping[str, Any]) -> None:
