@@ -19,6 +19,7 @@ from vtwcli.judge import statistics as judge
 from vtwcli.judge.flops import (
     CONVENTIONS,
     DEFAULT_CONVENTION,
+    Convention,
     TextShape,
     prefill_cost,
     tokens_with_withdrawal,
@@ -30,7 +31,7 @@ from vtwcli.measure.study import Study
 from vtwcli.measure.withdrawn import Measured, measured_of
 from vtwcli.methods import METHODS
 from vtwcli.recipe.recipe import CalibrateSection, ModelSection, Policy, ScheduleSection
-from vtwcli.results.calibration import FORMAT, FORMAT_VERSION, Calibration, VtwCalibration
+from vtwcli.results.calibration import FORMAT, FORMAT_VERSION, Calibration, Cost, VtwCalibration
 from vtwcli.results.resume import Keep, kept, key_of, stamp
 from vtwcli.schedule.schedule import Schedule
 from vtwcli.sweep.sweep import sweep
@@ -120,11 +121,12 @@ def assemble(
         console.warn(f"{int((~seeing).sum())} samples have no visual token; they do not count")
     used, used_agree = kl[seeing], agree[seeing]
     tasks = [sample.task for sample, sees in zip(mix.samples, seeing, strict=True) if sees]
-    cost = _cost(study.text, measured, depth)
+    costs = _costs(study.text, measured, depth)
     least = study.least(options.min_layer)
 
     def rule(policy: Policy) -> policies.Rule:
-        relative = cost["kv_ratio"] if options.budget_of == "kv" else cost["flops_ratio"][DEFAULT_CONVENTION]
+        kv = options.budget_of == "kv"
+        relative = [one["kv_ratio"] if kv else one["flops_ratio"][DEFAULT_CONVENTION] for one in costs]
         return policies.Rule(
             policy,
             options.eta,
@@ -143,7 +145,6 @@ def assemble(
     best = policies.compromise(chosen, used, tasks)
     by_task = policies.per_task(rule("sustained"), used, tasks)
     names = np.asarray(tasks)
-    at = depth if k is None else k
     schedule = None
     if k is not None:
         found = {"policy": options.policy, "eta": options.eta, "positions": options.positions}
@@ -177,13 +178,7 @@ def assemble(
             "positions": [one.kl for one in measured],
         },
         "agreement": {"mean": used_agree.mean(axis=0).tolist(), "samples": agree.tolist()},
-        "cost": {
-            "convention": DEFAULT_CONVENTION,
-            "visual_tokens": cost["visual_tokens"],
-            "text_tokens": cost["text_tokens"],
-            "flops_ratio": {name: cost["flops_ratio"][name][at] for name in CONVENTIONS},
-            "kv_ratio": cost["kv_ratio"][at],
-        },
+        "cost": costs[depth if k is None else k],
         "schedule": schedule,
         "samples": [
             {
@@ -201,23 +196,26 @@ def assemble(
     }
 
 
-def _cost(shape: TextShape, measured: Sequence[Measured], depth: int) -> dict[str, Any]:
+def _costs(shape: TextShape, measured: Sequence[Measured], depth: int) -> list[Cost]:
     """Cost of the prompts' prefill with withdrawal at k = 0..L relative to the full model's, over all samples."""
     counts = [(one.prefix + one.suffix, one.visual) for one in measured]
 
-    def total(k: int, convention: Any) -> int:
+    def total(k: int, convention: Convention) -> int:
         return sum(prefill_cost(shape, tokens_with_withdrawal(depth, t, v, k), convention) for t, v in counts)
 
     def entries(k: int) -> int:
         return sum(sum(tokens_with_withdrawal(depth, t, v, k)) for t, v in counts)
 
-    layers = range(depth + 1)
-    return {
-        "flops_ratio": {name: [total(k, name) / total(depth, name) for k in layers] for name in CONVENTIONS},
-        "kv_ratio": [entries(k) / entries(depth) for k in layers],
-        "text_tokens": sum(t for t, _ in counts) / len(counts),
-        "visual_tokens": sum(v for _, v in counts) / len(counts),
-    }
+    return [
+        {
+            "convention": DEFAULT_CONVENTION,
+            "visual_tokens": sum(v for _, v in counts) / len(counts),
+            "text_tokens": sum(t for t, _ in counts) / len(counts),
+            "flops_ratio": {name: total(k, name) / total(depth, name) for name in CONVENTIONS},
+            "kv_ratio": entries(k) / entries(depth),
+        }
+        for k in range(depth + 1)
+    ]
 
 
 def _warn_if_uncertain(interval: tuple[int, int] | None, tasks: Sequence[str], policy: Policy) -> None:

@@ -49,6 +49,7 @@ from vtwcli.results.evaluation import (
     EvaluatedTask,
     Evaluation,
     Score,
+    TraceLine,
 )
 from vtwcli.results.provenance import run_of, template_date
 from vtwcli.results.resume import Keep, kept, key_of, stamp
@@ -207,8 +208,13 @@ def _trace(
     lines = []
     for sample, (whole, *rows) in zip(samples, answers, strict=True):
         for variant, answer in zip(variants, rows, strict=True):
-            line = {"id": sample.id, "task": sample.task, "schedule": variant.name}
-            lines.append(files.document(line | spent(shape, answer, whole, size), indent=None))
+            line: TraceLine = {
+                "id": sample.id,
+                "task": sample.task,
+                "schedule": variant.name,
+                **spent(shape, answer, whole, size),
+            }
+            lines.append(files.document(line, indent=None))
     return "".join(lines)
 
 

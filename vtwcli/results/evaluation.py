@@ -232,6 +232,42 @@ class EvaluatedSample(TypedDict):
     """By the task's metric: the full model's, then each schedule's; None without references."""
 
 
+class ActionTaken(TypedDict):
+    """What a ``withdraw`` or ``keep`` action of a schedule did to a sample."""
+
+    action: str
+    layer: int | None
+    """At which it started; None if it did not."""
+    kept: NotRequired[list[int] | None]
+    """Of ``keep``: the tokens that stayed, counted among the sample's visual tokens."""
+
+
+class Spent(TypedDict):
+    """What a schedule did to a sample, and what the prompt's prefill cost."""
+
+    visual_tokens: int
+    text_tokens: int
+    actions: list[ActionTaken]
+    visual_per_layer: list[int]
+    """[L]."""
+    convention: str
+    """Of the FLOPs."""
+    flops: int
+    full_flops: int
+    kv_bytes: int
+    """Computed."""
+    full_kv_bytes: int
+
+
+class TraceLine(Spent):
+    """A line of the trace, which is not part of the document."""
+
+    id: str
+    """The sample's."""
+    task: str
+    schedule: str
+
+
 @with_config(STRICT)
 class Evaluation(Origin):
     """What schedules cost and save. Nothing but ``run`` differs between equal runs."""
