@@ -13,7 +13,7 @@ from filelock import FileLock
 from tests import tiny
 from tests.conftest import build_processor
 from vtwcli.export.onnx.export import export_onnx
-from vtwcli.models.checkpoint import resolve
+from vtwcli.models.hub import resolve
 from vtwcli.models.loading import load
 
 

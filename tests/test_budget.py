@@ -19,7 +19,8 @@ from vtwcli.measure.candidates import pareto
 from vtwcli.measure.search import accepted, choice
 from vtwcli.methods.method import Answers, Shape
 from vtwcli.methods.visipruner import shallow_boundary
-from vtwcli.models.inputs import encode, generate_answers
+from vtwcli.models.generation import generate_answers
+from vtwcli.models.inputs import encode
 from vtwcli.models.loading import load
 from vtwcli.recipe.recipe import BudgetSection, CalibrateSection, ModelSection, Recipe
 from vtwcli.report import budget as report_budget

@@ -15,7 +15,8 @@ from vtwcli.calibrate import calibrate
 from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
-from vtwcli.models.inputs import encode, generate_answers
+from vtwcli.models.generation import generate_answers
+from vtwcli.models.inputs import encode
 from vtwcli.models.loading import load
 from vtwcli.recipe.recipe import CalibrateSection, ModelSection
 from vtwcli.schedule.schedule import Schedule

@@ -33,8 +33,9 @@ from vtwcli.export.hf.weights import place_weights
 from vtwcli.export.onnx import companions as onnx_companions
 from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.models import templates
-from vtwcli.models.checkpoint import resolve
-from vtwcli.models.inputs import answer_ids, encode, generate_answers
+from vtwcli.models.generation import generate_answers
+from vtwcli.models.hub import resolve
+from vtwcli.models.inputs import answer_ids, encode
 from vtwcli.models.loading import LoadedModel, load
 from vtwcli.models.stored import read_header
 from vtwcli.sweep.layers import Resident

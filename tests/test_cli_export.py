@@ -22,7 +22,7 @@ from vtwcli.export.directory.manifest import check_files, read_manifest
 from vtwcli.export.hf import export as hf
 from vtwcli.export.hf.export import baked_schedule
 from vtwcli.io import staging
-from vtwcli.models.checkpoint import resolve
+from vtwcli.models.hub import resolve
 from vtwcli.runtime.contract import TESTED
 from vtwcli.schedule.schedule import Schedule
 

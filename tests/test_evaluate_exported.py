@@ -19,7 +19,8 @@ from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.evaluate import evaluate
 from vtwcli.export.hf.export import export_hf
 from vtwcli.measure.answers import full_answers, schedule_answers
-from vtwcli.models.inputs import encode_batch, plain_generation
+from vtwcli.models.generation import plain_generation
+from vtwcli.models.inputs import encode_batch
 from vtwcli.models.loading import load
 from vtwcli.recipe.recipe import AnalyzeSection, CalibrateSection, ModelSection
 from vtwcli.report.evaluation import sentences

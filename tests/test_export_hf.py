@@ -27,15 +27,16 @@ from tests import reference, tiny
 from tests.tiny import TINY
 from vtwcli.errors import NotFoundError, UsageError, VtwError
 from vtwcli.export.directory import publish as publishing
-from vtwcli.export.directory.card import describe, front_matter
+from vtwcli.export.directory.card import front_matter
 from vtwcli.export.directory.manifest import check_files, read_manifest
 from vtwcli.export.hf import weights
 from vtwcli.export.hf.export import baked_schedule, export_hf
 from vtwcli.export.hf.remote import travelling_code
 from vtwcli.machine.libraries import versions
-from vtwcli.models.checkpoint import resolve
+from vtwcli.models.hub import resolve
 from vtwcli.runtime.contract import TESTED
 from vtwcli.schedule.schedule import Schedule
+from vtwcli.schedule.sentences import describe
 
 K = 3
 SCHEDULE = Schedule.withdraw_at(K, model="org/base")

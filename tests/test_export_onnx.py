@@ -14,8 +14,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
+import onnxscript
 import pytest
 import torch
+import transformers
 
 from tests import reference, slow_schedule, tiny
 from tests.conftest import build_processor
@@ -29,7 +32,7 @@ from vtwcli.export.onnx import parity as onnx_parity
 from vtwcli.export.onnx import trace as onnx_trace
 from vtwcli.export.onnx.companions import scripts, write_companions
 from vtwcli.export.onnx.export import export_onnx
-from vtwcli.models.checkpoint import resolve
+from vtwcli.models.hub import resolve
 from vtwcli.models.inputs import encode_batch
 from vtwcli.models.loading import load
 from vtwcli.ort import OnnxModel
@@ -167,6 +170,17 @@ def test_files_names_and_hashes(exports):
     assert json.loads((directory / "parity.json").read_text()) == report["parity"]
     assert manifest["withdrawal_layer"] == 1 and manifest["schedule"]["actions"] == [withdraw(1)]
     assert manifest["tokens"]["placeholder_ids"] == [tiny.IMAGE_ID]
+    libraries = (transformers, torch, onnx, onnxruntime, onnxscript)
+    assert manifest["versions"].items() >= {each.__name__: each.__version__ for each in libraries}.items()
+    assert manifest["tested"] == {"onnxruntime": [onnxruntime.__version__]}
+    card = " ".join((directory / "README.md").read_text().split())
+    assert card.startswith("# split ONNX graphs of `tiny-llava-3` with a visual token schedule baked in.")
+    assert "- From layer 1 of 3 on there are no visual tokens" in card
+    assert (
+        f"with transformers {transformers.__version__}, torch {torch.__version__}, onnx {onnx.__version__}"
+        in card
+    )
+    assert f"checked against torch with ONNX Runtime {onnxruntime.__version__} (`parity.json`)" in card
     assert manifest["prompt"]["image"] == "USER: <image>\n{question} ASSISTANT:"
     assert any("keep_index" in step for step in manifest["how_to"])
     for graph in manifest["graphs"]:

@@ -22,7 +22,7 @@ from vtwcli.export.onnx.export import export_onnx
 from vtwcli.io import files
 from vtwcli.judge.kl import check_hidden, divergence, log_probabilities
 from vtwcli.measure.study import Study
-from vtwcli.models.checkpoint import resolve
+from vtwcli.models.hub import resolve
 from vtwcli.models.loading import load
 from vtwcli.recipe.recipe import AnalyzeSection, BudgetSection, CalibrateSection, EvalSection, ModelSection
 from vtwcli.schedule.intervention import Intervention

@@ -152,8 +152,9 @@ def outcome(layer0, change, seed):
         with pruned(model, schedule) as running:
             model(**batch)
         [sample] = running.trace.samples
-        said = [("keep", sample["starts"][0], sample["kept"][0])] if sample["starts"][0] is not None else []
-        said += [("withdraw", sample["starts"][1])] if sample["starts"][1] is not None else []
+        keep, withdraw = sample.actions
+        said = [("keep", keep.layer, keep.kept)] if keep.layer is not None else []
+        said += [("withdraw", withdraw.layer)] if withdraw.layer is not None else []
         assert said == happened
         seen.append(happened)
     return seen

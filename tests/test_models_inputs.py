@@ -20,13 +20,13 @@ from vtwcli.errors import NotFoundError
 from vtwcli.measure.samples import read_samples
 from vtwcli.models import inputs
 from vtwcli.models.families import FAMILIES
+from vtwcli.models.generation import generate_answers
 from vtwcli.models.inputs import (
     UnusableSampleError,
     answer_ids,
     encode,
     encode_batch,
     end_ids,
-    generate_answers,
     prompt_text,
     visual_mask,
 )
@@ -298,7 +298,7 @@ def test_text_that_stands_for_images_is_refused_and_control_tokens_are_told(load
     chat.processor.start_image_token = "<unused97>"
     with pytest.raises(UnusableSampleError, match="contains the image placeholder '<unused97>'"):
         encode(chat, sample("red <unused97>?"))
-    inputs._warn_of_control.cache_clear()
+    inputs.warn_of_control.cache_clear()
     for _ in range(2):
         encode(chat, sample("red </s> ?"))
     assert (

@@ -22,7 +22,7 @@ from vtwcli.data.images import decode_image
 from vtwcli.data.sample import Sample
 from vtwcli.errors import NotFoundError
 from vtwcli.export.onnx.export import export_onnx
-from vtwcli.models.checkpoint import resolve
+from vtwcli.models.hub import resolve
 from vtwcli.models.inputs import UnusableSampleError, encode, encode_batch
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from tests import tiny
 from vtwcli.errors import NotFoundError, UsageError
-from vtwcli.models.checkpoint import resolve
+from vtwcli.models.hub import resolve
 from vtwcli.models.loading import LoadedModel, load
 from vtwcli.models.stored import StoredTensor
 from vtwcli.schedule.intervention import Intervention

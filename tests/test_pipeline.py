@@ -172,7 +172,7 @@ def test_changed_files_are_noticed(folder):
 
 
 def test_large_weight_files_are_sampled(folder, monkeypatch):
-    from vtwcli.models.checkpoint import resolve
+    from vtwcli.models.hub import resolve
     from vtwcli.pipeline import fingerprint
 
     model = ModelSection(name="model")

@@ -13,24 +13,27 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
+from vtwcli.models.layers import cache_of
 
 from vtwcli.data.sample import Sample
-from vtwcli.demo.scenes import examples
+from vtwcli.data.scenes import examples
 from vtwcli.export.hf import export_hf
 from vtwcli.models.inputs import encode
-from vtwcli.models.layers import cache_of
 from vtwcli.models.loading import load
 from vtwcli.runtime import pruned
 from vtwcli.schedule import Schedule
 
-for package in ("fastapi", "uvicorn", "openai"):
-    pytest.importorskip(package, reason="what transformers serve needs is not installed")
+pytestmark = pytest.mark.skipif(
+    not all(map(find_spec, ("fastapi", "openai", "uvicorn"))),
+    reason="what transformers serve needs is not installed",
+)
 
 LAYER, STEPS = 2, 12  # so early that the full model answers otherwise
 PATIENCE = 240  # seconds, for machines that do much else

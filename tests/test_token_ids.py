@@ -131,10 +131,10 @@ def test_a_placeholder_outside_is_fine_where_the_model_replaces_it(name):
     loaded = LoadedModel(
         model, SimpleNamespace(tokenizer=None), family, name, None, None, torch.device("cpu"), torch.float32
     )
-    inputs._check_ids(loaded, [Sample("x", "t", (), "?")], moved["input_ids"])
+    inputs.check_ids(loaded, [Sample("x", "t", (), "?")], moved["input_ids"])
     refused = replace(loaded, family=replace(family, placeholder_apart=False))
     with pytest.raises(AttributeError):  # it goes on to name the token
-        inputs._check_ids(refused, [Sample("x", "t", (), "?")], moved["input_ids"])
+        inputs.check_ids(refused, [Sample("x", "t", (), "?")], moved["input_ids"])
 
 
 @pytest.mark.parametrize("pad", [-1, 10**6, None])

@@ -28,7 +28,7 @@ def child(options: argparse.Namespace) -> None:
     import torch
 
     from vtwcli.export.onnx import export
-    from vtwcli.models.checkpoint import resolve
+    from vtwcli.models.hub import resolve
 
     torch.set_num_threads(options.threads)
     libraries = peak()

@@ -28,7 +28,7 @@ def child(options: argparse.Namespace) -> None:
     import torch
 
     from vtwcli.machine.memory import peak_memory
-    from vtwcli.models.checkpoint import resolve
+    from vtwcli.models.hub import resolve
     from vtwcli.models.loading import LoadedModel
     from vtwcli.schedule.intervention import Intervention
     from vtwcli.sweep.streaming import Streamed

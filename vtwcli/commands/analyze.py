@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from vtwcli.commands.options import begin, data_of, inputs_here, model_of, outpu
 from vtwcli.io.files import present
 from vtwcli.recipe.recipe import AnalyzeSection
 from vtwcli.recipe.settings import section_of
+from vtwcli.results.analysis import ANALYSIS
 
 EXAMPLES = """
 Examples:
@@ -20,16 +22,6 @@ Examples:
 
   vtw analyze ./my-model --data ./mine.jsonl --json | jq .stages.sentences
 """
-
-BESIDE = {
-    "page": ".html",
-    "static": ".static.yaml",
-    "dynamic": ".dynamic.yaml",
-    "kl": ".kl.png",
-    "attention": ".attention.png",
-    "tokens": ".tokens.png",
-    "values": ".values.png",
-}
 
 
 @flags(
@@ -59,8 +51,8 @@ def command(**given: Any) -> None:
     if output is not None and (not output.suffix or (present(output) and output.is_dir())):
         output = output / "analysis.json"
     plots = ".svg" if given["svg"] else ".png"
-    beside = {key: suffix.replace(".png", plots) for key, suffix in BESIDE.items()}
-    outputs = output_paths({**given, "output": output}, where.name, "analysis", beside)
+    beside = {key: suffix.replace(".png", plots) for key, suffix in ANALYSIS.beside.items()}
+    outputs = output_paths({**given, "output": output}, where.name, replace(ANALYSIS, beside=beside))
     outputs.check(inputs_here(given, base, where, specs))
 
     from vtwcli.analyze import analyze

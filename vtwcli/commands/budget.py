@@ -10,6 +10,7 @@ from vtwcli.commands.options import begin, data_of, inputs_here, model_of, outpu
 from vtwcli.errors import GateError
 from vtwcli.recipe.recipe import BudgetSection
 from vtwcli.recipe.settings import section_of
+from vtwcli.results.comparison import BUDGET
 
 EXAMPLES = """
 Examples:
@@ -46,7 +47,7 @@ def command(**given: Any) -> None:
     base = recipe_of(given)
     options = section_of(BudgetSection, given, base.budget)
     where, specs = model_of(given, base), data_of(given, base)
-    outputs = output_paths(given, where.name, "budget", {"schedule": ".schedule.yaml", "plot": ".png"})
+    outputs = output_paths(given, where.name, BUDGET)
     if options.max_flops is None:
         outputs["schedule"] = None
     outputs.check(inputs_here(given, base, where, specs))

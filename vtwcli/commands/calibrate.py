@@ -19,6 +19,7 @@ from vtwcli.commands.options import (
 from vtwcli.errors import GateError
 from vtwcli.recipe.recipe import CalibrateSection
 from vtwcli.recipe.settings import section_of
+from vtwcli.results.calibration import CALIBRATION
 
 EXAMPLES = """
 Examples:
@@ -57,7 +58,7 @@ def command(**given: Any) -> None:
     base = recipe_of(given)
     options = section_of(CalibrateSection, given, base.calibrate)
     where, specs = model_of(given, base), data_of(given, base)
-    outputs = output_paths(given, where.name, "calibration", {"schedule": ".schedule.yaml", "plot": ".png"})
+    outputs = output_paths(given, where.name, CALIBRATION)
     outputs.check(inputs_here(given, base, where, specs))
 
     from vtwcli.calibrate import calibrate

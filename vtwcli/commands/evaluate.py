@@ -20,6 +20,8 @@ from vtwcli.commands.options import (
 from vtwcli.errors import GateError
 from vtwcli.recipe.recipe import EvalSection, GatesSection
 from vtwcli.recipe.settings import section_of
+from vtwcli.results.calibration import CalibratedOn, SearchedSample
+from vtwcli.results.evaluation import EVALUATION
 
 EXAMPLES = """
 Examples:
@@ -88,8 +90,7 @@ def command(**given: Any) -> None:
     from vtwcli.recipe.schedules import schedules_of
 
     schedules = schedules_of(given, base)
-    beside = {"markdown": ".md", "page": ".html", "plot": ".png"}
-    outputs = output_paths(given, where.name, "evaluation", beside)
+    outputs = output_paths(given, where.name, EVALUATION)
     outputs.check(inputs_here(given, base, where, specs))
 
     from vtwcli.judge import gates
@@ -122,10 +123,10 @@ def command(**given: Any) -> None:
         raise GateError(gates.sentence(failed[0]), f"{len(failed)} of {len(result['gates'])} gates failed")
 
 
-def _calibrated(calibration: Path | None, schedules: Sequence[Path]) -> dict[str, Any] | None:
+def _calibrated(calibration: Path | None, schedules: Sequence[Path]) -> CalibratedOn | None:
     """The samples of the calibration result, and of those schedule files that are one."""
     from vtwcli.results.reading import calibration_in, read_calibration
 
     found = [read_calibration(calibration), *map(calibration_in, schedules)]
-    samples = [sample for document in found if document for sample in document["samples"]]
+    samples: list[SearchedSample] = [sample for one in found if one for sample in one["samples"]]
     return {"samples": samples} if samples else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import UsageError
@@ -17,6 +17,9 @@ from vtwcli.io.files import document, present
 from vtwcli.io.outputs import Inputs, Outputs, inputs_of
 from vtwcli.recipe.recipe import ModelSection, Recipe
 from vtwcli.recipe.settings import section_of
+from vtwcli.results.document import Files
+
+T = TypeVar("T")
 
 
 def begin(given: dict[str, Any]) -> None:
@@ -52,14 +55,13 @@ def data_of(given: dict[str, Any], recipe: Recipe) -> list[DataSpec]:
     return [DataSpec.parse(text) for text in given.get("data") or ()] or list(recipe.data)
 
 
-def output_paths(given: dict[str, Any], model: str, name: str, beside: dict[str, str]) -> Outputs:
+def output_paths(given: dict[str, Any], model: str, files: Files) -> Outputs:
     """Where the result and the files beside it go; nowhere under ``--json`` without ``--output``.
 
     Args:
         given: ``output``, ``json`` and ``force``; ``plot`` and ``trace`` are those files' own places.
         model: whose name the directory bears by default.
-        name: of the result's file by default, without its suffix.
-        beside: suffix of each file that goes beside the result.
+        files: of the result.
 
     Raises:
         UsageError: ``plot`` has a suffix of no picture.
@@ -69,10 +71,11 @@ def output_paths(given: dict[str, Any], model: str, name: str, beside: dict[str,
         raise UsageError(f"--plot: {plot} must end in .png, .svg or .pdf")
     if output is None and not given["json"]:
         slug = model.rstrip("/").replace("@", "-").rsplit("/", 1)[-1] or "model"
-        output = Path(f"vtw-{slug}") / f"{name}.json"
-    places = {"result": output} | {key: output and _beside(output, suffix) for key, suffix in beside.items()}
+        output = Path(f"vtw-{slug}") / files.named()["result"]
+    places = {"result": output}
+    places |= {key: output and _beside(output, suffix) for key, suffix in files.beside.items()}
     named = {key: given[key] for key in ("plot", "trace") if given.get(key) is not None}
-    return Outputs(places | named, f"vtw-{name}", given["force"])
+    return Outputs(places | named, files.format, given["force"])
 
 
 def _beside(output: Path, suffix: str) -> Path:
@@ -117,8 +120,8 @@ def state_beside(result: Path | None, resume: bool) -> Path | None:
 
 
 def show(
-    result: dict[str, Any],
-    view: Callable[[dict[str, Any]], Any],
+    result: T,
+    view: Callable[[T], Any],
     outputs: Outputs,
     as_json: bool,
 ) -> None:

@@ -57,3 +57,13 @@ def command(**given: Any) -> None:
             f"with transformers {releases['installed']}; exported with {releases['exported_with']}, its code "
             f"tested with {others}"
         )
+    if releases := report.get("onnxruntime"):
+        made = report["made_with"]
+        others = ", ".join(releases["tested"]) or "no release named"
+        tools = ", ".join(
+            f"{name} {made[name]}" for name in ("transformers", "torch", "onnx") if name in made
+        )
+        console.note(
+            f"with ONNX Runtime {releases['installed']}; made with {tools or 'nothing named'}, checked with "
+            f"ONNX Runtime {others}"
+        )

@@ -15,7 +15,8 @@ from vtwcli.data.tasks import BadRow
 from vtwcli.errors import NotFoundError
 from vtwcli.io import console
 from vtwcli.machine import distributed
-from vtwcli.models.checkpoint import Checkpoint, resolve
+from vtwcli.models.checkpoint import Checkpoint
+from vtwcli.models.hub import resolve
 from vtwcli.models.inputs import UnusableSampleError, answer_ids, encode, end_ids
 from vtwcli.models.loading import LoadedModel, load
 from vtwcli.recipe.recipe import ModelSection

@@ -1,4 +1,4 @@
-"""Samples to model inputs and back: chat template, images, reference answers, greedy answers.
+"""Samples to model inputs: chat template, images, reference answers as tokens.
 
 S is the length of a prompt, A of an answer, in tokens.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,9 +18,8 @@ from torch import Tensor
 from vtwcli.data.pixels import PictureError, check_resized
 from vtwcli.data.sample import Sample
 from vtwcli.data.tasks import shown
-from vtwcli.errors import NotFoundError, VtwError, first_line
+from vtwcli.errors import NotFoundError, first_line
 from vtwcli.io import console
-from vtwcli.judge.kl import check_generation
 from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.models import prompts, templates
 from vtwcli.models.loading import LoadedModel
@@ -78,7 +76,7 @@ def encode(
     prompt_length = int(inputs["input_ids"].shape[1])
     visual = visual_mask(inputs["input_ids"][0], loaded.placeholder_ids)
     if answer_ids is not None:
-        _check_ids(loaded, [sample], answer_ids[None])
+        check_ids(loaded, [sample], answer_ids[None])
         inputs = append(loaded, inputs, answer_ids)
         visual = torch.cat([visual, visual.new_zeros(answer_ids.shape[0])])
     _check_length(loaded, [sample], [int(visual.shape[0])])
@@ -156,122 +154,7 @@ def end_ids(loaded: LoadedModel) -> tuple[int, ...]:
     return tuple(ids) if isinstance(ids, Iterable) else (int(ids),)
 
 
-@torch.no_grad()
-def generate_answers(
-    loaded: LoadedModel, samples: Sequence[Sample], max_new_tokens: int, batch_size: int = 1
-) -> list[tuple[str, Tensor]]:
-    """The model's own greedy answers: per sample the text and the ids [A], up to and with the end token.
-
-    Plain argmax at every step. A checkpoint's generation config may carry penalties and sampling settings; they are
-    set aside, so that teacher forcing the answer meets each token as the model's first choice.
-
-    Raises:
-        NotFoundError: a sample that cannot be encoded, or whose placeholders the model refuses.
-    """
-    answers: list[tuple[str, Tensor]] = []
-    with console.progress("answers", total=len(samples)) as task, plain_generation(loaded):
-        for at in range(0, len(samples), batch_size):
-            part = samples[at : at + batch_size]
-            batch = encode_batch(loaded, part)
-            try:
-                with quiet_libraries():
-                    output, _ = greedy(loaded, batch, max_new_tokens, [sample.id for sample in part])
-            except VtwError:
-                raise
-            except Exception as error:  # as in capture
-                raise NotFoundError(
-                    f"the model refuses the inputs of sample {_names(part)}: {first_line(error)}"
-                ) from error
-            for row in output.cpu():
-                ids = row[: len(answer_of(loaded, row.tolist()))].clone()
-                answers.append(
-                    (loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).strip(), ids)
-                )
-            task.advance(len(output))
-    return answers
-
-
-@torch.no_grad()
-def greedy(
-    loaded: LoadedModel,
-    batch: dict[str, Tensor],
-    tokens: int,
-    names: Sequence[str] = (),
-    forced: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The most likely tokens of a batch that is padded on the left, and the logits they were chosen from.
-
-    Args:
-        loaded: the model; a schedule that is applied to it has its effect.
-        batch: model inputs of B rows.
-        tokens: longest answer R.
-        names: of the rows' samples, for messages.
-        forced: token ids [B, R] that are taken instead of the most likely ones.
-
-    Returns:
-        Token ids [B, R], behind the end of an answer padding, and raw logits [B, R, V].
-
-    Raises:
-        NotFoundError: logits of an answer that are not finite; names the sample, the layer and the type.
-    """
-    width = batch["input_ids"].shape[1]
-
-    def force(ids: Tensor, scores: Tensor) -> Tensor:
-        assert forced is not None
-        wanted = forced[:, ids.shape[1] - width, None].to(scores.device)
-        return torch.full_like(scores, -torch.inf).scatter(1, wanted, 0.0)
-
-    extra: dict[str, Any] = {}
-    if forced is not None:
-        extra = {"logits_processor": [force], "min_new_tokens": tokens}
-
-    def run() -> Any:
-        return loaded.model.generate(
-            **batch,
-            max_new_tokens=tokens,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **extra,
-        )
-
-    out = run()
-    said, logits = out.sequences[:, width:], torch.stack(out.logits, dim=1)
-    lengths = [len(answer_of(loaded, row)) for row in said.tolist()]
-    mask = batch.get("attention_mask")
-    check_generation(logits, lengths, names, loaded.layers, run, mask, loaded.dtype)
-    return said, logits
-
-
-def answer_of(loaded: LoadedModel, ids: list[int]) -> list[int]:
-    """Generated tokens up to and with the first end token."""
-    ends = set(end_ids(loaded))
-    stop = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
-    return ids[:stop]
-
-
-@contextmanager
-def plain_generation(loaded: LoadedModel) -> Iterator[None]:
-    """The library's own generation defaults for a while, with the model's special tokens.
-
-    So there is no static cache either, which a schedule cannot shorten, whatever the checkpoint asks for.
-    """
-    from transformers import GenerationConfig
-
-    model, before = loaded.model, loaded.model.generation_config
-    pads = (before.pad_token_id, loaded.processor.tokenizer.pad_token_id, *end_ids(loaded))
-    # fed to rows that have ended, whatever it is: an id that the embedding does not have, such as -1, will not do
-    pad = next((token for token in pads if token is not None and 0 <= token < loaded.embedding_rows), 0)
-    model.generation_config = GenerationConfig(
-        bos_token_id=before.bos_token_id, eos_token_id=before.eos_token_id, pad_token_id=pad
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = before
-
-
-def _names(samples: Sequence[Sample]) -> str:
+def names_of(samples: Sequence[Sample]) -> str:
     return ", ".join(repr(sample.id) for sample in samples)
 
 
@@ -391,7 +274,7 @@ def _check_sample(loaded: LoadedModel, sample: Sample) -> None:
                 "prompts hold text only; the images' places are set by the chat template",
             )
     if control := [token for token in processor.tokenizer.all_special_tokens if token in sample.prompt]:
-        _warn_of_control(control[0])
+        warn_of_control(control[0])
     size = getattr(processor.image_processor, "size", None) or {}
     edge = size.get("shortest_edge") if hasattr(size, "get") else None
     if edge and not size.get("longest_edge"):
@@ -403,7 +286,7 @@ def _check_sample(loaded: LoadedModel, sample: Sample) -> None:
 
 
 @cache
-def _warn_of_control(token: str) -> None:
+def warn_of_control(token: str) -> None:
     console.warn(
         f"some prompts contain {token!r}, which the tokenizer reads as a control token and not as text"
     )
@@ -431,9 +314,9 @@ def _processed(
             )
     except Exception as error:  # there is no telling what a processor raises for an image that it cannot take
         raise UnusableSampleError(
-            f"the processor cannot encode sample {_names(samples)}: {first_line(error)[:300]}", _SKIP
+            f"the processor cannot encode sample {names_of(samples)}: {first_line(error)[:300]}", _SKIP
         ) from error
-    _check_ids(loaded, samples, encoded["input_ids"])
+    check_ids(loaded, samples, encoded["input_ids"])
     encoded.pop("labels", None)  # PaliGemma's processor makes some even where there is nothing to learn
     inputs = {
         name: value.to(loaded.device, loaded.dtype if value.is_floating_point() else None)
@@ -450,7 +333,7 @@ def _processed(
     return inputs
 
 
-def _check_ids(loaded: LoadedModel, samples: Sequence[Sample], ids: Tensor) -> None:
+def check_ids(loaded: LoadedModel, samples: Sequence[Sample], ids: Tensor) -> None:
     """Refuse token ids [B, S] that the embedding has no row for, as the model itself would.
 
     Raises:
@@ -482,9 +365,3 @@ def _check_length(loaded: LoadedModel, samples: Sequence[Sample], lengths: Seque
                 f"sample {sample.id!r} is {length} tokens long, more than the model's {limit} positions",
                 "use a shorter prompt or fewer images; --skip-bad leaves such rows out",
             )
-
-
-def cache_of(output: Any) -> Any:
-    """The cache in what a model or ``generate`` returned."""
-    names = ("cache", "past_key_values")
-    return next(found for name in names if (found := getattr(output, name, None)) is not None)

@@ -41,7 +41,7 @@ def model_record(model: ModelSection) -> dict[str, Any]:
     Raises:
         NotFoundError: there is no such model, or its files cannot be read.
     """
-    from vtwcli.models.checkpoint import resolve
+    from vtwcli.models.hub import resolve
 
     found = resolve(model.name, trust_remote_code=model.trust_remote_code, weights=False)
     fingerprint = digest(found.revision) if found.revision else _files(found)

@@ -14,7 +14,8 @@ from vtwcli.results.document import Files, ModelRecord, Origin, SweepRun
 
 FORMAT: Final = "vtw-analysis"
 FORMAT_VERSION: Final = 1
-FILES = Files(
+ANALYSIS = Files(
+    FORMAT,
     "analysis",
     {
         "page": ".html",
@@ -28,6 +29,9 @@ FILES = Files(
 )
 
 
+Stage = Literal["shallow", "middle", "deep"]
+
+
 class Spread(TypedDict):
     """A measure over samples by layer; None where there is nothing to measure."""
 
@@ -37,6 +41,8 @@ class Spread(TypedDict):
     """Standard deviation, as ``mean``."""
     samples: list[list[float | None]]
     """[S][L]."""
+    positions: NotRequired[list[list[list[float]]]]
+    """Of a KL, by compared position, [S][L][R]."""
 
 
 class Measure(Spread):
@@ -124,6 +130,8 @@ class AnalyzedSample(TypedDict):
     """Number of critical tokens; None without ``filter``."""
     critical: list[list[int]]
     """The critical tokens of each layer, counted among the sample's visual tokens."""
+    kept_cosine: NotRequired[list[list[float]]]
+    """[L][L]: of the critical tokens of each layer, the smallest cosine in each layer; empty where none is critical."""
     lens: list[list[list[str | float]]]
     """[L][N] of most likely token and probability, of the last row; empty where it was not asked for."""
 

@@ -27,7 +27,7 @@ from vtwcli.results.document import (
 
 FORMAT: Final = "vtw-calibration"
 FORMAT_VERSION: Final = 1
-FILES = Files("calibration", {"schedule": ".schedule.yaml", "plot": ".png"})
+CALIBRATION = Files(FORMAT, "calibration", {"schedule": ".schedule.yaml", "plot": ".png"})
 
 
 class Compromise(TypedDict):
@@ -205,6 +205,12 @@ class SearchedCalibration(Origin):
 
 
 Calibration: TypeAlias = VtwCalibration | SearchedCalibration
+
+
+class CalibratedOn(TypedDict):
+    """What an evaluation wants of calibrations: the samples that it leaves out."""
+
+    samples: list[SearchedSample]
 
 
 def is_searched(document: Calibration | Mapping[str, Any]) -> TypeIs[SearchedCalibration]:

@@ -13,7 +13,7 @@ from vtwcli.results.document import Files, ModelRecord, Origin, RunRecord, Token
 
 FORMAT: Final = "vtw-budget"
 FORMAT_VERSION: Final = 1
-FILES = Files("budget", {"schedule": ".schedule.yaml", "plot": ".png"})
+BUDGET = Files(FORMAT, "budget", {"schedule": ".schedule.yaml", "plot": ".png"})
 
 
 class TriedRow(TypedDict):

@@ -39,10 +39,12 @@ class Files:
     """The files of a result: its document and what lies beside it.
 
     Attributes:
+        format: that the document names.
         name: of the document, without its suffix.
         beside: suffixes of the other files, by the name under which their writer knows them.
     """
 
+    format: str
     name: str
     beside: Mapping[str, str]
 
@@ -51,7 +53,14 @@ class Files:
         return {key: self.name + suffix for key, suffix in {"result": ".json", **self.beside}.items()}
 
 
-class ModelRecord(TypedDict):
+class Dated(TypedDict):
+    """Of a model whose chat template asks for today's date."""
+
+    template_date: NotRequired[Unchecked[str]]
+    """What it was told."""
+
+
+class ModelRecord(Dated):
     """Which model it was."""
 
     name: str
@@ -64,8 +73,6 @@ class ModelRecord(TypedDict):
     """The model's class in transformers."""
     dtype: Unchecked[str]
     """That it ran in, as torch calls it."""
-    template_date: NotRequired[Unchecked[str]]
-    """The date that the chat template was told for today's, where it asks for one."""
 
 
 class RunRecord(TypedDict):

@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 from vtwcli.results.document import (
     STRICT,
     Count,
+    Dated,
     Files,
     Origin,
     Pair,
@@ -24,10 +25,10 @@ from vtwcli.results.document import (
 
 FORMAT: Final = "vtw-evaluation"
 FORMAT_VERSION: Final = 1
-FILES = Files("evaluation", {"markdown": ".md", "page": ".html", "plot": ".png"})
+EVALUATION = Files(FORMAT, "evaluation", {"markdown": ".md", "page": ".html", "plot": ".png"})
 
 
-class EvaluatedModel(TypedDict):
+class EvaluatedModel(Dated):
     """What was evaluated, and the full model that it was compared with."""
 
     name: str
@@ -44,8 +45,6 @@ class EvaluatedModel(TypedDict):
     """The full model's name."""
     baseline_dtype: Unchecked[str]
     """That it ran in."""
-    template_date: NotRequired[Unchecked[str]]
-    """The date that the chat template was told for today's, where it asks for one."""
 
 
 class Score(TypedDict):
@@ -231,6 +230,42 @@ class EvaluatedSample(TypedDict):
     """By schedule."""
     scores: list[float | None]
     """By the task's metric: the full model's, then each schedule's; None without references."""
+
+
+class ActionTaken(TypedDict):
+    """What a ``withdraw`` or ``keep`` action of a schedule did to a sample."""
+
+    action: str
+    layer: int | None
+    """At which it started; None if it did not."""
+    kept: NotRequired[list[int] | None]
+    """Of ``keep``: the tokens that stayed, counted among the sample's visual tokens."""
+
+
+class Spent(TypedDict):
+    """What a schedule did to a sample, and what the prompt's prefill cost."""
+
+    visual_tokens: int
+    text_tokens: int
+    actions: list[ActionTaken]
+    visual_per_layer: list[int]
+    """[L]."""
+    convention: str
+    """Of the FLOPs."""
+    flops: int
+    full_flops: int
+    kv_bytes: int
+    """Computed."""
+    full_kv_bytes: int
+
+
+class TraceLine(Spent):
+    """A line of the trace, which is not part of the document."""
+
+    id: str
+    """The sample's."""
+    task: str
+    schedule: str
 
 
 @with_config(STRICT)

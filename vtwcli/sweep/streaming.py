@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from vtwcli.errors import UsageError
-from vtwcli.models.checkpoint import Conversion
 from vtwcli.models.loading import LoadedModel
+from vtwcli.models.mapping import Conversion
 from vtwcli.models.stored import StoredTensor
 from vtwcli.sweep.layers import Capture, capture, check_attention, read_out
 

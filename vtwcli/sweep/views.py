@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vtwcli.errors import VtwError
-from vtwcli.runtime.attention import attend
+from vtwcli.runtime import attention
 from vtwcli.runtime.contract import PruningError
 from vtwcli.sweep.caches import Cache, Enough
 from vtwcli.sweep.layers import cache_argument
@@ -55,21 +54,20 @@ class LayerView:
         """
         rows = self.rows if rows is None else rows
         hidden = take(self.hidden_in, rows)
-        weights = row_weights(self.layer, hidden, self._arguments(rows), self.keys, self.values)
+        weights = _row_weights(self.layer, hidden, self._arguments(rows), self.keys, self.values)
         return weights.to(torch.promote_types(weights.dtype, torch.float32))
 
 
 Probe = Callable[[LayerView], None]
 
 
-def row_weights(
+def _row_weights(
     layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], keys: Tensor, values: Tensor
 ) -> Tensor:
     """Attention weights [B, heads, R, S] of the rows ``hidden`` [B, R, D], as the pruned model computes them.
 
-    The layer runs up to its attention. The attention's own code then runs for these rows on its eager path, because
-    only that one returns weights. What is changed for that is seen by this call alone: a copy has the other
-    implementation, and the hook knows the call by its cache.
+    The layer runs up to its attention, which the runtime then runs for these rows. The hook that stops it knows the
+    call by its cache, so no other thread is disturbed.
 
     Args:
         layer: a stock decoder layer.
@@ -79,41 +77,28 @@ def row_weights(
     Raises:
         VtwError: a layer that is not understood.
     """
-    attention = getattr(layer, "self_attn", None)
-    if not isinstance(attention, nn.Module):
+    module = getattr(layer, "self_attn", None)
+    if not isinstance(module, nn.Module):
         raise VtwError(f"{type(layer).__name__} has no self_attn")
-    name, cache = cache_argument(attention), Cache(lambda *_: (keys, values))
+    name, cache = cache_argument(module), Cache(lambda *_: (keys, values))
     given: dict[str, Any] = {}
 
-    def stop(module: nn.Module, args: tuple, called: dict[str, Any]) -> None:
+    def stop(_: nn.Module, args: tuple, called: dict[str, Any]) -> None:
         if called.get(name) is cache:
             given.update({"hidden_states": args[0]} if args else {}, **called)
             raise Enough
 
-    handle = attention.register_forward_pre_hook(stop, with_kwargs=True)
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         layer(hidden, **{**kwargs, cache_argument(layer): cache})
     except Enough:
         pass
     finally:
         handle.remove()
-    if not given:
-        raise VtwError(f"{type(layer).__name__} does not hand its cache to its attention")
+    if given.get("attention_mask") is None:
+        raise VtwError(f"{type(layer).__name__} does not hand its cache and its mask to its attention")
     rows = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
     try:
-        weights = attend(_eager(attention), given, rows, given["attention_mask"], keys, values)[1]
+        return attention.row_weights(module, given, rows, given["attention_mask"], keys, values)
     except PruningError as error:
         raise VtwError(str(error)) from error
-    if weights is None:
-        raise VtwError(f"the eager attention of {type(layer).__name__} returns no weights")
-    return weights
-
-
-def _eager(attention: nn.Module) -> nn.Module:
-    """The same attention with its eager implementation; the weights are shared, the configuration is its own."""
-    one: Any = copy.copy(attention)
-    one.config = copy.copy(one.config)
-    one.config._attn_implementation = "eager"
-    one.training = False
-    one.__dict__.pop("forward", None)  # as wrapped by accelerate it would run the original
-    return one

@@ -23,10 +23,11 @@ from vtwcli.io import console
 from vtwcli.judge.kl import is_distribution, not_finite
 from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.machine.releases import installed
-from vtwcli.models.checkpoint import resolve
 from vtwcli.models.dtypes import asked, name_of
 from vtwcli.models.families import FAMILIES
-from vtwcli.models.inputs import cache_of, encode
+from vtwcli.models.generation import cache_of
+from vtwcli.models.hub import resolve
+from vtwcli.models.inputs import encode
 from vtwcli.models.loading import LoadedModel, choose_device, choose_dtype, load
 from vtwcli.schedule.schedule import Schedule
 
@@ -106,7 +107,7 @@ def verify_hf(
     visual_tokens = int(encoded.visual.sum())
     text_tokens = encoded.prompt_length - visual_tokens
     trace = model.vtw_pruning.trace  # none where the schedule never acts
-    present = trace.samples[0]["visual_per_layer"] if trace else [visual_tokens] * len(got.entries)
+    present = trace.samples[0].visual_per_layer if trace else [visual_tokens] * len(got.entries)
     _check_gone(got, present, schedule, text_tokens, visual_tokens)
     difference = _check_same(got, wanted, kind, name)
     return {

@@ -14,7 +14,8 @@ from torch import Tensor
 from vtwcli.errors import UsageError
 from vtwcli.models.checkpoint import Checkpoint
 from vtwcli.models.families import Family
-from vtwcli.models.loading import LoadedModel, load_processor
+from vtwcli.models.loading import LoadedModel
+from vtwcli.models.processor import load_processor
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,12 @@ from vtwcli.export.directory.own_code import read_own_code
 from vtwcli.export.onnx.companions import scripts
 from vtwcli.export.onnx.failures import as_vtw_errors
 from vtwcli.io import console
-from vtwcli.models.checkpoint import Checkpoint, read_config, resolve
+from vtwcli.models.checkpoint import Checkpoint
+from vtwcli.models.config import read_config
+from vtwcli.models.hub import resolve
 from vtwcli.models.inputs import encode
-from vtwcli.models.loading import LoadedModel, choose_device, load_processor
+from vtwcli.models.loading import LoadedModel, choose_device
+from vtwcli.models.processor import load_processor
 from vtwcli.ort import FORMAT, OnnxModel, has_device
 from vtwcli.schedule.schedule import Schedule
 
@@ -51,13 +54,16 @@ def verify_onnx(
 
     Returns:
         The report: ``directory``, ``model``, ``schedule``, ``files``, ``graphs``, ``smoke``, ``compared_with`` (None
-        without a base), ``parity`` (of this comparison, else the one that the export kept) and ``device``.
+        without a base), ``parity`` (of this comparison, else the one that the export kept), ``onnxruntime`` (the
+        release ``installed``, and those ``tested`` at export), ``made_with`` (versions) and ``device``.
 
     Raises:
         GateError: a check failed; the message says which.
         NotFoundError: not an export, or it or the base cannot be read.
         UsageError: a base of another family, or a type that graphs are not compared in.
     """
+    import onnxruntime
+
     if dtype not in ("auto", "float32"):
         raise UsageError("ONNX graphs are compared with torch in float32", "leave out --dtype")
     manifest = read_manifest(directory, FORMAT)
@@ -86,6 +92,11 @@ def verify_onnx(
         "schedule": manifest["schedule"],
         "files": {**file_totals(manifest), **files},
         "graphs": [graph["file"] for graph in manifest["graphs"]],
+        "onnxruntime": {
+            "installed": onnxruntime.__version__,
+            "tested": manifest.get("tested", {}).get("onnxruntime", []),
+        },
+        "made_with": manifest.get("versions", {}),
         "smoke": smoke,
         "compared_with": name,
         "parity": parity,
