@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from vtwcli.schedule.words import kept_count
+
 from .tokens import Tokens
 
 
@@ -53,7 +55,7 @@ def chosen(visual: np.ndarray, select: Mapping[str, Any], scores: np.ndarray | N
     with the highest scores, the earlier among equals.
     """
     number = visual.sum(1)
-    wanted = kept_count(select, number)[:, None]
+    wanted = np.array([kept_count(select, int(n)) for n in number])[:, None]
     if select["score"] == "uniform":
         ordinal = np.cumsum(visual, 1) - 1
         return visual & ((ordinal * wanted) % np.maximum(number, 1)[:, None] < wanted)
@@ -61,9 +63,3 @@ def chosen(visual: np.ndarray, select: Mapping[str, Any], scores: np.ndarray | N
     order = np.argsort(np.where(visual, -scores.astype(np.float64), np.inf), 1, kind="stable")
     rank = np.argsort(order, 1, kind="stable")
     return visual & (rank < wanted)
-
-
-def kept_count(select: Mapping[str, Any], number: np.ndarray) -> np.ndarray:
-    """How many of ``number`` visual tokens [B] a ``keep`` keeps, [B]: ``count``, or the share ``ratio`` rounded up."""
-    wanted = np.ceil(number * select["ratio"]) if "ratio" in select else np.minimum(number, select["count"])
-    return wanted.astype(np.int64)

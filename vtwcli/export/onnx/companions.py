@@ -106,13 +106,17 @@ def scripts() -> dict[str, str]:
     """Name -> text of the Python files beside the graphs: the runtime, the reading of pictures, the script."""
     from vtwcli import ort
     from vtwcli.data import pixels
+    from vtwcli.schedule import words
 
     own = {f"vtw_ort/{file.name}": file for file in sorted(Path(ort.__file__).parent.glob("*.py"))}
     own |= {
+        "vtw_ort/words.py": Path(words.__file__),
         "vtw_pixels.py": Path(pixels.__file__),
         "run_onnx.py": Path(__file__).with_name("run_onnx.py"),
     }
-    return {name: file.read_text(encoding="utf-8") for name, file in own.items()}
+    texts = {name: file.read_text(encoding="utf-8") for name, file in own.items()}
+    moved = "from vtwcli.schedule.words import", "from .words import"
+    return {name: text.replace(*moved) for name, text in texts.items()}
 
 
 def _keep_video_part(path: Path, folder: Path) -> None:
