@@ -24,10 +24,13 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
+PYTHON = README.partition("\n## In Python\n")[2].partition("\n## ")[0]
+
 # commands that cannot run here, and why
 ELSEWHERE = {
     r"^pip install": "installs packages",
     r"^pytest": "runs this very test",
+    r"^transformers serve": "serves until it is stopped; test_serve.py asks one",
     r"^accelerate launch|^torchrun": "tested with two processes in test_calibrate.py",
     r"\b(llava-hf|Qwen|OpenGVLab|HuggingFaceTB)/": "needs a model from the Hub",
     r"recipes/(llava|qwen|visipruner|onnx)": "needs a model from the Hub; test_recipes.py runs it on a tiny one",
@@ -140,6 +143,13 @@ def test_yaml_is_a_recipe_a_schedule_or_a_workflow(text):
 @pytest.mark.parametrize("text", [text for language, text in BLOCKS if language == "python"])
 def test_python_is_python(text):
     compile(text, "README.md", "exec")
+
+
+@pytest.mark.parametrize("text", re.findall(r"^```python\n(.*?)^```", PYTHON, flags=re.MULTILINE | re.DOTALL))
+def test_python_runs_as_printed(text, capsys):
+    exec(compile(text, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) == text.count("print(")
 
 
 def test_links_lead_somewhere():
