@@ -16,7 +16,7 @@ from vtwcli.data.images import decode_image
 from vtwcli.data.metrics import METRICS
 from vtwcli.data.rows import SUFFIXES, Rows, joined, open_hub, open_local
 from vtwcli.data.sample import Sample
-from vtwcli.data.spec import Columns, DataSpec
+from vtwcli.data.spec import Columns, DataSpec, source_names
 from vtwcli.data.tasks import (
     DEFAULT_MIX,
     LETTER_LINE,
@@ -108,10 +108,10 @@ def load_data(
     sources: list[dict[str, Any]] = []
     excluded = 0
     contents: dict[str, str] = {}
-    for spec in specs:
+    for spec, name in zip(specs, source_names(specs, ("demo", *TASKS)), strict=True):
         first = spec.order == "first"
         drawing = Drawing(spec.limit or limit, seed, first=first, exclude=exclude, known=contents)
-        record = _read(spec, drawing, skip_bad, check)
+        record = _read(spec, name, drawing, skip_bad, check)
         chosen = drawing.chosen()
         contents |= {sample_content(sample, fingerprint): sample.id for _, fingerprint, sample in chosen}
         known = {sample.id for sample in samples}
@@ -140,8 +140,8 @@ def identify(spec: DataSpec, *, limit: int, seed: int, skip_bad: bool = False) -
     return load_data([spec], limit=limit, seed=seed, skip_bad=skip_bad).sources[0]
 
 
-def _read(spec: DataSpec, drawing: Drawing, skip_bad: bool, check: Check | None) -> dict[str, Any]:
-    """Read one source into the drawing; its record for result files."""
+def _read(spec: DataSpec, name: str, drawing: Drawing, skip_bad: bool, check: Check | None) -> dict[str, Any]:
+    """Read one source, which ids call ``name``, into the drawing; its record for result files."""
     if spec.metric is not None and spec.metric not in METRICS:
         close = nearest(spec.metric, METRICS)
         hint = f"did you mean {close!r}?" if close else f"known metrics: {', '.join(METRICS)}"
@@ -164,7 +164,8 @@ def _read(spec: DataSpec, drawing: Drawing, skip_bad: bool, check: Check | None)
                 task = spec.task or _task_of(spec, reading, row)
                 found[task] = None
                 if spec.tasks is None or task in spec.tasks:
-                    drawing.offer(place, task, partial(_sample, spec, reading, rows, check, place, task, row))
+                    make = partial(_sample, spec, name, reading, rows, check, place, task, row)
+                    drawing.offer(place, task, make)
             except BadRow as bad:
                 complaint = NotFoundError(
                     f"{rows.where}, row {place}: {bad.message}", bad.hint or "--skip-bad leaves such rows out"
@@ -327,7 +328,14 @@ def _plain_reading(spec: DataSpec) -> TaskRow:
 
 
 def _sample(
-    spec: DataSpec, reading: TaskRow, rows: Rows, check: Check | None, place: int, task: str, row: Row
+    spec: DataSpec,
+    name: str,
+    reading: TaskRow,
+    rows: Rows,
+    check: Check | None,
+    place: int,
+    task: str,
+    row: Row,
 ) -> Sample:
     """One row as a sample.
 
@@ -358,7 +366,7 @@ def _sample(
     split = rows.record.get("split")
     identity = row["id"] if spec.source == "demo" else place
     sample = Sample(
-        id=":".join(str(part) for part in (spec.source, split, identity) if part is not None),
+        id=":".join(str(part) for part in (name, split, identity) if part is not None),
         task=task,
         images=tuple(images),
         prompt=prompt,
