@@ -14,7 +14,7 @@ from torch import Tensor
 from vtwcli.data import metrics
 from vtwcli.data.drawing import sample_content
 from vtwcli.data.sample import Sample
-from vtwcli.data.sources import DataMix, default_data
+from vtwcli.data.sources import DataMix
 from vtwcli.data.spec import DataSpec
 from vtwcli.io import console, files
 from vtwcli.judge import gates
@@ -39,6 +39,7 @@ from vtwcli.models.dtypes import name_of
 from vtwcli.models.generation import plain_generation
 from vtwcli.models.inputs import encode_batch
 from vtwcli.models.loading import LoadedModel
+from vtwcli.recipe.defaults import default_data
 from vtwcli.recipe.recipe import EvalSection, GatesSection, ModelSection
 from vtwcli.results.provenance import run_of, template_date
 from vtwcli.results.resume import Keep, kept, key_of, stamp

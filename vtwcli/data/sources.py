@@ -18,7 +18,6 @@ from vtwcli.data.rows import SUFFIXES, Rows, joined, open_hub, open_local
 from vtwcli.data.sample import Sample
 from vtwcli.data.spec import Columns, DataSpec, source_names
 from vtwcli.data.tasks import (
-    DEFAULT_MIX,
     LETTER_LINE,
     TASKS,
     BadRow,
@@ -35,22 +34,12 @@ from vtwcli.data.tasks import (
     texts,
 )
 from vtwcli.errors import NotFoundError, UsageError
-from vtwcli.export.directory.manifest import exported_from
 from vtwcli.io import console
 from vtwcli.io.documents import nearest
 
 IMAGE_MARK = "<image>"
 Check = Callable[[Sample], None]
 DEMO_SPLITS = ("calibration", "test")
-
-
-def default_data(model: str) -> list[DataSpec]:
-    """What is read for a model when nothing else is asked for: one source per task of the mix.
-
-    The demo data for the demo model and what was exported from it, else ``DEFAULT_MIX`` from the Hub.
-    """
-    demo = model == "demo" or exported_from(Path(model)) == "demo"
-    return [DataSpec(source=name) for name in (("demo",) if demo else DEFAULT_MIX)]
 
 
 @dataclass(frozen=True)
