@@ -1,10 +1,13 @@
-"""Runs the command line in this process."""
+"""Runs the command line, in this process or in several."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 import signal
+import socket
+import subprocess
 import sys
 from typing import NamedTuple
 from unittest.mock import patch
@@ -43,3 +46,23 @@ def vtw(*args: object) -> Done:
         vars(console.settings).clear()
         vars(console.settings).update(settings)
     return Done(code, out.getvalue(), err.getvalue())
+
+
+def launch(tmp_path, *args, processes=2, code=None):
+    """Start ``processes`` gloo processes as torchrun would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        env = {
+            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [sys.executable, *(["-c", code] if code else ["-m", "vtwcli"]), *args]
+        started.append(
+            subprocess.Popen(
+                command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    return [(process, *process.communicate(timeout=300)) for process in started]

@@ -104,3 +104,45 @@ def exports(tmp_path_factory):
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "onnx"
     root.mkdir(exist_ok=True)
     return Exports(root)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Six questions of two tasks about random images, and one without an image."""
+    import json
+
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        task = ("colour", "caption")[i % 2]
+        rows.append(
+            {"image": f"{i}.png", "question": f"what is {i}?", "answer": "red sea"[: 3 + i], "task": task}
+        )
+    file = folder / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+@pytest.fixture
+def vtw(monkeypatch, tmp_path):
+    """Run the command in ``tmp_path``; gives exit code, stdout and stderr."""
+    from tests import cli
+
+    monkeypatch.chdir(tmp_path)
+    return cli.vtw
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_dir, tmp_path_factory) -> Path:
+    """The tiny model exported with withdrawal at layer 3."""
+    from vtwcli.export.hf.export import export_hf
+    from vtwcli.schedule import Schedule
+
+    target = tmp_path_factory.mktemp("cli") / "pruned"
+    export_hf(str(tiny_dir), Schedule.withdraw_at(3), target)
+    return target

@@ -7,8 +7,9 @@ every query of layers K.. : rows that nobody reads cannot matter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -71,6 +72,55 @@ def logits(model: torch.nn.Module, batch: dict, hidden: torch.Tensor, **kwargs) 
     """Logits [B, S, V] of a full recompute with ``hidden`` columns [L, B, S]."""
     with hidden_columns(model, batch["attention_mask"], hidden):
         return model(**batch, use_cache=False, **kwargs).logits
+
+
+@torch.no_grad()
+def searched(
+    model: torch.nn.Module, batch: dict, interventions: Sequence[Any], rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(pruned ‖ full) [B, interventions, R] and agreement, by one full masked run per intervention.
+
+    Args:
+        interventions: each with its kind (withdraw, mute or freeze), start and stop, as the sweep takes them.
+        rows: compared positions, [B, R].
+    """
+    visual, layers = visual_mask(model, batch["input_ids"]), text_layers(model)
+    nothing = torch.zeros(len(layers), *visual.shape, dtype=torch.bool)
+    full = logits(model, batch, nothing).double()
+    kl, agree = [], []
+    for one in interventions:
+        handles = []
+        hidden = torch.zeros(len(layers), *visual.shape, visual.shape[1], dtype=torch.bool)
+        stop = len(layers) if one.stop is None else one.stop
+        for d in range(one.start, stop):
+            if one.kind == "withdraw":
+                hidden[d] = visual[:, None, :]
+            elif one.kind == "mute":
+                hidden[d] = visual[:, None, :] & ~visual[:, :, None]
+            else:
+                handles.append(layers[d].register_forward_hook(keep_visual(visual), with_kwargs=True))
+        try:
+            pruned = logits(model, batch, hidden).double()
+        finally:
+            for handle in handles:
+                handle.remove()
+        log_p, log_q = (
+            torch.stack([x[b, rows[b]] for b in range(len(rows))]).log_softmax(-1) for x in (pruned, full)
+        )
+        # kl_div(input, target) is KL(target ‖ input)
+        kl.append(torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
+        agree.append(log_p.argmax(-1) == log_q.argmax(-1))
+    return torch.stack(kl, 1), torch.stack(agree, 1)
+
+
+def keep_visual(visual: torch.Tensor) -> Callable:
+    """A hook that puts a layer's visual rows back as they were before it."""
+
+    def hook(module, args, kwargs, out):
+        entry = args[0] if args else kwargs["hidden_states"]
+        return torch.where(visual[..., None], entry, out)
+
+    return hook
 
 
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:

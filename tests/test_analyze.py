@@ -16,22 +16,26 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests import reference, slow_schedule
-from tests.test_calibrate import launch
-from vtwcli.analyze import analyze, interventions, shares_sweep
+from tests.cli import launch
+from vtwcli.analyze import analyze, shares_sweep
 from vtwcli.calibrate import calibrate
 from vtwcli.cli import build
 from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
+from vtwcli.judge.stages import boundaries
+from vtwcli.measure.profile import interventions
+from vtwcli.methods.visipruner import filter_and_exit
 from vtwcli.models.generation import generate_answers
 from vtwcli.models.inputs import encode
 from vtwcli.models.loading import load
 from vtwcli.recipe.recipe import AnalyzeSection, CalibrateSection, ModelSection
 from vtwcli.report.analysis import PLOTS, plot, sentences
 from vtwcli.report.analysis_page import heat_map, page, spread_over
+from vtwcli.schedule.intervention import Intervention
 from vtwcli.schedule.schedule import Schedule
 from vtwcli.sweep.layers import Resident
-from vtwcli.sweep.sweep import Intervention, SweepItem, sweep
+from vtwcli.sweep.sweep import SweepItem, sweep
 
 LAYERS = 6
 
@@ -252,6 +256,46 @@ def test_maps_hold_the_shown_samples_and_layers(analysis, result):
 
 def test_same_seed_same_document(tiny_dir, data, result):
     assert without_run(run(tiny_dir, data).result) == without_run(result)
+
+
+THRESHOLDS = {"eta": 1.55, "layer_threshold": 0.9, "exit_threshold": 0.98, "exit_layers": 1}
+
+
+def test_other_thresholds_need_no_new_run(tiny_dir, data, result):
+    """From the document alone: what a run under other thresholds finds."""
+    want = run(tiny_dir, data, **THRESHOLDS).result
+    measures, tasks = result["measures"], [sample["task"] for sample in result["samples"]]
+    until, withdrawal = (np.array(measures[name]["samples"]) for name in ("knockout_until", "withdrawal"))
+    found, by_task = boundaries(until, withdrawal, tasks, THRESHOLDS["eta"], result["min_layer"])
+    stages = [*by_task.values(), found]
+    expected = [*(want["stages"]["tasks"][task] for task in by_task), want["stages"]]
+    for one, document in zip(stages, expected, strict=True):
+        parts = {"shallow": one.shallow, "middle": one.middle, "deep": one.last}
+        assert {name: [part.start, part.stop] for name, part in parts.items()} == {
+            name: document[name] for name in parts
+        }
+    assert want["stages"]["shallow"] != result["stages"]["shallow"]
+    rules = [THRESHOLDS[name] for name in ("layer_threshold", "exit_threshold", "exit_layers")]
+    changed = 0
+    for s, sample in enumerate(result["samples"]):
+        lowest, counts = (measures[name]["samples"][s] for name in ("minimum_cosine", "critical"))
+        ends = filter_and_exit(lowest, counts, sample["kept_cosine"], len(found.shallow), *rules)
+        assert ends == (want["samples"][s]["filter"], want["samples"][s]["exit"])
+        changed += ends != (sample["filter"], sample["exit"])
+    assert changed
+    assert any(sample["exit"] is not None for sample in want["samples"])
+
+
+def test_kl_is_kept_by_position(tiny_dir, data, result):
+    first = run(tiny_dir, data, positions="first").result
+    for name in ("withdrawal", "knockout_layer", "knockout_window", "knockout_until", "layer_update"):
+        measure, alone = result["measures"][name], first["measures"][name]
+        for by_layer, mean, only in zip(
+            measure["positions"], measure["samples"], alone["positions"], strict=True
+        ):
+            np.testing.assert_allclose(np.mean(by_layer, axis=1), mean, rtol=1e-5)
+            np.testing.assert_allclose(np.array(by_layer)[:, :1], only, rtol=1e-3, atol=1e-7)
+    assert "positions" not in result["measures"]["entropy"]
 
 
 def test_streamed_layers_give_the_same_profile(tiny_dir, data, monkeypatch, capsys):

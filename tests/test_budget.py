@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from tests import reference, slow_schedule
-from tests.cli import vtw
-from tests.test_calibrate import data, launch  # noqa: F401  (data is a fixture)
+from tests.cli import launch, vtw
 from vtwcli.budget import best_within, budget, candidates
 from vtwcli.calibrate import calibrate
 from vtwcli.data.sources import load_data
@@ -37,7 +36,7 @@ def section(**given):
     )
 
 
-def forced(tiny_dir, data):  # noqa: F811
+def forced(tiny_dir, data):
     """The model and its samples with the full model's own answers behind them: inputs and number of answer tokens."""
     loaded = load(str(tiny_dir))
     samples = load_data([DataSpec(source=str(data))], limit=LIMIT, seed=0).samples
@@ -64,12 +63,12 @@ def slow_numbers(loaded, found, actions):
 
 
 @pytest.fixture(scope="module")
-def compared(tiny_dir, data):  # noqa: F811
+def compared(tiny_dir, data):
     options = section(max_flops=0.9)
     return budget(ModelSection(name=str(tiny_dir)), [DataSpec(source=str(data))], options)
 
 
-def test_every_row_is_what_the_slow_interpreter_finds(compared, tiny_dir, data):  # noqa: F811
+def test_every_row_is_what_the_slow_interpreter_finds(compared, tiny_dir, data):
     loaded, samples, found = forced(tiny_dir, data)
     shape = TextShape.from_config(loaded.model.config)
     # scores that the last row of the prompt decides are not those of the forced sequence's last row
@@ -90,7 +89,7 @@ def test_every_row_is_what_the_slow_interpreter_finds(compared, tiny_dir, data):
         assert row["kv_ratio"] == pytest.approx(sum(map(sum, tokens)) / sum(map(sum, whole)))
 
 
-def test_measured_scores_decide_at_the_prompts_last_row(tiny_dir, data):  # noqa: F811
+def test_measured_scores_decide_at_the_prompts_last_row(tiny_dir, data):
     """One new token: then the forced sequence ends where the prompt does, and every schedule can be compared."""
     options = section(max_new_tokens=1, methods=("attention", "contribution", "visipruner", "two-step"))
     result = budget(ModelSection(name=str(tiny_dir)), [DataSpec(source=str(data))], options)
@@ -142,7 +141,7 @@ def test_candidates_fit_every_depth():
         candidates(Shape(6), section(keep_layer=9))
 
 
-def test_budget_is_deterministic_and_describes_itself(compared, tiny_dir, data):  # noqa: F811
+def test_budget_is_deterministic_and_describes_itself(compared, tiny_dir, data):
     again = budget(
         ModelSection(name=str(tiny_dir)), [DataSpec(source=str(data))], section(max_flops=0.9, batch_size=8)
     )
@@ -175,7 +174,7 @@ def test_views_of_the_budget(compared, tmp_path):
     assert f"Best within 90%: {compared['best']}, KL {best['kl']:.2e}" in text
 
 
-def test_command(tiny_dir, data, tmp_path, monkeypatch):  # noqa: F811
+def test_command(tiny_dir, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = [
         "budget",
@@ -218,13 +217,13 @@ def options(**given):
 
 
 @pytest.fixture(scope="module")
-def calibrated(tiny_dir, data):  # noqa: F811
+def calibrated(tiny_dir, data):
     return calibrate(
         ModelSection(name=str(tiny_dir)), [DataSpec(source=str(data))], options(policy="budget", budget=0.9)
     )
 
 
-def test_boundary_curve_is_the_slow_interpreters(calibrated, tiny_dir, data):  # noqa: F811
+def test_boundary_curve_is_the_slow_interpreters(calibrated, tiny_dir, data):
     loaded = load(str(tiny_dir))
     samples = load_data([DataSpec(source=str(data))], limit=LIMIT, seed=0).samples
     found = [(encode(loaded, sample), 1) for sample in samples]
@@ -246,7 +245,7 @@ def test_boundary_is_the_first_layer_that_costs_more_than_eta():
     assert found(1.0, "worst-task") == 4
 
 
-def test_candidates_are_run_by_the_runtime(calibrated, tiny_dir, data):  # noqa: F811
+def test_candidates_are_run_by_the_runtime(calibrated, tiny_dir, data):
     loaded = load(str(tiny_dir))
     samples = load_data([DataSpec(source=str(data))], limit=LIMIT, seed=0).samples
     found = [(encode(loaded, sample), 1) for sample in samples]
@@ -282,7 +281,7 @@ def test_choice_under_a_budget_and_under_eta(calibrated):
     assert choice(never, wanted) is None
 
 
-def test_visipruner_calibration_is_deterministic_with_files_and_views(calibrated, tiny_dir, data, tmp_path):  # noqa: F811
+def test_visipruner_calibration_is_deterministic_with_files_and_views(calibrated, tiny_dir, data, tmp_path):
     again = calibrate(
         ModelSection(name=str(tiny_dir)), [DataSpec(source=str(data))], options(policy="budget", budget=0.9)
     )
@@ -330,7 +329,7 @@ def test_samples_without_vision_are_an_error(tiny_dir, tmp_path):
         calibrate(model, specs, options())
 
 
-def test_samples_without_vision_do_not_count(tiny_dir, data, tmp_path, capsys):  # noqa: F811
+def test_samples_without_vision_do_not_count(tiny_dir, data, tmp_path, capsys):
     file = data.with_name("mixed.jsonl")
     rows = [json.loads(line) for line in data.read_text().splitlines()[:3]]
     blind = {"image": [], "question": "no image?", "answer": "no", "task": "colour"}
@@ -345,7 +344,7 @@ def test_samples_without_vision_do_not_count(tiny_dir, data, tmp_path, capsys): 
         assert mixed["flops_ratio"] == pytest.approx(alone["flops_ratio"])
 
 
-def test_two_processes_calibrate_as_one(calibrated, tiny_dir, data, tmp_path):  # noqa: F811
+def test_two_processes_calibrate_as_one(calibrated, tiny_dir, data, tmp_path):
     ended = launch(
         tmp_path, "calibrate", str(tiny_dir), "--method", "visipruner", "--data", str(data), "--limit", str(LIMIT),
         "--max-new-tokens", "1", "--eta", "0.05", "--policy", "budget", "--budget", "0.9", "--output", "two.json",

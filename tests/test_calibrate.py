@@ -1,7 +1,6 @@
 """Calibration end to end on a tiny model with real files: values against the slow reference, and every way to run."""
 
 import json
-import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -9,9 +8,9 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from tests import reference
+from tests.cli import launch
 from vtwcli.calibrate import calibrate
 from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
@@ -21,23 +20,6 @@ from vtwcli.models.inputs import encode
 from vtwcli.models.loading import load
 from vtwcli.recipe.recipe import CalibrateSection, ModelSection
 from vtwcli.schedule.schedule import Schedule
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Six questions of two tasks about random images, and one without an image."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(6):
-        Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        task = ("colour", "caption")[i % 2]
-        rows.append(
-            {"image": f"{i}.png", "question": f"what is {i}?", "answer": "red sea"[: 3 + i], "task": task}
-        )
-    file = folder / "rows.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    return file
 
 
 def options(**given):
@@ -204,28 +186,6 @@ def test_resume_recomputes_only_what_is_missing(tiny_dir, data, result, tmp_path
     assert without_run(calibrate(*arguments, state=state)) == without_run(result)
     assert len(calls) == 2
     assert list(tmp_path.iterdir()) == []
-
-
-def launch(tmp_path, *args, processes=2, code=None):
-    """Start ``processes`` gloo processes as torchrun would."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = []
-    for rank in range(processes):
-        env = {
-            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        command = [sys.executable, *(["-c", code] if code else ["-m", "vtwcli"]), *args]
-        started.append(
-            subprocess.Popen(
-                command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    return [(process, *process.communicate(timeout=300)) for process in started]
 
 
 def arguments(tiny_dir, data):

@@ -1,15 +1,22 @@
 """The command-line contract: help, exit codes, exact messages, what goes to stdout and what to stderr."""
 
+import ast
 import json
 import os
 import re
 import subprocess
 import sys
 from importlib.metadata import version
+from typing import Any, Literal
 
 import pytest
+import typer
+from pydantic import Field
+from typer.testing import CliRunner
 
 from vtwcli import __version__
+from vtwcli.commands.flags import fields, flag, flags
+from vtwcli.io.section import Section
 
 ESCAPE = "\x1b"
 
@@ -49,6 +56,41 @@ def test_help_answers_without_torch_and_shows_an_example(command):
 def test_every_command_is_tested_here():
     listed = vtw("--help").stdout.split("Commands")[1]
     assert set(re.findall(r"^│ ([a-z]+) ", listed, re.MULTILINE)) == set(COMMANDS)
+
+
+def test_a_flag_is_what_its_field_says():
+    class Part(Section):
+        count: int | None = Field(None, description="how many")
+        share: float = Field(0.5, description="of all")
+        names: tuple[str, ...] = Field(("a", "b"), description="which")
+        kind: Literal["x", "y"] | None = Field(None, description="x or y")
+        on: bool = Field(True, description="whether")
+        off: bool = Field(False, description="whether not")
+        left_out: int = Field(1, description="not to be given here")
+
+    @flags(fields(Part, without=("left_out",)), flag("plain", bool, "No field."))
+    def command(**given: Any) -> None:
+        print(given)
+
+    app = typer.Typer()
+    app.command()(command)
+    run = CliRunner().invoke
+    nothing = dict.fromkeys(("count", "share", "names", "kind", "on", "off"))
+    assert ast.literal_eval(run(app).output) == nothing | {"plain": False}
+    given = ["--count", "3", "--share", ".1", "--names", "c,d", "--kind", "z", "--no-on", "--off", "--plain"]
+    assert ast.literal_eval(run(app, given).output) == {
+        "count": 3,
+        "share": 0.1,
+        "names": "c,d",
+        "kind": "z",
+        "on": False,
+        "off": True,
+        "plain": True,
+    }
+    assert [run(app, [word]).exit_code for word in ("--left-out=2", "--no-off", "--count=a")] == [2, 2, 2]
+    page = run(app, ["--help"]).output
+    assert all(words in page for words in ("how many", "of all", "[default: 0.5]", "[default: a,b]"))
+    assert "--on" in page and "--no-on" in page
 
 
 def test_families_as_table_and_as_json():

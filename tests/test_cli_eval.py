@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_calibrate import data  # noqa: F401  (the fixture)
-from tests.test_cli_export import exported, vtw  # noqa: F401  (fixtures)
 from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
 from vtwcli.methods.visipruner import VisiPruner
@@ -20,7 +18,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_views_and_files(vtw, tiny_dir, data, tmp_path):  # noqa: F811
+def test_views_and_files(vtw, tiny_dir, data, tmp_path):
     code, out, err = vtw("eval", tiny_dir, "--layers", "2,4", "--data", data, *FAST, "--output", "e.json")
     assert code == 0, err
     assert files(tmp_path) == ["e.html", "e.json", "e.md", "e.png"]
@@ -34,14 +32,14 @@ def test_views_and_files(vtw, tiny_dir, data, tmp_path):  # noqa: F811
     assert Path("e.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_json_is_the_whole_of_stdout_and_writes_nothing(vtw, exported, data, tmp_path):  # noqa: F811
+def test_json_is_the_whole_of_stdout_and_writes_nothing(vtw, exported, data, tmp_path):
     code, out, err = vtw("eval", exported, "--data", data, *FAST, "--json")
     assert (code, err) == (0, "")
     assert list(json.loads(out)["schedules"]) == ["exported"]
     assert files(tmp_path) == []
 
 
-def test_a_failed_gate_is_exit_3_and_a_sentence_with_the_result_written(vtw, tiny_dir, data, tmp_path):  # noqa: F811
+def test_a_failed_gate_is_exit_3_and_a_sentence_with_the_result_written(vtw, tiny_dir, data, tmp_path):
     args = ("eval", tiny_dir, "--layer", 1, "--data", data, *FAST, "--max-drop", 1, "--max-kl", 1e-9)
     code, out, err = vtw(*args, "--output", "e.json")
     assert code == 3
@@ -55,7 +53,7 @@ def test_a_failed_gate_is_exit_3_and_a_sentence_with_the_result_written(vtw, tin
     assert files(tmp_path) == ["e.html", "e.json", "e.md", "e.png"]
 
 
-def test_samples_of_a_calibration_given_as_schedule_are_left_out(vtw, tiny_dir, data, tmp_path):  # noqa: F811
+def test_samples_of_a_calibration_given_as_schedule_are_left_out(vtw, tiny_dir, data, tmp_path):
     args = ("calibrate", tiny_dir, "--data", data, "--limit", 1, "--max-new-tokens", 3, "--bootstrap", 0)
     code, _, err = vtw(*args, "--eta", 1e3, "--output", "k.json")
     assert code == 0, err
@@ -75,7 +73,7 @@ def test_samples_of_a_calibration_given_as_schedule_are_left_out(vtw, tiny_dir, 
     assert "warning: schedule k was calibrated on these very samples" in err
 
 
-def test_samples_of_another_methods_calibration_are_left_out(vtw, tiny_dir, data, tmp_path):  # noqa: F811
+def test_samples_of_another_methods_calibration_are_left_out(vtw, tiny_dir, data, tmp_path):
     """Its samples say less than those of a KL curve."""
     mix = load_data([DataSpec(source=str(data))], limit=2, seed=0)
     result = {
@@ -94,7 +92,7 @@ def test_samples_of_another_methods_calibration_are_left_out(vtw, tiny_dir, data
     assert mix.samples[1].id not in [row["id"] for row in found["samples"]]
 
 
-def test_evaluation_lands_on_the_card_of_an_export(vtw, tiny_dir, data, tmp_path):  # noqa: F811
+def test_evaluation_lands_on_the_card_of_an_export(vtw, tiny_dir, data, tmp_path):
     code, _, err = vtw("eval", tiny_dir, "--layers", "2,3", "--data", data, *FAST, "--output", "e.json")
     assert code == 0, err
     code, _, err = vtw("export", tiny_dir, "--layer", 3, "--evaluation", "e.json", "--output", "pruned")
@@ -110,7 +108,7 @@ def test_evaluation_lands_on_the_card_of_an_export(vtw, tiny_dir, data, tmp_path
     assert "error: the evaluation is not of this schedule\n" in err
 
 
-def test_resume_leaves_nothing_behind(vtw, tiny_dir, data, tmp_path):  # noqa: F811
+def test_resume_leaves_nothing_behind(vtw, tiny_dir, data, tmp_path):
     code, _, err = vtw(
         "eval", tiny_dir, "--layer", 3, "--data", data, *FAST, "--resume", "--output", "e.json"
     )
@@ -158,7 +156,7 @@ def test_resume_leaves_nothing_behind(vtw, tiny_dir, data, tmp_path):  # noqa: F
         (["--layer", 3, "--baseline", "./absent"], 4, "error: there is no directory './absent'\n"),
     ],
 )
-def test_wrong_use_is_one_clear_line_and_writes_nothing(vtw, tiny_dir, data, tmp_path, args, code, message):  # noqa: F811
+def test_wrong_use_is_one_clear_line_and_writes_nothing(vtw, tiny_dir, data, tmp_path, args, code, message):
     output = [] if "--json" in args else ["--output", "e.json"]
     ended, out, err = vtw("eval", tiny_dir, "--data", data, *FAST, *args, *output)
     assert (ended, out) == (code, "")

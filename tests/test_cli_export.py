@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 import vtwcli
-from tests import cli as cli_in_process
 from tests.test_export_hf import calibration_result
 from vtwcli import cli
 from vtwcli.export.directory import push as pushing
@@ -26,21 +25,6 @@ from vtwcli.io import staging
 from vtwcli.models.hub import resolve
 from vtwcli.runtime.contract import TESTED
 from vtwcli.schedule.schedule import Schedule
-
-
-@pytest.fixture
-def vtw(monkeypatch, tmp_path):
-    """Run the command in ``tmp_path``; gives exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    return cli_in_process.vtw
-
-
-@pytest.fixture(scope="module")
-def exported(tiny_dir, tmp_path_factory) -> Path:
-    target = tmp_path_factory.mktemp("cli") / "pruned"
-    hf.export_hf(str(tiny_dir), Schedule.withdraw_at(3), target)
-    return target
-
 
 # ------------------------------------------------------------------ export
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests import reference
-from tests.test_calibrate import data, launch  # noqa: F401  (data is a fixture)
+from tests.cli import launch
 from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
@@ -31,7 +31,7 @@ def options(**given):
 
 
 @pytest.fixture(scope="module")
-def evaluated(tiny_dir, data):  # noqa: F811
+def evaluated(tiny_dir, data):
     return evaluate(
         ModelSection(name=str(tiny_dir)),
         SCHEDULES,
@@ -41,7 +41,7 @@ def evaluated(tiny_dir, data):  # noqa: F811
     )
 
 
-def test_answers_and_kl_are_those_of_the_slow_reference(evaluated, tiny_dir, data):  # noqa: F811
+def test_answers_and_kl_are_those_of_the_slow_reference(evaluated, tiny_dir, data):
     result, _ = evaluated
     loaded = load(str(tiny_dir))
     model, decode = loaded.model, loaded.processor.tokenizer.decode
@@ -124,7 +124,7 @@ def test_page_escapes_what_people_wrote(evaluated):
     assert "&lt;script&gt;" in page
 
 
-def test_batch_size_does_not_matter(evaluated, tiny_dir, data):  # noqa: F811
+def test_batch_size_does_not_matter(evaluated, tiny_dir, data):
     other, _ = evaluate(
         ModelSection(name=str(tiny_dir)), SCHEDULES, [DataSpec(source=str(data))], options(batch_size=1)
     )
@@ -139,7 +139,7 @@ def test_batch_size_does_not_matter(evaluated, tiny_dir, data):  # noqa: F811
         )
 
 
-def test_timing_is_reported(tiny_dir, data):  # noqa: F811
+def test_timing_is_reported(tiny_dir, data):
     result, _ = evaluate(
         ModelSection(name=str(tiny_dir)), SCHEDULES[:1], [DataSpec(source=str(data))],
         options(limit=1, timing=True, repeats=2, timing_tokens=2),
@@ -149,7 +149,7 @@ def test_timing_is_reported(tiny_dir, data):  # noqa: F811
         assert len(result["run"]["latency"][name]["tpot"]["iqr"]) == 2
 
 
-def test_memory_of_each_variant_is_measured(tiny_dir, data):  # noqa: F811
+def test_memory_of_each_variant_is_measured(tiny_dir, data):
     result, _ = evaluate(
         ModelSection(name=str(tiny_dir)), SCHEDULES[:1], [DataSpec(source=str(data))],
         options(limit=1, timing=True, repeats=1, timing_tokens=1),
@@ -178,7 +178,7 @@ def without_run(result):
     return {key: value for key, value in result.items() if key != "run"}
 
 
-def test_same_seed_same_document(evaluated, tiny_dir, data):  # noqa: F811
+def test_same_seed_same_document(evaluated, tiny_dir, data):
     again, _ = evaluate(
         ModelSection(name=str(tiny_dir)), SCHEDULES, [DataSpec(source=str(data))], options(),
         limits=GatesSection(max_kl=1e-4, max_drop=0.5),
@@ -193,7 +193,7 @@ def test_same_seed_same_document(evaluated, tiny_dir, data):  # noqa: F811
     assert [row["id"] for row in other["samples"]] != [row["id"] for row in one["samples"]]
 
 
-def test_calibrated_samples_are_left_out(tiny_dir, data):  # noqa: F811
+def test_calibrated_samples_are_left_out(tiny_dir, data):
     mix = load_data([DataSpec(source=str(data))], limit=3, seed=0)
     calibration = {"samples": [{"fingerprint": mix.fingerprints[0]}, {"fingerprint": mix.fingerprints[4]}]}
     result, samples = evaluate(
@@ -205,7 +205,7 @@ def test_calibrated_samples_are_left_out(tiny_dir, data):  # noqa: F811
     assert result["left_out"] == 2
 
 
-def test_a_task_that_is_all_calibrated_on_is_told(tiny_dir, data, capsys):  # noqa: F811
+def test_a_task_that_is_all_calibrated_on_is_told(tiny_dir, data, capsys):
     mix = load_data([DataSpec(source=str(data))], limit=3, seed=0)
     found = [
         {"fingerprint": content}
@@ -226,7 +226,7 @@ def test_a_task_that_is_all_calibrated_on_is_told(tiny_dir, data, capsys):  # no
         )  # fmt: skip
 
 
-def test_a_schedule_that_was_calibrated_on_these_samples_is_noticed(tiny_dir, data, capsys):  # noqa: F811
+def test_a_schedule_that_was_calibrated_on_these_samples_is_noticed(tiny_dir, data, capsys):
     mix = load_data([DataSpec(source=str(data))], limit=3, seed=0)
     schedule = Schedule.withdraw_at(K, data=[mix.sources[0]["fingerprint"]])
     model, specs = ModelSection(name=str(tiny_dir)), [DataSpec(source=str(data))]
@@ -236,7 +236,7 @@ def test_a_schedule_that_was_calibrated_on_these_samples_is_noticed(tiny_dir, da
     assert "calibrated" not in capsys.readouterr().err
 
 
-def test_resume_recomputes_only_what_is_missing(evaluated, tiny_dir, data, tmp_path, monkeypatch):  # noqa: F811
+def test_resume_recomputes_only_what_is_missing(evaluated, tiny_dir, data, tmp_path, monkeypatch):
     import vtwcli.evaluate as module
 
     model, specs, state = ModelSection(name=str(tiny_dir)), [DataSpec(source=str(data))], tmp_path / "state"
@@ -266,7 +266,7 @@ def test_resume_recomputes_only_what_is_missing(evaluated, tiny_dir, data, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_processes_give_the_document_of_one(tiny_dir, data, tmp_path):  # noqa: F811
+def test_two_processes_give_the_document_of_one(tiny_dir, data, tmp_path):
     ended = launch(
         tmp_path, "eval", str(tiny_dir), "--data", str(data), "--layers", "3", "--limit", "3", "--batch-size", "2",
         "--max-new-tokens", "4", "--bootstrap", "50", "--no-timing", "--output", "two.json",
@@ -281,7 +281,7 @@ def test_two_processes_give_the_document_of_one(tiny_dir, data, tmp_path):  # no
     assert without_run(two) == json.loads(json.dumps(without_run(one)))
 
 
-def test_metrics_of_several_numbers_and_of_none(tiny_dir, data):  # noqa: F811
+def test_metrics_of_several_numbers_and_of_none(tiny_dir, data):
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     spec = DataSpec(source=str(data), metric="cider", tasks="caption")
     result, _ = evaluate(ModelSection(name=str(tiny_dir)), SCHEDULES, [spec], options())
@@ -348,7 +348,7 @@ def test_speed_ups_promised_and_measured(evaluated):
     assert rows[2][-3:] == ["-", "1.00x", "1.00x"]
 
 
-def test_no_schedule_takes_the_full_models_name(tiny_dir, data):  # noqa: F811
+def test_no_schedule_takes_the_full_models_name(tiny_dir, data):
     with pytest.raises(UsageError, match="cannot be called 'full'"):
         evaluate(ModelSection(name=str(tiny_dir)), [("full", SCHEDULES[0][1])], [DataSpec(source=str(data))])
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_calibrate import data  # noqa: F401  (the fixture)
 from tests.test_evaluate import options
 from vtwcli.analyze import analyze
 from vtwcli.calibrate import calibrate
@@ -47,7 +46,7 @@ def rounded(tiny_dir, tmp_path_factory) -> Path:
     return target
 
 
-def run(model, data, schedules=(), trust=False, **given):  # noqa: F811
+def run(model, data, schedules=(), trust=False, **given):
     section = ModelSection(name=str(model), trust_remote_code=trust)
     return evaluate(section, schedules, [DataSpec(source=str(data))], options(**given))[0]
 
@@ -63,7 +62,7 @@ def numbers(result: dict, name: str) -> dict:
 
 
 @pytest.mark.parametrize("trust", [False, True])
-def test_exported_directory_equals_the_model_under_its_schedule(exported, tiny_dir, data, trust):  # noqa: F811
+def test_exported_directory_equals_the_model_under_its_schedule(exported, tiny_dir, data, trust):
     """Also with --trust-remote-code, which must not prune the full model."""
     mine, wanted = run(exported, data, trust=trust), run(tiny_dir, data, [("K=3", SCHEDULE)])
     assert numbers(mine, "exported") == numbers(wanted, "K=3")
@@ -71,12 +70,12 @@ def test_exported_directory_equals_the_model_under_its_schedule(exported, tiny_d
     assert wanted["schedules"]["K=3"]["kl_answer"] > 1e-4  # there is something to tell apart
 
 
-def test_other_schedules_can_be_tried_on_an_export(exported, tiny_dir, data):  # noqa: F811
+def test_other_schedules_can_be_tried_on_an_export(exported, tiny_dir, data):
     other = [("K=5", Schedule.withdraw_at(5))]
     assert numbers(run(exported, data, other), "K=5") == numbers(run(tiny_dir, data, other), "K=5")
 
 
-def test_baseline_is_the_full_model(rounded, tiny_dir, data):  # noqa: F811
+def test_baseline_is_the_full_model(rounded, tiny_dir, data):
     """Rounding and withdrawal together, against the model before both, recomputed here sample by sample."""
     result = run(rounded, data, baseline=str(tiny_dir), batch_size=1)
     full, own = load(str(tiny_dir)), load(str(rounded))
@@ -98,7 +97,7 @@ def test_baseline_is_the_full_model(rounded, tiny_dir, data):  # noqa: F811
     assert numbers(same, "K=3") == numbers(run(tiny_dir, data, [("K=3", SCHEDULE)]), "K=3")
 
 
-def test_baselines_that_cannot_be_compared(exported, tiny_dir, data, tmp_path):  # noqa: F811
+def test_baselines_that_cannot_be_compared(exported, tiny_dir, data, tmp_path):
     with pytest.raises(UsageError, match="different tokens"):
         other = tmp_path / "other"
         shutil.copytree(tiny_dir, other)
@@ -109,7 +108,7 @@ def test_baselines_that_cannot_be_compared(exported, tiny_dir, data, tmp_path): 
         run(exported, data, baseline=str(tmp_path / "absent"))
 
 
-def test_calibration_in_the_directory_is_left_out(tiny_dir, data, tmp_path):  # noqa: F811
+def test_calibration_in_the_directory_is_left_out(tiny_dir, data, tmp_path):
     model, specs = ModelSection(name=str(tiny_dir)), [DataSpec(source=str(data), limit=1)]
     calibration = calibrate(model, specs, CalibrateSection(max_new_tokens=4, bootstrap=0, eta=1e3))
     export_hf(str(tiny_dir), SCHEDULE, tmp_path / "pruned", calibration=calibration)
@@ -124,7 +123,7 @@ def test_calibration_in_the_directory_is_left_out(tiny_dir, data, tmp_path):  # 
     )  # not that calibration's schedule
 
 
-def test_calibrating_an_export_calibrates_the_full_model(exported, tiny_dir, data):  # noqa: F811
+def test_calibrating_an_export_calibrates_the_full_model(exported, tiny_dir, data):
     def curve(name, trust=False):
         section = ModelSection(name=str(name), trust_remote_code=trust)
         return calibrate(
@@ -134,7 +133,7 @@ def test_calibrating_an_export_calibrates_the_full_model(exported, tiny_dir, dat
     assert curve(exported) == curve(exported, trust=True) == curve(tiny_dir)
 
 
-def test_analyzing_an_export_analyzes_the_full_model(exported, tiny_dir, data):  # noqa: F811
+def test_analyzing_an_export_analyzes_the_full_model(exported, tiny_dir, data):
     def measures(name, trust):
         section, specs = (
             ModelSection(name=str(name), trust_remote_code=trust),
@@ -157,7 +156,7 @@ def test_exports_of_the_demo_model_are_asked_demo_questions(tmp_path):
 # ------------------------------------------------------------------ ONNX graphs
 
 
-def test_graphs_equal_the_model_under_their_schedule(exports, data):  # noqa: F811
+def test_graphs_equal_the_model_under_their_schedule(exports, data):
     graphs, base = exports("split")[0], exports.model("split")
     mine = run(graphs, data, baseline=str(base), timing=True, repeats=1, timing_tokens=1)
     wanted = run(base, data, [("K=1", Schedule.withdraw_at(1))])
@@ -182,7 +181,7 @@ def test_graphs_equal_the_model_under_their_schedule(exports, data):  # noqa: F8
     assert said in sentences(mine)
 
 
-def test_half_precision_graphs_hold_half_the_cache(exports, data):  # noqa: F811
+def test_half_precision_graphs_hold_half_the_cache(exports, data):
     result = run(exports("full half")[0], data, baseline=str(exports.model("full half")))
     cost = result["schedules"]["exported"]["cost"]
     assert (
@@ -192,7 +191,7 @@ def test_half_precision_graphs_hold_half_the_cache(exports, data):  # noqa: F811
     assert result["model"]["dtype"] == "float16"
 
 
-def test_what_graphs_cannot_do(exports, exported, data):  # noqa: F811
+def test_what_graphs_cannot_do(exports, exported, data):
     graphs = exports("split")[0]
     with pytest.raises(UsageError, match="not here to compare with"):
         run(graphs, data)  # its manifest names a directory that nobody knows
@@ -204,6 +203,6 @@ def test_what_graphs_cannot_do(exports, exported, data):  # noqa: F811
         run(exported, data, backend="onnx")
 
 
-def test_a_plain_model_needs_a_schedule(tiny_dir, data):  # noqa: F811
+def test_a_plain_model_needs_a_schedule(tiny_dir, data):
     with pytest.raises(UsageError, match="nothing to compare with the full model"):
         run(tiny_dir, data)

@@ -73,6 +73,19 @@ def test_the_base_and_what_is_no_export(exports, tmp_path):
         onnx.open_exported(tmp_path, CPU)
 
 
+def test_what_the_runtime_refuses_has_an_exit_code(exports):
+    graphs, batch = onnx.open_exported(exports("split")[0], CPU), tiny.llava_batch(["t3 i t5"], seed=5)
+    del batch["pixel_values"]
+    for call in (
+        lambda: onnx.generated(graphs, batch, 2),
+        lambda: onnx.forced_logits(graphs, batch, torch.zeros(1, 2)),
+        lambda: onnx.generation_time(graphs, batch, 2),
+        lambda: onnx.cache_bytes(graphs, batch),
+    ):
+        with pytest.raises(UsageError, match="9 visual tokens, the images give 0"):
+            call()
+
+
 def test_whose_processor_makes_the_inputs(exports, tmp_path):
     directory, _ = exports("split")
     model = ModelSection(name=str(directory))

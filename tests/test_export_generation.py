@@ -9,7 +9,6 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 from tests.cli import vtw
-from tests.test_calibrate import data  # noqa: F401  (a fixture)
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import GateError
 from vtwcli.evaluate import evaluate
@@ -115,7 +114,7 @@ def test_verify_refuses_an_export_that_cannot_generate(tiny_dir, tmp_path):
         verify(tmp_path / "out", base=str(tiny_dir), max_new_tokens=2)
 
 
-def test_evaluation_overrides_what_the_checkpoint_asks_for(tiny_dir, data, tmp_path):  # noqa: F811
+def test_evaluation_overrides_what_the_checkpoint_asks_for(tiny_dir, data, tmp_path):
     model = asking(tiny_dir, tmp_path / "model", cache_implementation="static")
     assert GenerationConfig.from_pretrained(model).cache_implementation == "static"
     options = EvalSection(limit=1, max_new_tokens=2, bootstrap=0, repeats=1, timing_tokens=2)

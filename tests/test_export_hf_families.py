@@ -70,6 +70,16 @@ def load(path, auto=AutoModelForImageTextToText, **options):
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model
 
+def on_the_hub(directory, cache):
+    """The Hub's cache as it is behind a download of the directory as ``acme/pruned``."""
+    repository, sha = cache / "models--acme--pruned", "a" * 40
+    for folder in ("refs", "blobs", f"snapshots/{sha}"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text(sha)
+    for file in directory.iterdir():
+        (repository / "blobs" / file.name).symlink_to(file)
+        (repository / "snapshots" / sha / file.name).symlink_to(repository / "blobs" / file.name)
+
 root, results = Path(sys.argv[1]), {}
 for directory in sorted(root.glob("*.export")):
     print("##", directory.name, file=sys.stderr)
@@ -91,6 +101,11 @@ for directory in sorted(root.glob("*.export")):
             "module": type(trusted).__module__.partition(".")[0],
             "saved_module": type(saved).__module__.partition(".")[0],
         }
+print("## hub", file=sys.stderr)
+on_the_hub(root / "dynamic.export", root / "hub")
+model = load("acme/pruned", trust_remote_code=True, cache_dir=str(root / "hub"), revision="main")
+batch = torch.load(root / "dynamic.batch.pt", weights_only=True)
+results["hub"] = {"tokens": answer(model, batch, int(sys.argv[2]))[0], "module": type(model).__module__}
 print("## pipeline", file=sys.stderr)  # it has words of its own about how it calls the processor
 talk = pipeline("image-text-to-text", model=str(root / "llava.export"), trust_remote_code=True)
 image = {"type": "image", "path": str(root / "image.png")}
@@ -199,6 +214,12 @@ def test_export_computes_what_the_runtime_computes(families, name):
     assert got["plain"] == full_tokens
     assert got["saved"] == tokens
     assert got["module"] == got["saved_module"] == "transformers_modules"
+
+
+def test_export_loads_from_the_cache_of_the_hub(families):
+    got = families["results"]["hub"]
+    assert got["tokens"] == families["results"]["dynamic"]["tokens"]
+    assert got["module"].startswith("transformers_modules.acme.pruned.")
 
 
 def test_loading_says_nothing_that_would_frighten(families):

@@ -14,19 +14,23 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
+import onnxscript
 import pytest
 import torch
+import transformers
 
 from tests import reference, slow_schedule, tiny
 from tests.conftest import build_processor
 from tests.onnx_exports import EXPORTS, keep, withdraw
+from vtwcli import ort
 from vtwcli.errors import GateError, UsageError, VtwError
 from vtwcli.export.hf.export import export_hf
 from vtwcli.export.onnx import export
 from vtwcli.export.onnx import layers as onnx_layers
 from vtwcli.export.onnx import parity as onnx_parity
 from vtwcli.export.onnx import trace as onnx_trace
-from vtwcli.export.onnx.companions import write_companions
+from vtwcli.export.onnx.companions import scripts, write_companions
 from vtwcli.export.onnx.export import export_onnx
 from vtwcli.models.hub import resolve
 from vtwcli.models.inputs import encode_batch
@@ -135,17 +139,17 @@ def test_features_can_be_reused(exports):
 def test_inputs_that_do_not_fit_are_refused(exports):
     graphs = OnnxModel(exports("split")[0])
     batch = {name: value.numpy() for name, value in tiny.llava_batch(["t3 i t5"], seed=5).items()}
-    with pytest.raises(UsageError, match="9 visual tokens, the images give 0"):
+    with pytest.raises(ort.UsageError, match="9 visual tokens, the images give 0"):
         graphs.prefill({"input_ids": batch["input_ids"]})
-    with pytest.raises(UsageError, match="ends with a visual token"):
+    with pytest.raises(ort.UsageError, match="ends with a visual token"):
         graphs.prefill({**batch, "input_ids": batch["input_ids"][:, :-5], "attention_mask": None})
-    with pytest.raises(UsageError, match="no videos"):
+    with pytest.raises(ort.UsageError, match="no videos"):
         graphs.prefill({**batch, "pixel_values_videos": batch["pixel_values"]})
-    with pytest.raises(UsageError, match="has no tokens"):
+    with pytest.raises(ort.UsageError, match="has no tokens"):
         graphs.prefill({"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"] * 0})
-    with pytest.raises(UsageError, match="513 tokens are more than the model's 512"):
+    with pytest.raises(ort.UsageError, match="513 tokens are more than the model's 512"):
         graphs.prefill({"input_ids": np.full((1, 513), 5)})
-    with pytest.raises(UsageError, match="no device 'cuda'"):
+    with pytest.raises(ort.UsageError, match="no device 'cuda'"):
         OnnxModel(graphs.directory, device="cuda")
 
 
@@ -155,15 +159,28 @@ def test_files_names_and_hashes(exports):
     for name, entry in manifest["files"].items():
         data = (directory / name).read_bytes()
         assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    assert set(manifest["files"]) | {"manifest.json"} == {p.name for p in directory.iterdir()}
+    assert set(manifest["files"]) | {"manifest.json"} == {
+        str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()
+    }
     assert report["bytes"] == sum(entry["bytes"] for entry in manifest["files"].values())
     companions = ("tokenizer.json", "processor_config.json", "chat_template.jinja", "generation_config.json")
-    others = ("config.json", "LICENSE", "run_onnx.py", "vtw_ort.py", "vtw_pixels.py", "parity.json")
+    others = ("config.json", "LICENSE", "run_onnx.py", "vtw_ort/__init__.py", "vtw_pixels.py", "parity.json")
     assert {*companions, *others} <= set(manifest["files"])
     assert manifest["model"] == {"name": "tiny-llava-3", "revision": None, "model_type": "llava"}
     assert json.loads((directory / "parity.json").read_text()) == report["parity"]
     assert manifest["withdrawal_layer"] == 1 and manifest["schedule"]["actions"] == [withdraw(1)]
     assert manifest["tokens"]["placeholder_ids"] == [tiny.IMAGE_ID]
+    libraries = (transformers, torch, onnx, onnxruntime, onnxscript)
+    assert manifest["versions"].items() >= {each.__name__: each.__version__ for each in libraries}.items()
+    assert manifest["tested"] == {"onnxruntime": [onnxruntime.__version__]}
+    card = " ".join((directory / "README.md").read_text().split())
+    assert card.startswith("# split ONNX graphs of `tiny-llava-3` with a visual token schedule baked in.")
+    assert "- From layer 1 of 3 on there are no visual tokens" in card
+    assert (
+        f"with transformers {transformers.__version__}, torch {torch.__version__}, onnx {onnx.__version__}"
+        in card
+    )
+    assert f"checked against torch with ONNX Runtime {onnxruntime.__version__} (`parity.json`)" in card
     assert manifest["prompt"]["image"] == "USER: <image>\n{question} ASSISTANT:"
     assert any("keep_index" in step for step in manifest["how_to"])
     for graph in manifest["graphs"]:
@@ -210,11 +227,10 @@ def test_an_exported_model_is_exported_without_its_code(exports, tmp_path):
     write_companions(export.Source.of(resolve(str(tmp_path / "hf"))), manifest, tmp_path / "onnx")
     config = json.loads((tmp_path / "onnx" / "config.json").read_text())
     assert config["model_type"] == "llava" and not {"vtw", "auto_map"} & set(config)
-    assert {path.name for path in (tmp_path / "onnx").glob("*.py")} == {
-        "run_onnx.py",
-        "vtw_ort.py",
-        "vtw_pixels.py",
-    }
+    found = {str(path.relative_to(tmp_path / "onnx")) for path in (tmp_path / "onnx").rglob("*.py")}
+    assert (
+        {"run_onnx.py", "vtw_pixels.py", "vtw_ort/__init__.py", "vtw_ort/model.py"} <= found == set(scripts())
+    )
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -17,13 +17,13 @@ from vtwcli.errors import NotFoundError
 from vtwcli.export.onnx.graphs import VISION
 from vtwcli.models.families import FAMILIES, family_of, markdown, placeholder_ids, table
 from vtwcli.runtime import PruningError, pruned
+from vtwcli.schedule.intervention import Intervention
 from vtwcli.sweep.layers import Resident
-from vtwcli.sweep.sweep import Intervention, SweepItem, naive, sweep
+from vtwcli.sweep.sweep import SweepItem, sweep
 
 MODELS = TINY | VARIANTS
 REFUSED = [name for name, row in FAMILIES.items() if row.no_withdraw]
 WORKING = [name for name in MODELS if name not in REFUSED]
-SWEPT = [name for name in WORKING if name in VARIANTS or not FAMILIES[name].no_sweep]
 
 IMAGES = ["t3 i t5", "i t2 i t4", "t6"]
 FRAMES = ["t2 v t3 v t2", "v t4"]
@@ -156,7 +156,7 @@ def divergence(pruned: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
     return (pruned.exp() * (pruned - full)).sum(-1)
 
 
-@pytest.mark.parametrize(("name", "rows"), named([case for case in LAYOUTS if case[0] in SWEPT]))
+@pytest.mark.parametrize(("name", "rows"), named(LAYOUTS))
 def test_the_sweep_is_the_slow_search(name, rows):
     model = model_of(name)
     batch = inputs_of(name, rows)
@@ -168,7 +168,7 @@ def test_the_sweep_is_the_slow_search(name, rows):
     others = [Intervention("mute", 1, 3), Intervention("mute", 2), Intervention("freeze", 1, 4)]
     item = SweepItem(batch, compared)
     swept = sweep(source, [item], [*withdrawals, *others])
-    searched = naive(source, [item], others)
+    searched, _ = reference.searched(model, batch, others, compared)
 
     full = stock(model, batch)[:, -2:]
     expected = torch.stack(
@@ -179,7 +179,7 @@ def test_the_sweep_is_the_slow_search(name, rows):
     )
     for b, result in enumerate(swept):
         parity.same(model, result.kl[:LAYERS], expected[:, b])
-        parity.same(model, result.kl[LAYERS:], searched[b].kl)
+        parity.same(model, result.kl[LAYERS:], searched[b])
         assert result.visual == int(visual[b].sum())
         if result.visual:
             assert (result.kl > 1e-4).all(), "an intervention that changes nothing tests nothing"
@@ -196,18 +196,18 @@ def test_the_runtime_is_the_slow_reference(name, rows):
 
 @pytest.mark.parametrize("name", WORKING)
 def test_the_other_actions(name):
-    """``mute`` and ``freeze`` against the naive search; ``keep`` against columns hidden in the reference."""
+    """``mute`` and ``freeze`` against the slow search; ``keep`` against columns hidden in the reference."""
     model = model_of(name)
     batch = inputs_of(name, IMAGES)
     visual = reference.visual_mask(model, batch["input_ids"])
     rows, width = visual.shape
     full = stock(model, batch)[:, -1]
-    item = SweepItem(batch, torch.full((rows, 1), width - 1))
+    last = torch.full((rows, 1), width - 1)
     for kind in ("mute", "freeze"):
-        searched = naive(Resident(model, family_of(model.config)), [item], [Intervention(kind, 2, 4)])
+        searched, _ = reference.searched(model, batch, [Intervention(kind, 2, 4)], last)
         with pruned(model, {"format_version": 1, "actions": [{"at": 2, "until": 4, "action": kind}]}):
             actual = divergence(stock(model, batch)[:, -1], full)
-        parity.same(model, actual, torch.stack([result.kl[0, 0] for result in searched]))
+        parity.same(model, actual, searched[:, 0, 0])
 
     select = {"score": "uniform", "ratio": 0.5}
     actions = [{"at": 3, "action": "keep", "select": select}, {"at": 5, "action": "withdraw"}]
@@ -222,7 +222,7 @@ def test_the_other_actions(name):
     parity.same(model, actual, reference.logits(model, batch, hidden)[:, -1])
 
 
-@pytest.mark.parametrize("name", SWEPT)
+@pytest.mark.parametrize("name", WORKING)
 def test_a_saved_checkpoint_is_streamed(name, tmp_path):
     MODELS[name].build().save_pretrained(tmp_path)
     check_equal(tmp_path, batch=MODELS[name].batch)
@@ -236,7 +236,7 @@ def test_a_family_without_withdrawal_is_refused_with_its_reason(name):
     with pytest.raises(PruningError, match=FAMILIES[name].no_withdraw), pruned(model, 3):
         pass
     assert torch.equal(stock(model, batch), before)
-    assert FAMILIES[name].no_sweep and FAMILIES[name].no_onnx
+    assert FAMILIES[name].no_onnx
 
 
 def test_an_unknown_family_is_an_error_that_lists_the_known():

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.cli import vtw
 from tests.conftest import build_processor
-from tests.test_calibrate import data  # noqa: F401  (a fixture)
 from vtwcli.analyze import analyze
 from vtwcli.budget import budget
 from vtwcli.calibrate import calibrate
@@ -26,9 +25,10 @@ from vtwcli.measure.study import Study
 from vtwcli.models.hub import resolve
 from vtwcli.models.loading import load
 from vtwcli.recipe.recipe import AnalyzeSection, BudgetSection, CalibrateSection, EvalSection, ModelSection
+from vtwcli.schedule.intervention import Intervention
 from vtwcli.schedule.schedule import Schedule
 from vtwcli.sweep.layers import Resident
-from vtwcli.sweep.sweep import Intervention, sweep
+from vtwcli.sweep.sweep import sweep
 
 NAN, INF = float("nan"), float("inf")
 DOWN = "model.language_model.layers.{}.mlp.down_proj.weight"
@@ -136,7 +136,7 @@ def told(caught, where, dtype):
         (broken(VISION, -INF), "the embeddings of text and images are"),
     ],
 )
-def test_calibration_names_the_first_place(tiny_dir, data, tmp_path, change, where, stream):  # noqa: F811
+def test_calibration_names_the_first_place(tiny_dir, data, tmp_path, change, where, stream):
     model = ModelSection(name=str(edited(tiny_dir, tmp_path / "m", change)), stream=stream)
     options = CalibrateSection(limit=1, max_new_tokens=2, bootstrap=0, positions="first")
     with pytest.raises(NotFoundError) as caught:
@@ -144,7 +144,7 @@ def test_calibration_names_the_first_place(tiny_dir, data, tmp_path, change, whe
     told(caught, where, "float32")
 
 
-def test_every_command_that_compares_refuses(nan_dir, fp16_dir, data):  # noqa: F811
+def test_every_command_that_compares_refuses(nan_dir, fp16_dir, data):
     specs = [DataSpec(source=str(data))]
     short = {"limit": 1, "max_new_tokens": 2}
     cases = [
@@ -171,7 +171,7 @@ def test_every_command_that_compares_refuses(nan_dir, fp16_dir, data):  # noqa: 
     assert all(math.isfinite(x) for x in whole["kl"]["mean"])
 
 
-def test_the_command_line_says_it_in_two_lines_and_writes_nothing(nan_dir, data, tmp_path):  # noqa: F811
+def test_the_command_line_says_it_in_two_lines_and_writes_nothing(nan_dir, data, tmp_path):
     done = vtw(
         "calibrate", nan_dir, "--data", data, "--limit", 1, "--positions", "first", "--output", tmp_path / "k"
     )
@@ -180,7 +180,7 @@ def test_the_command_line_says_it_in_two_lines_and_writes_nothing(nan_dir, data,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_masked_vocabulary_has_the_kl_of_the_rest(tiny_dir, data):  # noqa: F811
+def test_a_masked_vocabulary_has_the_kl_of_the_rest(tiny_dir, data):
     """Models that rule tokens out give -inf for them, pruned or not."""
     from vtwcli.data.sources import load_data
 

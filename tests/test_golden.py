@@ -5,7 +5,7 @@ import torch
 
 from tests import golden
 from vtwcli.methods.fastv import FastV
-from vtwcli.runtime import pruned
+from vtwcli.runtime import entries, pruned
 
 SAMPLES = range(4)
 ATOL = 2e-5  # of logits; the published code computes in float32
@@ -27,7 +27,7 @@ def answer(model, schedule, sample, steps):
             return_dict_in_generate=True,
         )
         trace = running.trace
-    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    lengths = entries(out.past_key_values)
     return torch.cat(out.logits), out.sequences[0, -steps:].tolist(), trace, lengths
 
 
@@ -49,8 +49,8 @@ def test_fastv(model, sample):
         count = round(golden.VISUAL * (1 - float(dropped)))
         schedule = FastV(layer=int(layer), count=count).schedule()
         logits, tokens, trace, lengths = answer(model, schedule, sample, 8)
-        assert [golden.BEFORE + i for i in trace.samples[0]["kept"][0]] == row["kept"]
-        assert trace.rows_per_layer == row["len_in"]
+        assert [golden.BEFORE + i for i in trace.samples[0].actions[0].kept] == row["kept"]
+        assert [layer.rows for layer in trace.samples[0].layers] == row["len_in"]
         assert tokens == row["tokens"]
         assert lengths == row["kv_len_per_layer_after"]
         torch.testing.assert_close(logits, arrays[f"kv.gqa.{name}.scores.{sample}"], rtol=0, atol=ATOL)
@@ -67,7 +67,7 @@ def test_fastv_without_a_cache(model, sample):
         for step in range(4):
             with torch.no_grad(), pruned(model, schedule) as running:
                 out = model(**inputs, use_cache=False).logits[0, -1]
-            kept = [golden.BEFORE + i for i in running.trace.samples[0]["kept"][0]]
+            kept = [golden.BEFORE + i for i in running.trace.samples[0].actions[0].kept]
             assert kept == arrays[f"inplace.gqa.{name}.kept_per_step.{sample}"][step].tolist()
             expected = arrays[f"inplace.gqa.{name}.scores.{sample}"][step]
             torch.testing.assert_close(out, expected, rtol=0, atol=ATOL)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_calibrate import data  # noqa: F401  (the fixture)
 from vtwcli.export.directory.manifest import check_files, read_manifest
 
 DATA = ("--data", "data/rows.jsonl", "--limit", "1", "--max-new-tokens", "2")
@@ -72,7 +71,7 @@ def work(folder: str, command: tuple[str, ...]) -> None:
 def start(tmp_path_factory):
     """``(folder, command)`` -> a running child."""
     context = multiprocessing.get_context("forkserver")
-    used = ("evaluate", "analyze", "budget", "export.hf", "export.verify", "pipeline", "report_run")
+    used = ("evaluate", "analyze", "budget", "export.hf.verify", "pipeline.plan", "pipeline.summary")
     context.set_forkserver_preload(
         ["tests.test_kills", *(f"vtwcli.{name}" for name in used), "matplotlib.figure"]
     )
@@ -87,7 +86,7 @@ def start(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny_dir, data, tmp_path_factory):  # noqa: F811
+def prepared(tiny_dir, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     shutil.copytree(tiny_dir, folder / "model")
     shutil.copytree(data.parent, folder / "data")

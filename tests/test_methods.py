@@ -8,7 +8,6 @@ import torch
 from pydantic import ValidationError
 
 from tests import parity, slow_schedule
-from tests.test_calibrate import data  # noqa: F401  (the fixture)
 from tests.test_runtime import batch_of
 from tests.tiny import IMAGE_ID, llava
 from vtwcli.data.sources import load_data
@@ -153,8 +152,9 @@ def outcome(layer0, change, seed):
         with pruned(model, schedule) as running:
             model(**batch)
         [sample] = running.trace.samples
-        said = [("keep", sample["starts"][0], sample["kept"][0])] if sample["starts"][0] is not None else []
-        said += [("withdraw", sample["starts"][1])] if sample["starts"][1] is not None else []
+        keep, withdraw = sample.actions
+        said = [("keep", keep.layer, keep.kept)] if keep.layer is not None else []
+        said += [("withdraw", withdraw.layer)] if withdraw.layer is not None else []
         assert said == happened
         seen.append(happened)
     return seen
@@ -261,7 +261,7 @@ def test_a_recipe_names_one_schedule():
     assert schedule_of(ScheduleSection(layer=3, method="vtw")) == ("K=3", Schedule.withdraw_at(3))
 
 
-def test_trace_tells_what_the_runtime_did(tiny_dir, data, tmp_path):  # noqa: F811
+def test_trace_tells_what_the_runtime_did(tiny_dir, data, tmp_path):
     schedule = VisiPruner(
         shallow_mid_layer=1, layer_threshold=0.99, tokens_threshold=0.5, exit_threshold=-1.0
     ).schedule()

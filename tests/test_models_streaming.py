@@ -17,9 +17,10 @@ from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.models.hub import resolve
 from vtwcli.models.loading import LoadedModel, load
 from vtwcli.models.stored import StoredTensor
+from vtwcli.schedule.intervention import Intervention
 from vtwcli.sweep.layers import Resident
 from vtwcli.sweep.streaming import Streamed
-from vtwcli.sweep.sweep import Intervention, SweepItem, naive, sweep
+from vtwcli.sweep.sweep import SweepItem, sweep
 
 INTERVENTIONS = [
     *(Intervention("withdraw", k) for k in range(tiny.LAYERS)),
@@ -211,8 +212,6 @@ def test_what_cannot_be_streamed(tiny_dir):
     loaded = skeleton(tiny_dir, torch.float32)
     with pytest.raises(UsageError, match="did not come from files"):
         Streamed(dataclasses.replace(loaded, checkpoint=None))
-    with pytest.raises(UsageError, match="loaded whole"):
-        naive(Streamed(loaded), items(torch.float32), INTERVENTIONS)
     loaded.config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(UsageError, match="quantized"):
         Streamed(loaded)

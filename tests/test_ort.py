@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +19,8 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position
 
 from tests.tiny import IMAGE_ID, TINY
 from vtwcli import ort
-from vtwcli.errors import NotFoundError, UsageError
+from vtwcli.errors import VtwError
+from vtwcli.export.onnx.companions import scripts
 
 PINPOINTS = [[8, 16], [16, 8], [16, 16], [24, 8], [8, 24]]
 
@@ -78,7 +81,7 @@ def test_sampling_follows_the_distribution():
     assert set(ort.sample(np.repeat(logits, 500, 0), np.random.default_rng(0), top_k=2)) == {0, 1}
     assert set(ort.sample(np.repeat(logits, 500, 0), np.random.default_rng(0), top_p=0.81)) == {0, 1, 2}
     assert set(ort.sample(np.repeat(logits, 500, 0), np.random.default_rng(0), top_p=0.0)) == {0}
-    with pytest.raises(UsageError, match="temperature"):
+    with pytest.raises(ort.UsageError, match="temperature"):
         ort.sample(logits, np.random.default_rng(0), temperature=0)
 
 
@@ -97,9 +100,9 @@ def test_grid_positions_are_those_of_qwen2_vl():
 
 def test_grid_positions_refuse_what_does_not_fit():
     visual, attended = np.array([[False, True, True]]), np.ones((1, 3), dtype=bool)
-    with pytest.raises(UsageError, match="more images"):
+    with pytest.raises(ort.UsageError, match="more images"):
         ort.grid_positions(visual, attended, np.zeros((0, 3), dtype=int), 2)
-    with pytest.raises(UsageError, match="fewer placeholders"):
+    with pytest.raises(ort.UsageError, match="fewer placeholders"):
         ort.grid_positions(visual, attended, np.array([[1, 4, 4]]), 2)
 
 
@@ -159,8 +162,41 @@ def test_shrink_is_bilinear_interpolation():
 
 
 def test_a_directory_that_is_no_export(tmp_path):
-    with pytest.raises(NotFoundError, match="no exported ONNX model"):
+    with pytest.raises(ort.NotFoundError, match="no exported ONNX model"):
         ort.OnnxModel(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps({"format": "vtw-hf", "format_version": 1}))
-    with pytest.raises(NotFoundError, match="no exported ONNX model"):
+    with pytest.raises(ort.NotFoundError, match="no exported ONNX model"):
         ort.OnnxModel(tmp_path)
+
+
+def test_a_manifest_without_what_graphs_need(tmp_path):
+    for graphs, said in (
+        ([{"file": "../a.onnx"}], "a graph lies outside the directory"),
+        ([{"file": "a.onnx", "role": "decoder"}], "a graph has no inputs"),
+        (["a.onnx"], "no exported ONNX model"),
+    ):
+        manifest = {"format": ort.FORMAT, "format_version": ort.FORMAT_VERSION, "graphs": graphs}
+        (tmp_path / ort.MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(ort.NotFoundError, match=said):
+            ort.OnnxModel(tmp_path)
+
+
+def test_the_package_stands_alone(tmp_path):
+    """Beside a model it is called ``vtw_ort``, and has the same errors whether vtwcli is installed or not."""
+    for name, text in scripts().items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    program = """
+import sys
+sys.modules |= dict.fromkeys(("torch", "transformers", "vtwcli", "PIL"))
+import vtw_ort
+try:
+    vtw_ort.OnnxModel("nowhere")
+except ValueError as error:
+    assert isinstance(error, vtw_ort.NotFoundError)
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("nowhere is no exported ONNX model: ")
+    assert issubclass(ort.NotFoundError, ValueError) and not issubclass(ort.OnnxError, VtwError)

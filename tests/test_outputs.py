@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from tests.cli import vtw
-from tests.test_calibrate import data  # noqa: F401  (the fixture)
 from vtwcli.errors import UsageError, VtwError
 from vtwcli.export.directory.manifest import check_files, read_manifest
 from vtwcli.export.directory.publish import publish
@@ -31,7 +30,7 @@ SET = ["k.json", "k.png", "k.schedule.yaml"]
 
 
 @pytest.fixture
-def here(tiny_dir, data, tmp_path, monkeypatch):  # noqa: F811
+def here(tiny_dir, data, tmp_path, monkeypatch):
     """A working directory with a model and data of its own."""
     shutil.copytree(tiny_dir, tmp_path / "model")
     shutil.copytree(data.parent, tmp_path / "data")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.cli import vtw
-from tests.test_calibrate import data  # noqa: F401  (the fixture)
+from vtwcli.budget import budget
 from vtwcli.calibrate import calibrate
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import VtwError
@@ -17,7 +17,7 @@ from vtwcli.export.directory.manifest import check_files, read_manifest
 from vtwcli.export.hf.export import export_hf
 from vtwcli.pipeline import plan as pipeline
 from vtwcli.pipeline.run import resolved
-from vtwcli.recipe.recipe import CalibrateSection, EvalSection, ModelSection, Recipe
+from vtwcli.recipe.recipe import BudgetSection, CalibrateSection, EvalSection, ModelSection, Recipe
 from vtwcli.recipe.settings import load_recipe
 from vtwcli.schedule.schedule import Schedule
 
@@ -34,7 +34,7 @@ STEPS = ("calibrate", "eval", "export")
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_dir, data, tmp_path_factory):  # noqa: F811
+def finished(tiny_dir, data, tmp_path_factory):
     """A directory with model, data, recipe and the results of one run; read-only."""
     folder = tmp_path_factory.mktemp("run")
     shutil.copytree(tiny_dir, folder / "model")
@@ -123,7 +123,8 @@ def test_a_log_has_one_line_a_step_and_no_bars(finished):
 
 
 def test_nothing_changed_nothing_runs(folder, monkeypatch):
-    monkeypatch.setattr(pipeline, "RUNNERS", {})  # a step that ran would fail
+    for step in pipeline.STEPS.values():
+        monkeypatch.setattr(step, "run", None)  # a step that ran would fail
     done = run()
     assert done.code == 0, done.err
     assert [line.split()[:2] for line in done.out.splitlines()[:3]] == [[step, "kept"] for step in STEPS]
@@ -254,14 +255,14 @@ def test_no_layer_qualifies_is_exit_3_and_ends_the_run(folder):
 
 def test_an_export_that_fails_is_not_published(folder, monkeypatch):
     from vtwcli.errors import GateError
-    from vtwcli.export.hf import verify
+    from vtwcli.export import formats
 
     def fails(directory, **options):
         assert directory.name == "model" and (directory / "manifest.json").exists()
         raise GateError("tokens differ")
 
     before = (folder / "out/model/manifest.json").read_text()
-    monkeypatch.setattr(verify, "verify", fails)
+    monkeypatch.setattr(formats, "verify", fails)
     done = run("--from", "export")
     assert done.code == 3
     assert "error: tokens differ" in done.err
@@ -275,15 +276,15 @@ def test_an_export_that_fails_is_not_published(folder, monkeypatch):
 
 def test_an_interrupted_run_continues(folder, monkeypatch):
     shutil.rmtree(folder / "out")
-    real = pipeline.RUNNERS["eval"]
+    real = pipeline.STEPS["eval"].run
 
     def interrupted(run):
         real(run)  # its files are there, its record is not
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setitem(pipeline.RUNNERS, "eval", interrupted)
-        patched.setitem(pipeline.RUNNERS, "export", None)
+        patched.setattr(pipeline.STEPS["eval"], "run", interrupted)
+        patched.setattr(pipeline.STEPS["export"], "run", None)
         with pytest.raises(KeyboardInterrupt):
             recipe = load_recipe(folder / "recipe.yaml")
             pipeline.execute(pipeline.prepare(recipe, folder / "out"))
@@ -296,7 +297,7 @@ def test_an_interrupted_run_continues(folder, monkeypatch):
 
 
 def test_a_crash_is_told_in_the_summary(folder, monkeypatch):
-    monkeypatch.setitem(pipeline.RUNNERS, "export", None)  # not even a function
+    monkeypatch.setattr(pipeline.STEPS["export"], "run", None)  # not even a function
     done = run("--from", "export")
     assert done.code == 1
     assert (folder / "out/summary.md").read_text().startswith("## model: FAILED\n")
@@ -426,7 +427,7 @@ def test_a_step_that_fails_keeps_those_before_it(folder, monkeypatch):
     def fails(run):
         raise VtwError("no room")
 
-    monkeypatch.setitem(pipeline.RUNNERS, "eval", fails)
+    monkeypatch.setattr(pipeline.STEPS["eval"], "run", fails)
     done = run()
     assert (done.code, "error: no room" in done.err) == (1, True)
     document = json.loads((folder / "out/run.json").read_text())
@@ -461,6 +462,132 @@ def test_calibrate_and_analyze_share_a_sweep_where_they_can(shared, folder, monk
     names = {path.name for path in (folder / "both").iterdir()}
     assert {"analysis.json", "analysis.html", "analysis.kl.png", "calibration.schedule.yaml"} <= names
     assert vtw("run", "recipe.yaml", "--output", "both", "--dry-run").out.count(" kept ") == 2
+
+
+# --- comparing methods ---------------------------------------------------------------------------------------
+
+COMPARED = {"limit": 1, "max_new_tokens": 2, "methods": ("vtw", "uniform"), "ratios": (0.5,)}
+BUDGET = RECIPE.replace(
+    "export:",
+    "budget: {limit: 1, max_new_tokens: 2, methods: [vtw, uniform], ratios: [0.5], max_flops: 1}\nexport:",
+)
+
+
+@pytest.fixture(scope="module")
+def compared(finished, tmp_path_factory):
+    """The finished run gone on with after its recipe was given a comparison; read-only."""
+    folder = tmp_path_factory.mktemp("compared")
+    shutil.copytree(finished[0], folder, dirs_exist_ok=True)
+    (folder / "recipe.yaml").write_text(BUDGET)
+    plan = vtw("run", folder / "recipe.yaml", "--output", folder / "out", "--dry-run")
+    assert not (folder / "out/budget.json").exists()
+    done = vtw("run", folder / "recipe.yaml", "--output", folder / "out")
+    assert (plan.code, done.code) == (0, 0), done.err
+    return folder, plan, done
+
+
+@pytest.fixture
+def comparing(compared, tmp_path, monkeypatch):
+    """A copy of it to change, as the working directory."""
+    shutil.copytree(compared[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_comparison_is_a_step(compared):
+    """It stands behind the calibration; what is there already stays valid, and files are those of the command."""
+    folder, plan, done = compared
+    lines = plan.out.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["calibrate", "budget", "eval", "export"]
+    assert [line.split()[1] for line in lines] == ["kept", "will", "kept", "kept"]
+    assert lines[1].split(maxsplit=3)[3] == (
+        'no result yet; limit 1, max_flops 1.0, methods ["vtw", "uniform"], ratios [0.5], max_new_tokens 2'
+    )
+    found = json.loads((folder / "out/budget.json").read_text())
+    where = ModelSection(name=str(folder / "model"))
+    expected = budget(
+        where, [DataSpec(source=str(folder / "rows.jsonl"))], BudgetSection(**COMPARED, max_flops=1)
+    )
+    assert {**found, "run": None} == {**json.loads(json.dumps(expected)), "run": None}
+    best = next(row for row in found["candidates"] if row["name"] == found["best"])
+    saved = Schedule.from_file(folder / "out/budget.schedule.yaml")
+    assert saved.to_dict()["actions"] == best["schedule"]["actions"]
+    assert (folder / "out/budget.png").exists()
+    record = json.loads((folder / "out/run.json").read_text())["steps"]["budget"]
+    assert set(record["files"]) == {"budget.json", "budget.schedule.yaml", "budget.png"}
+    assert record["result"] == {"best": found["best"], "pareto": found["pareto"]}
+    front = len(found["pareto"])
+    assert (
+        f"7 schedules, {front} of them on the Pareto front. Best within 100%: {best['name']}, KL" in done.out
+    )
+    summary = (folder / "out/summary.md").read_text()
+    assert "model: methods compared\n" in summary
+    assert summary.index("methods compared") < summary.index("full against pruned")
+    table = summary.partition("methods compared")[2].partition("The Pareto front")[0]
+    assert [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")][2:] == [
+        f"| {name}" for name in found["pareto"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ([], []),
+        (["--set", "budget.ratios=[0.3]"], ["budget"]),
+        (["--set", "budget.max_flops=0.9"], ["budget"]),
+        (["--set", "schedule.exit_layers=3"], ["budget"]),  # a method's parameter that is not varied
+        (["--set", "schedule.layer=3"], ["eval", "export"]),  # which schedule is exported is another matter
+        (["--set", "calibrate.eta=999"], ["calibrate", "eval", "export"]),
+        (["--set", "gates.max_kl=5"], []),
+        (["--only", "budget"], ["budget"]),
+        (["--set", "model.attn=eager"], ["calibrate", "budget", "eval", "export"]),
+    ],
+)
+def test_a_comparison_runs_again_when_what_it_depends_on_changed(comparing, change, expected):
+    assert runs(*change) == expected
+
+
+def test_a_changed_comparison_alone_is_made_again(comparing):
+    before = {
+        path.name: path.read_bytes() for path in (comparing / "out").glob("*.*") if path.suffix != ".json"
+    }
+    (comparing / "recipe.yaml").write_text(BUDGET.replace("max_flops: 1", "seed: 1"))
+    done = run()
+    assert done.code == 0, done.err
+    assert [line.split()[1] == "kept" for line in done.out.splitlines()[:4]] == [True, False, True, True]
+    assert not (comparing / "out/budget.schedule.yaml").exists()  # without a budget there is no best
+    assert (comparing / "out/evaluation.md").read_bytes() == before["evaluation.md"]
+    assert runs() == []
+    (comparing / "out/budget.png").unlink()
+    assert planned()["budget"].startswith("will run  budget.png is missing; ")
+
+
+def test_a_budget_that_nothing_fits_stops_the_run_as_it_does_the_command(comparing):
+    done = run("--set", "budget.max_flops=1e-6")
+    assert done.code == 3
+    said = "no schedule costs at most 0.0001% of the full model's prefill FLOPs"
+    assert said in done.err
+    assert "[3/4] eval: not run" in done.err
+    assert json.loads((comparing / "out/run.json").read_text())["failure"] == said
+    assert not (comparing / "out/budget.schedule.yaml").exists()
+    done = vtw("budget", "--recipe", "recipe.yaml", "--set", "budget.max_flops=1e-6")
+    assert (done.code, said in done.err) == (3, True)
+
+
+def test_a_variable_alone_makes_no_comparison(folder, monkeypatch):
+    monkeypatch.setenv("VTW_BUDGET__LIMIT", "3")
+    assert list(planned()) == list(STEPS)
+    monkeypatch.setenv("VTW_BUDGET__LIMIT", "0")
+    done = run("--dry-run")
+    assert (done.code, "budget.limit" in done.err) == (2, True)
+
+
+def test_files_of_a_comparison_in_the_way(folder):
+    (folder / "recipe.yaml").write_text(BUDGET)
+    (folder / "out/budget.png").write_text("precious")
+    done = run()
+    assert (done.code, "out/budget.png exists already" in done.err) == (2, True)
+    assert (folder / "out/budget.png").read_text() == "precious"
 
 
 @pytest.mark.parametrize("edit", ["picture", "task", "answer"])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests import reference, tiny
+from vtwcli.errors import VtwError
 from vtwcli.models.families import FAMILIES
+from vtwcli.runtime import pruned
 from vtwcli.sweep.layers import Resident
 from vtwcli.sweep.probes import LastRowProbe, entropy, masses, sinks, value_norms
 from vtwcli.sweep.sweep import SweepItem, sweep
@@ -151,3 +156,89 @@ def test_a_prompt_without_images_has_nothing_visual():
     for layer in probe.found[0, 0]:
         assert layer.masses == pytest.approx({"prefix": 1, "visual": 0, "suffix": 0, "first": 0}, abs=1e-6)
         assert len(layer.attention) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_numbers_are_those_by_which_a_schedule_decides(dtype):
+    """The runtime keeps a token exactly where its contribution, as measured here, is larger than the threshold."""
+    family = tiny.TINY["llava"]
+    model = family.build(layers=4, attn="sdpa").to(dtype)
+    batch = family.batch(["t3 i t5", "i t4 i t2"], dtype=dtype)
+    probe = LastRowProbe(RATIO)
+    last = torch.full((2, 1), batch["input_ids"].shape[1] - 1)
+    sweep(Resident(model, FAMILIES["llava"]), [SweepItem(batch, last)], [], probes=[probe])
+    for d in range(3):
+        for b in range(2):
+            sizes = probe.found[0, b][d].contribution
+            bound = sizes.median()  # one of them, which must fall out
+            select = {"score": "contribution", "above": float(bound)}
+            actions = [{"at": d + 1, "action": "keep", "select": select}]
+            with pruned(model, {"format_version": 1, "actions": actions}) as handle, torch.no_grad():
+                model(**batch, use_cache=False)
+            assert handle.trace.samples[b]["kept"] == {0: (sizes > bound).nonzero()[:, 0].tolist()}
+
+
+def test_the_librarys_attention_functions_stay_as_they_are():
+    family = tiny.TINY["llava"]
+    model, batch = family.build(layers=2, attn="sdpa"), family.batch(["t3 i t5"])
+    item = SweepItem(batch, torch.tensor([[batch["input_ids"].shape[1] - 1]]))
+
+    def measured() -> list:
+        probe = LastRowProbe(RATIO)
+        sweep(Resident(model, FAMILIES["llava"]), [item], [], probes=[probe])
+        return [row.contribution for row in probe.found[0, 0]]
+
+    before, want, calls = dict(ALL_ATTENTION_FUNCTIONS), measured(), []
+    assert dict(ALL_ATTENTION_FUNCTIONS) == before
+    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def own(*args, **kwargs):
+        calls.append(args)
+        return stock(*args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = own
+    try:
+        assert all(map(torch.equal, measured(), want))
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
+        assert calls
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+def test_models_are_measured_in_several_threads_at_once():
+    family = tiny.TINY["llava"]
+    batches = [family.batch([row]) for row in ("t3 i t5", "i t4 i t2", "t1 i t9")]
+    models = [family.build(layers=3, attn="sdpa") for _ in batches]
+
+    def measured(number: int) -> list:
+        probe = LastRowProbe(RATIO)
+        rows = torch.tensor([[batches[number]["input_ids"].shape[1] - 1]])
+        source = Resident(models[number], FAMILIES["llava"])
+        for _ in range(5):
+            sweep(source, [SweepItem(batches[number], rows)], [], probes=[probe])
+        return [row.contribution for row in probe.found[0, 0]]
+
+    want = [measured(number) for number in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        for got, expected in zip(threads.map(measured, range(3)), want, strict=True):
+            assert len(got) == 15
+            assert all(map(torch.equal, got, expected))
+
+
+def test_an_attention_that_is_not_understood_is_refused():
+    model, batch = tiny.llava(layers=2), tiny.llava_batch(["t3 i t5"])
+    views = []
+    item = SweepItem(batch, torch.tensor([[16]]))
+    sweep(Resident(model, FAMILIES["llava"]), [item], [], probes=[views.append])
+
+    def another_cache(module, args, kwargs):
+        return args, {**kwargs, "past_key_values": copy.copy(kwargs["past_key_values"])}
+
+    views[0].layer.self_attn.register_forward_pre_hook(another_cache, with_kwargs=True)
+    with pytest.raises(VtwError, match="does not hand its cache"):
+        views[0].attention()
+    views[1].layer.attention = views[1].layer.self_attn
+    del views[1].layer.self_attn
+    with pytest.raises(VtwError, match="has no self_attn"):
+        views[1].attention()

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from tests.cli import vtw
 from tests.conftest import DAY
-from tests.test_calibrate import data  # noqa: F401  (the fixture)
 from vtwcli.calibrate import calibrate
 from vtwcli.data.spec import DataSpec
 from vtwcli.evaluate import evaluate
@@ -186,7 +185,7 @@ def try_schedule(folder, seed):
 
 
 @pytest.fixture(scope="module")
-def documents(tiny_dir, data):  # noqa: F811
+def documents(tiny_dir, data):
     """A calibration and an evaluation, as files hold them."""
     model, mix = ModelSection(name=str(tiny_dir)), [DataSpec(source=str(data))]
     options = CalibrateSection(limit=1, max_new_tokens=2, bootstrap=20, eta=1000)

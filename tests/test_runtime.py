@@ -561,7 +561,7 @@ def test_apply_and_remove():
     for schedule in (2, Schedule.withdraw_at(2), Schedule.withdraw_at(2, model="x").to_dict()):
         handle = apply(model, schedule)
         assert torch.equal(run(model, batch), expected)
-        assert handle.trace.samples[0]["visual_per_layer"] == [9, 9, 0, 0, 0, 0]
+        assert handle.trace.samples[0].visual_per_layer == [9, 9, 0, 0, 0, 0]
         with pytest.raises(PruningError, match="at work on this model already"):
             apply(model, 3)
         remove(model)
@@ -645,13 +645,20 @@ def test_what_cannot_be_exact_is_refused():
     [
         ([{"at": 1, "action": "merge"}], "'merge' is not executable"),
         ([{"at": 1, "action": "withdraw", "ratio": 0.5}], "unknown key 'ratio'"),
-        ([{"at": -1, "action": "withdraw"}], "'at' must be a layer number"),
-        ([{"at": "auto", "action": "withdraw"}], "'when' must hold"),
-        ([{"at": 2, "action": "mute"}], "'until' must be a layer number above 2"),
+        ([{"at": -1, "action": "withdraw"}], "at is -1, which it cannot be"),
+        ([{"at": "auto", "action": "withdraw"}], "needs a condition under 'when'"),
+        ([{"at": 2, "action": "mute"}], "the key 'until' is required"),
+        ([{"at": 2, "until": 2, "action": "freeze"}], r"'until' \(2\) must be above 'at'"),
+        ([{"at": 2, "action": "withdraw", "when": {"cosine_below": 0.5}}], "go with 'at: auto' only"),
+        ([{"at": 9, "action": "withdraw"}], "at is 9, but the model has 6 layers"),
+        (
+            [{"at": 3, "action": "withdraw"}, {"at": 4, "action": "withdraw"}],
+            r"action 2 \(withdraw\) comes after",
+        ),
         ([{"at": 2, "until": 3, "action": "mute", "sink": "last"}], "sink 'last' is not one of"),
         (
             [{"at": 2, "action": "keep", "select": {"score": "entropy", "count": 1}}],
-            "'entropy' is not executable",
+            "score 'entropy' is not one of",
         ),
         ([{"at": 2, "action": "keep", "select": {"score": "uniform", "above": 1}}], "has no threshold"),
         ([{"at": 0, "action": "keep", "select": {"score": "attention", "count": 1}}], "start at 1 or later"),

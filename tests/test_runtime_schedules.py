@@ -14,7 +14,7 @@ from tests import parity, reference, slow_schedule
 from tests.test_runtime import batch_of, gradients, joined, labelled, positions
 from tests.tiny import IMAGE_ID, LAYERS, TINY, VARIANTS, llava, llava_batch
 from vtwcli.models.families import FAMILIES
-from vtwcli.runtime import PrunedLayer, PruningError, pruned
+from vtwcli.runtime import PrunedLayer, PruningError, entries, pruned
 from vtwcli.schedule.schedule import Schedule
 
 LAYOUTS = [
@@ -119,13 +119,13 @@ def model_of(dtype: torch.dtype = torch.float64, attn: str = "sdpa"):
 
 def check_trace(trace, decided: slow_schedule.Decisions, visual: torch.Tensor, real: torch.Tensor) -> None:
     for b, sample in enumerate(trace.samples):
-        assert sample["starts"] == [starts[b] for starts in decided.starts]
-        assert sample["kept"] == {
-            number: kept[b] for number, kept in enumerate(decided.kept) if number in sample["kept"]
-        }
-        assert sample["visual_per_layer"] == [int((p[b] & visual[b]).sum()) for p in decided.present]
-        assert sample["visual"] == int(visual[b].sum())
-        assert sample["text"] == int((real & ~visual)[b].sum())
+        assert [action.layer for action in sample.actions] == [starts[b] for starts in decided.starts]
+        for action, kept in zip(sample.actions, decided.kept, strict=True):
+            assert action.kept == (kept[b] if action.action == "keep" else None)
+        assert [layer.layer for layer in sample.layers] == list(range(len(decided.present)))
+        assert sample.visual_per_layer == [int((p[b] & visual[b]).sum()) for p in decided.present]
+        assert sample.visual == int(visual[b].sum())
+        assert sample.text == int((real & ~visual)[b].sum())
 
 
 def check_forward(model, batch: dict, actions: list[dict], atol: float = 1e-9) -> slow_schedule.Decisions:
@@ -284,6 +284,7 @@ def test_text_does_not_carry_muted_entries_along():
         held = out.past_key_values.layers
         assert [layer.keys.shape[2] for layer in held] == [27, 10, 10, 10, 27, 27]
         assert [layer.aside.keys.shape[2] for layer in held[1:4]] == [18, 18, 18]
+        assert entries(out.past_key_values) == [27, 28, 28, 28, 27, 27]
         beams = model.generate(**batch, max_new_tokens=4, num_beams=3, do_sample=False)
         one_by_one = model.generate(**batch, max_new_tokens=4, do_sample=False, num_beams=3, use_cache=False)
     assert torch.equal(beams, one_by_one)
@@ -296,12 +297,13 @@ def test_rows_keep_different_numbers_of_entries():
     actions = SCHEDULES["keep above"]
     with pruned(model, schedule(actions)) as running:
         layers = model(**batch, use_cache=True).past_key_values.layers
-    counts = [sample["visual_per_layer"][3] + sample["text"] for sample in running.trace.samples]
+    counts = [sample.visual_per_layer[3] + sample.text for sample in running.trace.samples]
     assert len(set(counts)) == 3
     columns = layers[3].columns.position
     assert columns.shape[1] == layers[3].keys.shape[2] == max(counts)
     assert (columns >= 0).sum(1).tolist() == counts
-    assert running.trace.rows_per_layer == [25, 25, *[max(counts)] * 4]
+    for sample in running.trace.samples:
+        assert [layer.rows for layer in sample.layers] == [25, 25, *[max(counts)] * 4]
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -334,7 +336,7 @@ def test_random_choice_depends_on_the_seed_and_not_on_the_batch():
             pruned(model, schedule([{"at": 1, "action": "keep", "select": select}])) as running,
         ):
             model(**batch)
-        return [sample["kept"][0] for sample in running.trace.samples]
+        return [sample.actions[0].kept for sample in running.trace.samples]
 
     assert kept(batch, 0) == kept(batch, 0) != kept(batch, 1)
     assert kept(batch_of(["t4 i t2"]), 0) == kept(batch, 0)[:1]

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtwcli.errors import UsageError
-from vtwcli.schedule.schedule import Schedule
+from vtwcli.schedule import rules, words
+from vtwcli.schedule.schedule import Freeze, Keep, Mute, Schedule, Select, When, Withdraw
 
 VISIPRUNER = """\
 schedule:
@@ -134,6 +135,21 @@ near_actions = st.dictionaries(
 )  # fmt: skip
 
 
+ACTIONS = [
+    {"at": 2, "action": "withdraw"},
+    {"at": 2, "action": "keep", "select": {"score": "random", "ratio": 0.5, "seed": 3}},
+    {"at": 1, "until": 4, "action": "mute", "sink": "zero", "during": "prefill"},
+    {"at": 0, "until": 1, "action": "freeze"},
+    {"at": "auto", "after": 1, "action": "withdraw", "when": {"cosine_above": 0.9, "layers": 2}},
+    {
+        "at": "auto",
+        "action": "keep",
+        "select": {"score": "attention", "above": 0.1},
+        "when": {"cosine_below": 0},
+    },
+]
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(near_actions, max_size=3) | json_values)
 def test_any_document_is_a_schedule_or_a_clear_error(data):
@@ -143,3 +159,48 @@ def test_any_document_is_a_schedule_or_a_clear_error(data):
         assert "\n" not in error.message
     else:
         assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
+
+
+def filled(action):
+    """An action with its defaults, and nothing that holds nothing."""
+    return {
+        key: filled(value) if isinstance(value, dict) else value
+        for key, value in action.items()
+        if value is not None
+    }
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(st.lists(near_actions | st.sampled_from(ACTIONS), max_size=3))
+def test_a_schedule_is_valid_where_it_is_read_as_where_it_runs(data):
+    """Who reads a person's document and who executes what it became go by the same rules."""
+    try:
+        schedule = Schedule.from_dict(data)
+    except UsageError:
+        with pytest.raises(words.ScheduleError):
+            rules.read({"format_version": 1, "actions": data})
+    else:
+        wanted = [filled(action.model_dump()) for action in schedule.actions]
+        assert rules.read(schedule.to_dict()) == wanted
+        assert rules.read({"format_version": 1, "actions": data}) == wanted
+
+
+def test_every_key_is_a_field_of_its_section():
+    for part in (Withdraw, Keep, Mute, Freeze, When, Select):
+        assert part.model_fields.keys() - {"action"} == rules.KEYS[part.__name__.lower()].keys()
+    assert {part.__name__.lower() for part in (Withdraw, Keep, Mute, Freeze)} == set(words.words("action"))
+
+
+def test_every_word_says_something_or_is_what_is_left_unsaid():
+    assert len(words.WORDS) == len({(word.slot, word.word) for word in words.WORDS})
+    assert [word.word for word in words.WORDS if not word.says] == [words.words("during")[0]]
+    for key in ("score", *words.MUTED):
+        assert any(key in keys for keys in rules.KEYS.values())
+
+
+@pytest.mark.parametrize("ratio", [0, 0.1, 1 / 3, 0.5, 1])
+def test_a_ratio_rounds_up(ratio):
+    for present in range(100):
+        assert words.count_of(ratio, present) == -(-ratio * present // 1)
+        kept = Select(score="uniform", ratio=ratio)
+        assert words.kept_count(kept.model_dump(), present) == words.count_of(ratio, present) <= present

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from hypothesis import strategies as st
 from tests import reference, tiny
 from vtwcli.errors import NotFoundError, UsageError, VtwError
 from vtwcli.models.families import FAMILIES
+from vtwcli.schedule.intervention import Intervention
+from vtwcli.sweep import reach, walk
 from vtwcli.sweep import sweep as sweep_module
-from vtwcli.sweep import walk
 from vtwcli.sweep.layers import Resident
-from vtwcli.sweep.sweep import Intervention, SweepItem, naive, sweep
+from vtwcli.sweep.probes import LastRowProbe
+from vtwcli.sweep.sweep import SweepItem, sweep
 
 LAYERS = 4
 
@@ -74,51 +77,11 @@ def last_text(batch: dict, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return rows, valid
 
 
-def expected(model, batch: dict, interventions, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(pruned ‖ full) [B, interventions, R] and agreement, by one full masked run per intervention."""
-    visual = reference.visual_mask(model, batch["input_ids"])
-    layers = reference.text_layers(model)
-    nothing = torch.zeros(len(layers), *visual.shape, dtype=torch.bool)
-    full = reference.logits(model, batch, nothing).double()
-    kl, agree = [], []
-    for one in interventions:
-        handles = []
-        hidden = torch.zeros(len(layers), *visual.shape, visual.shape[1], dtype=torch.bool)
-        stop = len(layers) if one.stop is None else one.stop
-        for d in range(one.start, stop):
-            if one.kind == "withdraw":
-                hidden[d] = visual[:, None, :]
-            elif one.kind == "mute":
-                hidden[d] = visual[:, None, :] & ~visual[:, :, None]
-            else:
-                handles.append(layers[d].register_forward_hook(keep_visual(visual), with_kwargs=True))
-        try:
-            pruned = reference.logits(model, batch, hidden).double()
-        finally:
-            for handle in handles:
-                handle.remove()
-        log_p, log_q = (
-            torch.stack([x[b, rows[b]] for b in range(len(rows))]).log_softmax(-1) for x in (pruned, full)
-        )
-        # kl_div(input, target) is KL(target ‖ input)
-        kl.append(torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
-        agree.append(log_p.argmax(-1) == log_q.argmax(-1))
-    return torch.stack(kl, 1), torch.stack(agree, 1)
-
-
-def keep_visual(visual: torch.Tensor):
-    def hook(module, args, kwargs, out):
-        entry = args[0] if args else kwargs["hidden_states"]
-        return torch.where(visual[..., None], entry, out)
-
-    return hook
-
-
-def check(model, batch, interventions, count: int = 1, tolerance: float = 1e-9, search=sweep) -> torch.Tensor:
-    """Compare a search with the reference; ``tolerance`` is absolute in float64, else relative. Returns the KL."""
+def check(model, batch, interventions, count: int = 1, tolerance: float = 1e-9) -> torch.Tensor:
+    """Compare the sweep with the reference; ``tolerance`` is absolute in float64, else relative. Returns the KL."""
     rows, valid = last_text(batch, count)
-    results = search(source(model), [SweepItem(batch, rows, valid)], interventions)
-    kl, agree = expected(model, batch, interventions, rows)
+    results = sweep(source(model), [SweepItem(batch, rows, valid)], interventions)
+    kl, agree = reference.searched(model, batch, interventions, rows)
     assert [(r.item, r.row) for r in results] == [(0, b) for b in range(len(rows))]
     for b, result in enumerate(results):
         want = kl[b][:, valid[b]]
@@ -175,19 +138,6 @@ def test_any_layout_equals_full_runs(rows, side, interventions, count, seed):
     check(llava(), batch, interventions, count)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
-@given(rows=st.lists(ROW, min_size=1, max_size=2), seed=st.integers(0, 99))
-def test_the_naive_search_equals_the_reference(rows, seed):
-    batch = tiny.llava_batch(rows, seed=seed, dtype=torch.float64)
-    check(
-        llava(),
-        batch,
-        [*EVERY_LAYER, Intervention("mute", 1, 3), Intervention("freeze", 1, 2)],
-        2,
-        search=naive,
-    )
-
-
 @pytest.mark.parametrize(
     "name", ["qwen2_5_vl", "qwen3_vl", "gemma3-window", "paligemma", "aya_vision-window"]
 )
@@ -198,7 +148,7 @@ def test_families_with_masks_and_additions_of_their_own(name):
     batch = family.batch(["t3 i t5", "t2 i t4 i t2"], dtype=torch.float64)
     rows = torch.full((2, 2), batch["input_ids"].shape[1] - 1) - torch.tensor([1, 0])
     results = sweep(source(model), [SweepItem(batch, rows)], MIXED)
-    kl, _ = expected(model, batch, MIXED, rows)
+    kl, _ = reference.searched(model, batch, MIXED, rows)
     torch.testing.assert_close(torch.stack([r.kl for r in results]), kl, rtol=0, atol=1e-9)
     assert kl[:, 0].min() > 1e-4
 
@@ -311,7 +261,7 @@ def test_probes_see_what_the_stock_model_computes():
         if d + 1 < LAYERS:  # behind the last layer the library gives the normed stream
             after = torch.stack([stock.hidden_states[d + 1][b, rows[b]] for b in range(2)])
             torch.testing.assert_close(view.out, after)
-        weights = view.attention().weights().double()
+        weights = view.attention().double()
         for b in range(2):
             torch.testing.assert_close(
                 weights[b, :, 0], stock.attentions[d][b, :, rows[b, 0]], rtol=0, atol=1e-6
@@ -327,10 +277,11 @@ def test_probes_see_capped_scores():
     sweep(source(model), [SweepItem(batch, rows)], [], probes=[views.append])
     with torch.no_grad():
         stock = model(**batch, output_attentions=True)
-    assert views[0].attention().softcap == 50
+    assert model.config.text_config.attn_logit_softcapping == 50
     for d, view in enumerate(views):
-        weights = view.attention().weights()
-        torch.testing.assert_close(weights[:, :, 0], stock.attentions[d][:, :, -1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            view.attention()[:, :, 0], stock.attentions[d][:, :, -1], rtol=0, atol=1e-5
+        )
 
 
 def test_a_model_spread_over_devices_by_accelerate(tmp_path):
@@ -340,7 +291,8 @@ def test_a_model_spread_over_devices_by_accelerate(tmp_path):
     batch = tiny.llava_batch(["t3 i t5", "i t9 i t2"], dtype=torch.float64)
     item = SweepItem(batch, torch.full((2, 1), batch["input_ids"].shape[1] - 1))
     model = tiny.llava(layers=LAYERS, dtype=torch.float64)
-    want = sweep(source(model), [item], MIXED)
+    measured = LastRowProbe(10.0)
+    want = sweep(source(model), [item], MIXED, probes=[measured])
     places = dict.fromkeys(["model.vision_tower", "model.multi_modal_projector", "lm_head"], "cpu")
     text = "model.language_model"
     places |= {f"{text}.embed_tokens": "cpu", f"{text}.norm": "disk", f"{text}.rotary_emb": "cpu"}
@@ -350,8 +302,12 @@ def test_a_model_spread_over_devices_by_accelerate(tmp_path):
     assert hooked
     assert next(reference.text_layers(model)[1].parameters()).is_meta
     for _ in range(2):
-        for w, g in zip(want, sweep(source(model), [item], MIXED), strict=True):
+        probe = LastRowProbe(10.0)
+        for w, g in zip(want, sweep(source(model), [item], MIXED, probes=[probe]), strict=True):
             torch.testing.assert_close(g.kl, w.kl, rtol=0, atol=1e-12)
+        for b in range(2):
+            for mine, theirs in zip(probe.found[0, b], measured.found[0, b], strict=True):
+                torch.testing.assert_close(mine.contribution, theirs.contribution, rtol=0, atol=1e-12)
     assert count_forwards(model) == hooked
     assert next(reference.text_layers(model)[1].parameters()).is_meta
 
@@ -384,8 +340,7 @@ def test_progress_and_results_come_as_they_are_made():
     assert [r.item for r in results] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("search", [sweep, naive])
-def test_the_model_is_left_as_it_was(search):
+def test_the_model_is_left_as_it_was():
     model = llava()
     batch = tiny.llava_batch(["t3 i t5"], dtype=torch.float64)
     before, hooks = model(**batch).logits, count_hooks(model)
@@ -394,7 +349,7 @@ def test_the_model_is_left_as_it_was(search):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        search(source(model), [SweepItem(batch, torch.tensor([[16]]))], MIXED, on_result=fail)
+        sweep(source(model), [SweepItem(batch, torch.tensor([[16]]))], MIXED, on_result=fail)
     assert torch.equal(model(**batch).logits, before)
     assert count_forwards(model) == 0
     assert count_hooks(model) == hooks
@@ -439,16 +394,15 @@ def test_what_cannot_be_swept_is_refused():
     batch = tiny.llava_batch(["t3 i t5", "t1 i t2"], dtype=torch.float64)
     good = torch.tensor([[16], [16]])
 
-    def attempt(match, rows=good, interventions=EVERY_LAYER, valid=None, kind=UsageError, search=sweep):
+    def attempt(match, rows=good, interventions=EVERY_LAYER, valid=None, kind=UsageError):
         with pytest.raises(kind, match=match):
-            search(source(model), [SweepItem(batch, rows, valid)], interventions)
+            sweep(source(model), [SweepItem(batch, rows, valid)], interventions)
 
-    for search in (sweep, naive):
-        attempt("has 4 layers", interventions=[Intervention("withdraw", 5)], search=search)
-        attempt("visual token", rows=torch.tensor([[5], [16]]), search=search)
-        attempt("padding", rows=torch.tensor([[16], [1]]), search=search)
-        attempt("outside", rows=torch.tensor([[17], [16]]), search=search)
-        attempt("shape", rows=torch.tensor([[16]]), search=search)
+    attempt("has 4 layers", interventions=[Intervention("withdraw", 5)])
+    attempt("visual token", rows=torch.tensor([[5], [16]]))
+    attempt("padding", rows=torch.tensor([[16], [1]]))
+    attempt("outside", rows=torch.tensor([[17], [16]]))
+    attempt("shape", rows=torch.tensor([[16]]))
     sweep(
         source(model),
         [SweepItem(batch, torch.tensor([[16], [1]]), torch.tensor([[True], [False]]))],
@@ -466,16 +420,11 @@ def test_models_that_cannot_be_swept_are_refused():
         source(model)
 
 
-def test_a_family_that_cannot_be_swept_runs_the_naive_search_only():
-    from dataclasses import replace
-
-    model = llava()
-    resident = Resident(model, replace(FAMILIES["llava"], no_sweep="its attention looks ahead"))
+def test_a_family_that_cannot_be_swept_says_why():
+    resident = Resident(llava(), replace(FAMILIES["llava"], no_withdraw="its attention looks ahead"))
     item = SweepItem(tiny.llava_batch(["t2 i t2"], dtype=torch.float64), torch.tensor([[12]]))
     with pytest.raises(UsageError, match="its attention looks ahead"):
         sweep(resident, [item], EVERY_LAYER)
-    (result,) = naive(resident, [item], EVERY_LAYER)
-    assert result.kl[0] > 1e-3
 
 
 def test_layers_that_are_not_understood_are_refused(monkeypatch):
@@ -511,6 +460,6 @@ def test_additions_behind_the_last_layer_are_refused():
 
 def test_masks_that_are_not_understood_are_refused():
     with pytest.raises(VtwError, match="shape"):
-        walk.as_bool(torch.ones(2, 5))
+        reach.as_bool(torch.ones(2, 5))
     with pytest.raises(VtwError, match="bias"):
-        walk.as_bool(torch.full((1, 1, 2, 2), -0.5))
+        reach.as_bool(torch.full((1, 1, 2, 2), -0.5))

@@ -20,6 +20,7 @@ from vtwcli.io import console, text
 from vtwcli.io.files import document, write_text
 from vtwcli.report import pages
 from vtwcli.report.plots import new_figure, save_figure
+from vtwcli.report.tables import html_table, markdown_table
 
 NASTY = [
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<!-- x", "&lt;", "&#60;b&#62;", "[a](javascript:x)",
@@ -66,7 +67,7 @@ def test_markdown_shows_text_as_it_is(words):
         (text.paragraph(words), ["p"] if shown else []),
         (f"- {text.paragraph(words)}", None),
         (f"## {text.markdown(words)}: x", ["h2"]),
-        (text.table(["a", "b"], [[words, "x"]]), None),
+        (markdown_table(["a", "b"], [[words, "x"]]), None),
     ):
         found = rendered(source)
         assert found.tags == tags or tags is None
@@ -74,7 +75,7 @@ def test_markdown_shows_text_as_it_is(words):
             found.tags
         )
         assert shown in said(found.words), source
-    table = rendered(text.table(["a", "b"], [[words, "x"]]))
+    table = rendered(markdown_table(["a", "b"], [[words, "x"]]))
     assert table.tags.count("td") == 2 and table.tags.count("tr") == 2
     if shown:
         assert said(rendered(f"x {text.code(words)} y").words) == said(f"x {shown} y")
@@ -97,7 +98,7 @@ def test_usual_names_stay_readable():
 def test_pages_show_text_as_it_is():
     found = Words()
     words = "".join(NASTY)
-    found.feed(pages.page(words, "", [pages.table(["a"], [[words]]), f"<p>{pages.text(words)}</p>"]))
+    found.feed(pages.page(words, "", [html_table(["a"], [[words]]), f"<p>{pages.text(words)}</p>"]))
     assert not {"script", "img", "b", "a"} & set(found.tags)
     assert found.words.count(text.visible(words)) == 3
     assert not re.search("[\x00-\x08\x0e-\x1f\u202e\ud800]", found.words)

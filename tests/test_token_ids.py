@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from tests.cli import vtw
 from tests.conftest import build_processor
-from tests.test_calibrate import data  # noqa: F401  (a fixture)
 from vtwcli.calibrate import calibrate
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError
@@ -61,7 +60,7 @@ def shrunk(folder):
 @pytest.mark.parametrize(
     "command", [["calibrate"], ["eval", "--layer", 3, "--no-timing"], ["analyze"], ["budget"]]
 )
-def test_a_prompt_with_such_a_token(tiny_dir, data, tmp_path, command):  # noqa: F811
+def test_a_prompt_with_such_a_token(tiny_dir, data, tmp_path, command):
     model, rows = with_word(tiny_dir, tmp_path / "model")
     done = vtw(
         *command, model, "--data", data, "--limit", 1, "--max-new-tokens", 2, "--output", tmp_path / "out"
@@ -72,14 +71,14 @@ def test_a_prompt_with_such_a_token(tiny_dir, data, tmp_path, command):  # noqa:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_reference_answer_with_such_a_token(tiny_dir, data, tmp_path):  # noqa: F811
+def test_a_reference_answer_with_such_a_token(tiny_dir, data, tmp_path):
     model, _ = with_word(tiny_dir, tmp_path / "model", "red")
     options = CalibrateSection(limit=1, answers="reference", bootstrap=0)
     with pytest.raises(NotFoundError, match="the token 'red' has the id"):
         calibrate(ModelSection(name=str(model)), [DataSpec(source=str(data))], options)
 
 
-def test_a_placeholder_outside_is_refused_where_the_model_embeds_it(tiny_dir, data, tmp_path):  # noqa: F811
+def test_a_placeholder_outside_is_refused_where_the_model_embeds_it(tiny_dir, data, tmp_path):
     model = changed(tiny_dir, tmp_path / "model", "config.json", image_token_id=150)
     build_processor(image_token_id=150).save_pretrained(model)
     rows = load(str(model)).embedding_rows
@@ -109,8 +108,9 @@ def test_a_placeholder_outside_is_fine_where_the_model_replaces_it(name):
     from vtwcli.data.sample import Sample
     from vtwcli.models import inputs
     from vtwcli.models.loading import LoadedModel
+    from vtwcli.schedule.intervention import Intervention
     from vtwcli.sweep.layers import Resident
-    from vtwcli.sweep.sweep import Intervention, SweepItem, sweep
+    from vtwcli.sweep.sweep import SweepItem, sweep
 
     model, batch = tiny.TINY[name].build(), tiny.TINY[name].batch(["t3 i t4"])
     ids, old, family = batch["input_ids"], model.config.image_token_id, FAMILIES[name]
@@ -138,7 +138,7 @@ def test_a_placeholder_outside_is_fine_where_the_model_replaces_it(name):
 
 
 @pytest.mark.parametrize("pad", [-1, 10**6, None])
-def test_padding_behind_an_answer_may_have_any_id(tiny_dir, data, tmp_path, pad):  # noqa: F811
+def test_padding_behind_an_answer_may_have_any_id(tiny_dir, data, tmp_path, pad):
     """Rows of a batch that have ended are fed something until the others have; it is not part of the result."""
     model = changed(
         tiny_dir, tmp_path / "model", "generation_config.json", pad_token_id=pad, eos_token_id=[2, 50]
@@ -153,7 +153,7 @@ def test_padding_behind_an_answer_may_have_any_id(tiny_dir, data, tmp_path, pad)
 
 
 @pytest.mark.parametrize("ends", [10**6, [10**6, 10**7]])
-def test_answers_that_cannot_end_are_told(tiny_dir, data, tmp_path, ends):  # noqa: F811
+def test_answers_that_cannot_end_are_told(tiny_dir, data, tmp_path, ends):
     model = changed(tiny_dir, tmp_path / "model", "generation_config.json", eos_token_id=ends)
     done = vtw(
         "calibrate", model, "--data", data, "--limit", 1, "--max-new-tokens", 2, "--eta", 1000, "--json"

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.cli import vtw
-from tests.test_calibrate import data  # noqa: F401  (the fixture)
 from vtwcli.errors import UsageError
 from vtwcli.export.directory import own_code
 from vtwcli.export.directory.manifest import MANIFEST, file_entries
@@ -214,7 +213,7 @@ def test_an_export_leads_to_no_code_of_its_base(tiny_dir, tmp_path):
     assert verify(tmp_path / "export", device="cpu", max_new_tokens=2)["files"]["unlisted"] == []
 
 
-def test_other_commands_do_not_ask_either(tiny_dir, data, tmp_path, proof, monkeypatch):  # noqa: F811
+def test_other_commands_do_not_ask_either(tiny_dir, data, tmp_path, proof, monkeypatch):
     """Where transformers has no class of its own it would ask on the terminal, and somebody's "y" may lie there."""
     model = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
     (model / "evil.py").write_text(code(proof))
@@ -298,7 +297,16 @@ def test_pickled_weights_are_never_loaded(copy, proof):
 
 
 @pytest.mark.parametrize(
-    "name", ["vtw_ort.py", "run_onnx.py", "onnxruntime.py", "__pycache__/vtw_ort.cpython-311.pyc"]
+    "name",
+    [
+        "vtw_ort/__init__.py",
+        "vtw_ort/own.py",
+        "vtw_ort/__pycache__/model.cpython-311.pyc",
+        "vtw_ort.py",  # one file, as it was in earlier versions
+        "vtw_pixels.py",
+        "run_onnx.py",
+        "onnxruntime.py",
+    ],
 )
 def test_verify_of_graphs_runs_no_script(exports, tmp_path, proof, name):
     folder = Path(shutil.copytree(exports("split")[0], tmp_path / "graphs"))

@@ -7,11 +7,14 @@ import json
 import shutil
 
 import onnx
+import onnxruntime
 import pytest
 import torch
+import transformers
 
+from tests.cli import vtw
 from tests.onnx_exports import withdraw
-from vtwcli.errors import GateError, UsageError
+from vtwcli.errors import GateError, NotFoundError, UsageError
 from vtwcli.export.formats import verify
 from vtwcli.models.inputs import encode_batch
 from vtwcli.runtime import pruned
@@ -43,6 +46,9 @@ def test_report_of_a_good_export(exports):
     assert smoke["visual_tokens"] == 9 and smoke["visual_per_layer"] == [9, 0, 0]
     text = smoke["text_tokens"] + len(smoke["tokens"]) - 1
     assert smoke["cache_entries"] == [text + 9, text, text]
+    version = onnxruntime.__version__
+    assert report["onnxruntime"] == {"installed": version, "tested": [version]}
+    assert report["made_with"]["torch"] == torch.__version__
     assert json.loads(json.dumps(report)) == report
 
 
@@ -70,6 +76,33 @@ def test_quantized_graphs_are_measured(exports):
     report = verify(directory, base=str(exports.model("merged int4")), device="cpu", max_new_tokens=3)
     assert 1e-6 < report["parity"]["mean_kl"] < 2
     assert report["smoke"]["visual_per_layer"] == [9, 0]
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "not named"])
+def test_the_command_says_what_made_the_graphs_and_what_they_were_checked_with(copy, named):
+    """Older exports do not say with what they were checked."""
+    manifest = json.loads((copy / "manifest.json").read_text())
+    if named:
+        manifest["tested"] = {"onnxruntime": ["1.0", "1.1"]}
+    else:
+        del manifest["tested"], manifest["versions"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    done = vtw("verify", copy, "--device", "cpu", "--max-new-tokens", 2)
+    assert (done.code, done.out) == (0, f"{copy}: verified\n")
+    said = " ".join(done.err.split())
+    made = f"transformers {transformers.__version__}, torch {torch.__version__}, onnx {onnx.__version__}"
+    assert (
+        f"with ONNX Runtime {onnxruntime.__version__}; made with {made if named else 'nothing named'}" in said
+    )
+    assert f"checked with ONNX Runtime {'1.0, 1.1' if named else 'no release named'}" in said
+
+
+@pytest.mark.parametrize("wrong", [{"tested": {"onnxruntime": "1.0"}}, {"versions": ["torch"]}])
+def test_releases_that_are_no_names_are_refused(copy, wrong):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | wrong))
+    with pytest.raises(NotFoundError, match="is not a readable manifest"):
+        verify(copy, device="cpu")
 
 
 def test_a_changed_file_fails(copy):

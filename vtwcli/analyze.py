@@ -9,14 +9,13 @@ dearest, Σ(L-k)·c(V+Q).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from vtwcli.calibrate import Measured, assemble, measured_of
+from vtwcli.calibrate import assemble
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import DataMix
 from vtwcli.data.spec import DataSpec
@@ -25,17 +24,26 @@ from vtwcli.io import console
 from vtwcli.judge import stages
 from vtwcli.judge.kl import is_distribution, not_finite
 from vtwcli.machine import distributed
+from vtwcli.measure.profile import Profile, interventions, map_of, profile_of
 from vtwcli.measure.study import Study
 from vtwcli.methods import visipruner
-from vtwcli.models.geometry import token_boxes
 from vtwcli.models.inputs import Encoded
 from vtwcli.models.loading import LoadedModel
 from vtwcli.recipe.recipe import AnalyzeSection, CalibrateSection, ModelSection
+from vtwcli.results.analysis import (
+    FORMAT,
+    FORMAT_VERSION,
+    AnalysisDocument,
+    Quartiles,
+    Ranges,
+    Spread,
+)
+from vtwcli.results.calibration import VtwCalibration
+from vtwcli.schedule.intervention import Intervention
 from vtwcli.sweep.layers import LayerSource
-from vtwcli.sweep.probes import LastRow, LastRowProbe
-from vtwcli.sweep.sweep import Intervention, ItemResult, sweep
+from vtwcli.sweep.probes import LastRowProbe
+from vtwcli.sweep.sweep import sweep
 
-FORMAT_VERSION = 1
 _SHARED = ("limit", "seed", "skip_bad", "positions", "answers", "max_new_tokens")
 _STREAM_BYTES = 2 << 30  # of the interventions' hidden states that walk together when layers are streamed
 
@@ -70,32 +78,9 @@ class Analysis(NamedTuple):
         calibration: the result document of ``calibrate`` from the same sweep, where it was asked for.
     """
 
-    result: dict[str, Any]
+    result: AnalysisDocument
     samples: list[Sample]
-    calibration: dict[str, Any] | None
-
-
-@dataclass(frozen=True)
-class Profile:
-    """One sample's part, plain numbers only, so that processes can pass it on.
-
-    Attributes:
-        calibration: withdrawal at every layer.
-        curves: the KL curves, each the mean over compared positions.
-        layers: the last row's measures, by layer; None where there is nothing to measure.
-        critical: critical tokens of each layer, counted among the sample's visual tokens.
-        kept_minimum: [L][L], see ``visipruner.filter_and_exit``.
-        lens: most likely tokens of each layer's last row, with their probabilities, [L][N].
-        map: attention and contribution at the shown layers with the tokens' boxes, for shown samples.
-    """
-
-    calibration: Measured
-    curves: dict[str, list[float]]
-    layers: dict[str, list[Any]]
-    critical: list[list[int]]
-    kept_minimum: list[list[float]]
-    lens: list[list[tuple[str, float]]]
-    map: dict[str, Any] | None = None
+    calibration: VtwCalibration | None
 
 
 def shares_sweep(options: AnalyzeSection, calibration: CalibrateSection) -> bool:
@@ -124,12 +109,9 @@ def analyze(
         calibration: also give the result of ``calibrate`` with these options; ``shares_sweep`` must hold.
 
     Returns:
-        The result document is plain JSON values: ``measures`` (by name of ``MEASURES``: ``mean`` and ``std`` [L],
-        ``samples`` [S][L]; ``knockout_window`` has L - window + 1 entries), ``stages`` (``shallow``, ``middle``,
-        ``deep`` as [first, behind the last], ``sentences``, ``tasks``), ``visipruner`` (see
-        ``visipruner.filter_and_exit``), ``schedules`` (``static``, ``dynamic``), ``samples`` (with ``critical`` tokens,
-        ``filter``, ``exit``, ``kept`` and ``lens``), ``maps``, ``model``, ``data``, ``versions``, ``seed`` and ``run``.
-        Only ``run`` differs between equal runs. Samples without visual tokens do not count and are left out.
+        The result document, plain JSON values; samples without visual tokens do not count and are left out. All
+        thresholds but ``tokens_threshold`` can be changed on the document: ``judge.stages.boundaries`` and
+        ``visipruner.filter_and_exit`` take what it holds.
 
     Raises:
         NotFoundError: model or data missing or unreadable, or no sample has a visual token.
@@ -153,25 +135,10 @@ def analyze(
     both = None
     if calibration is not None:
         both = assemble(study, [one.calibration for one in profiles], calibration)
-    run = study.run(streamed=study.streamed)
-    for document in (result, both):
-        if document is not None:
-            document["run"] = run
+    result["run"] = {**study.run(), "streamed": study.streamed}
+    if both is not None:
+        both["run"] = result["run"]
     return Analysis(result, samples, both)
-
-
-def interventions(depth: int, window: int, freeze: bool) -> dict[str, list[Intervention]]:
-    """By curve, what is tried at each layer."""
-    layers = range(depth)
-    found = {
-        "withdrawal": [Intervention("withdraw", d) for d in layers],
-        "knockout_layer": [Intervention("mute", d, d + 1) for d in layers],
-        "knockout_window": [Intervention("mute", d, d + window) for d in range(depth - window + 1)],
-        "knockout_until": [Intervention("mute", 0, d + 1) for d in layers],
-    }
-    if freeze:
-        found["layer_update"] = [Intervention("freeze", d, d + 1) for d in layers]
-    return found
 
 
 def _measure(
@@ -202,9 +169,9 @@ def _measure(
                     if lens is not None and not bool((sound := is_distribution(lens)).all()):
                         where = f"the logit lens of layer {int(sound.int().argmin())} is"
                         raise not_finite(items[i].name, where, loaded.dtype)
-                    one = _profile(loaded, outcome, encoded[i], rows, lens, places, options)
+                    one = profile_of(loaded, outcome, encoded[i], rows, lens, places, options)
                     if place in shown:
-                        one = replace(one, map=_map(loaded, sample, encoded[i], rows, map_layers))
+                        one = replace(one, map=map_of(loaded, sample, encoded[i], rows, map_layers))
                     yield place, one
 
 
@@ -232,88 +199,6 @@ def _parts(
         yield range(start, len(encoded))
 
 
-def _profile(
-    loaded: LoadedModel,
-    outcome: ItemResult,
-    prompt: Encoded,
-    rows: Sequence[LastRow],
-    lens: Tensor | None,
-    curves: dict[str, list[int]],
-    options: AnalyzeSection,
-) -> Profile:
-    """One sample's numbers.
-
-    Args:
-        lens: logits of each layer's last row, [L, V].
-        curves: by name, the places of its interventions in the outcome.
-    """
-    depth = len(rows)
-    first = replace(outcome, kl=outcome.kl[:depth], agree=outcome.agree[:depth])
-    means = outcome.kl.mean(1)
-    if not outcome.visual:
-        return Profile(measured_of(first, prompt), {}, {}, [], [], [])
-    critical = [(row.contribution > options.tokens_threshold).nonzero()[:, 0] for row in rows]
-    cosine = torch.stack([row.cosine for row in rows])
-    layers: dict[str, list[Any]] = {
-        f"attention_{name}": [_short(row.masses[name]) for row in rows] for name in rows[0].masses
-    }
-    layers["entropy"] = [_short(row.entropy) for row in rows]
-    layers["value_norm"] = [_mean(row.value_norms[~row.sinks]) for row in rows]
-    layers["value_norm_sinks"] = [_mean(row.value_norms[row.sinks]) for row in rows]
-    layers["sinks"] = [int(row.sinks.sum()) for row in rows]
-    layers["minimum_cosine"] = [float(f"{float(x):.9g}") for x in cosine.amin(1)]
-    layers["critical"] = [len(tokens) for tokens in critical]
-    words: list[list[tuple[str, float]]] = []
-    if lens is not None:
-        layers["lens_agreement"] = (lens.argmax(-1).cpu() == outcome.top1[0]).float().tolist()
-        top = lens.cpu().double().softmax(-1).topk(min(options.lens, lens.shape[1]))
-        decode = loaded.processor.tokenizer.decode
-        words = [
-            [(decode([token]), _short(p)) for token, p in zip(tokens, shares, strict=True)]
-            for tokens, shares in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        ]
-    return Profile(
-        measured_of(first, prompt),
-        {
-            name: [_short(x) for x in means[places].tolist()]
-            for name, places in curves.items()
-            if name != "withdrawal"
-        },
-        layers,
-        [tokens.tolist() for tokens in critical],
-        [cosine[:, tokens].amin(1).tolist() if len(tokens) else [] for tokens in critical],
-        words,
-    )
-
-
-def _map(
-    loaded: LoadedModel, sample: Sample, prompt: Encoded, rows: Sequence[LastRow], layers: Sequence[int]
-) -> dict[str, Any] | None:
-    """Attention and contribution of every visual token at the shown layers; None where its place is not known."""
-    visual = len(rows[0].attention)
-    boxes = token_boxes(loaded, sample.images, prompt.inputs, visual)
-    if boxes is None:
-        console.note(
-            f"{loaded.family.title}: where tokens lie in the image is not known; no heat map of {sample.id}"
-        )
-        return None
-    return {
-        "layers": list(layers),
-        "attention": [[_short(x) for x in rows[d].attention.tolist()] for d in layers],
-        "contribution": [[_short(x) for x in rows[d].contribution.tolist()] for d in layers],
-        "boxes": [None if box is None else [image, *(round(x, 6) for x in box)] for image, box in boxes],
-    }
-
-
-def _short(x: float) -> float:
-    """Six digits: what a 32-bit forward knows, and no more."""
-    return float(f"{x:.6g}")
-
-
-def _mean(x: Tensor) -> float | None:
-    return _short(float(x.mean())) if len(x) else None
-
-
 def _shown(mix: DataMix, count: int) -> set[int]:
     """Places of the samples that are shown with their images: the first of each task, then the second, and so on."""
     turns: dict[str, int] = {}
@@ -336,7 +221,7 @@ def _map_layers(options: AnalyzeSection, depth: int) -> list[int]:
 
 def _result(
     study: Study[AnalyzeSection], profiles: Sequence[Profile], map_layers: Sequence[int]
-) -> tuple[dict[str, Any], list[Sample]]:
+) -> tuple[AnalysisDocument, list[Sample]]:
     """The document without ``run``, and the samples that count."""
     mix, options = study.mix, study.options
     places = [i for i, one in enumerate(profiles) if one.calibration.visual]
@@ -353,8 +238,19 @@ def _result(
         if rows[0] is not None:
             columns[name] = rows
     measures = {name: _spread(rows) for name, rows in columns.items()}
+    measures["withdrawal"]["positions"] = [one.calibration.kl for one in seeing]
+    for name in seeing[0].positions:
+        measures[name]["positions"] = [one.positions[name] for one in seeing]
     least = study.least(options.min_layer)
     tasks = [sample.task for sample in samples]
+
+    def of_task(name: str, task: str) -> list[float]:
+        rows = [row for row, one in zip(columns[name], tasks, strict=True) if one == task]
+        return [float(x) for x in np.mean(rows, axis=0)]
+
+    def curve(name: str) -> list[float]:
+        return [x for x in measures[name]["mean"] if x is not None]  # these are measured in every layer
+
     found, by_task = stages.boundaries(
         np.array(columns["knockout_until"]), np.array(columns["withdrawal"]), tasks, options.eta, least
     )
@@ -376,9 +272,8 @@ def _result(
         exit_layers=options.exit_layers,
     )
     dynamic = visipruner.behind(len(found.shallow), study.shape, rule, provenance)
-    mean = {name: measures[name]["mean"] for name in measures}
-    result = {
-        "format": "vtw-analysis",
+    result: AnalysisDocument = {
+        "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "model": study.model(),
         "num_layers": study.shape.depth,
@@ -390,22 +285,18 @@ def _result(
             **_ranges(found),
             "sentences": stages.sentences(
                 found,
-                mean["knockout_until"],
-                mean["knockout_layer"],
-                mean["withdrawal"],
-                mean["critical"],
+                curve("knockout_until"),
+                curve("knockout_layer"),
+                curve("withdrawal"),
+                curve("critical"),
                 options.eta,
             ),
             "tasks": {
                 task: {
                     "samples": tasks.count(task),
                     **_ranges(one),
-                    **{
-                        name: np.mean(
-                            [row for row, t in zip(columns[name], tasks, strict=True) if t == task], axis=0
-                        ).tolist()
-                        for name in ("knockout_until", "withdrawal")
-                    },
+                    "knockout_until": of_task("knockout_until", task),
+                    "withdrawal": of_task("withdrawal", task),
                 }
                 for task, one in by_task.items()
             },
@@ -436,23 +327,24 @@ def _result(
                 "exit": end[1],
                 "kept": count,
                 "critical": one.critical,
+                "kept_cosine": one.kept_minimum,
                 "lens": [[list(token) for token in layer] for layer in one.lens],
             }
             for place, sample, one, end, count in zip(places, samples, seeing, ends, kept, strict=True)
         ],
         "maps": [{"sample": i, **one.map} for i, one in enumerate(seeing) if one.map],
         "map_layers": list(map_layers),
-        **study.data(options.seed),
+        **study.origin(options.seed),
     }
     return result, samples
 
 
-def _ranges(found: stages.Stages) -> dict[str, list[int]]:
-    parts = {"shallow": found.shallow, "middle": found.middle, "deep": found.last}
-    return {name: [part.start, part.stop] for name, part in parts.items()}
+def _ranges(found: stages.Stages) -> Ranges:
+    shallow, middle, deep = ([part.start, part.stop] for part in (found.shallow, found.middle, found.last))
+    return {"shallow": shallow, "middle": middle, "deep": deep}
 
 
-def _spread(rows: Sequence[Sequence[float | None]]) -> dict[str, Any]:
+def _spread(rows: Sequence[Sequence[float | None]]) -> Spread:
     """Mean and standard deviation over samples by layer, without those that have nothing to measure there."""
     values = np.array(rows, dtype=float)
     there = ~np.isnan(values)
@@ -466,7 +358,7 @@ def _spread(rows: Sequence[Sequence[float | None]]) -> dict[str, Any]:
     return {"mean": known(mean), "std": known(std), "samples": [list(row) for row in rows]}
 
 
-def _middle(values: Sequence[int | None]) -> dict[str, Any]:
+def _middle(values: Sequence[int | None]) -> Quartiles:
     """Quartiles over the samples that have a value, and how many have none."""
     there = [value for value in values if value is not None]
     quartiles = [float(x) for x in np.quantile(there, (0.25, 0.5, 0.75))] if there else None

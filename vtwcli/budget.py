@@ -6,17 +6,15 @@ Muted columns and frozen rows are not compared: alone they save no FLOPs in this
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import UsageError
-from vtwcli.measure.candidates import described, flops_of, pareto, token_counts
+from vtwcli.measure.candidates import compared, flops_of, token_counts
 from vtwcli.measure.study import Study
 from vtwcli.methods import METHODS
 from vtwcli.methods.method import Candidate, Grid, Shape
 from vtwcli.recipe.recipe import BudgetSection, ModelSection, ScheduleSection
-
-FORMAT_VERSION = 1
+from vtwcli.results.comparison import FORMAT, FORMAT_VERSION, Budget, TriedRow
 
 
 def budget(
@@ -24,7 +22,7 @@ def budget(
     data: Sequence[DataSpec] = (),
     options: BudgetSection = BudgetSection(),
     rule: ScheduleSection = ScheduleSection(),
-) -> dict[str, Any]:
+) -> Budget:
     """Try schedules of every method on the same samples; see ``candidates`` for which.
 
     Args:
@@ -34,11 +32,7 @@ def budget(
         rule: VisiPruner's parameters that are not varied.
 
     Returns:
-        The result document, plain JSON values: ``candidates`` (a row each, see ``candidates.described``, and
-        ``pareto``, whether it is on the front), ``pareto`` (names, cheapest first), ``max_flops``, ``best`` (the name
-        of the schedule closest to the full model within the budget, None where there is none), ``cost`` (what the
-        ratios refer to), ``tasks``, ``model``, ``data``, ``options``, ``versions``, ``seed`` and ``run``. Only
-        ``run`` differs between equal runs.
+        The result document, plain JSON values.
 
     Raises:
         NotFoundError: model or data missing or unreadable, or no sample has a visual token.
@@ -47,29 +41,26 @@ def budget(
     study = Study.open(model, data, options, whole=True)
     chosen = candidates(study.shape, options, rule)
     found = study.try_(chosen, options.max_new_tokens, options.batch_size)
-    rows = [described(one, number, found, study.text) for number, one in enumerate(chosen)]
-    front = pareto(rows)
-    for row in rows:
-        row["pareto"] = row["name"] in front
+    rows, front = compared(chosen, found, study.text)
     return {
-        "format": "vtw-budget",
+        "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "model": study.model(),
         "num_layers": study.shape.depth,
         "options": options.model_dump(mode="json"),
         "rule": rule.rule(),
         "cost": token_counts(found),
-        "tasks": {task: {"samples": found.tasks.count(task)} for task in dict.fromkeys(found.tasks)},
+        "tasks": found.counts,
         "candidates": rows,
         "pareto": front,
         "max_flops": options.max_flops,
         "best": best_within(rows, options.max_flops),
-        **study.data(options.seed),
+        **study.origin(options.seed),
         "run": study.run(),
     }
 
 
-def best_within(rows: Sequence[dict[str, Any]], max_flops: float | None) -> str | None:
+def best_within(rows: Sequence[TriedRow], max_flops: float | None) -> str | None:
     """The name of the row with the smallest KL that costs at most ``max_flops``; of equal ones the cheapest."""
     affordable = [row for row in rows if max_flops is not None and flops_of(row) <= max_flops]
     return min(affordable, key=lambda row: (row["kl"], flops_of(row)))["name"] if affordable else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -20,6 +19,7 @@ from vtwcli.judge import statistics as judge
 from vtwcli.judge.flops import (
     CONVENTIONS,
     DEFAULT_CONVENTION,
+    Convention,
     TextShape,
     prefill_cost,
     tokens_with_withdrawal,
@@ -28,32 +28,15 @@ from vtwcli.machine import distributed
 from vtwcli.machine.libraries import versions
 from vtwcli.measure.search import search
 from vtwcli.measure.study import Study
+from vtwcli.measure.withdrawn import Measured, measured_of
 from vtwcli.methods import METHODS
-from vtwcli.models.inputs import Encoded
 from vtwcli.recipe.recipe import CalibrateSection, ModelSection, Policy, ScheduleSection
+from vtwcli.results.calibration import FORMAT, FORMAT_VERSION, Calibration, Cost, VtwCalibration
 from vtwcli.results.resume import Keep, kept, key_of, stamp
 from vtwcli.schedule.schedule import Schedule
-from vtwcli.sweep.sweep import ItemResult, sweep
+from vtwcli.sweep.sweep import sweep
 
-FORMAT_VERSION = 1
 WIDE_INTERVAL = 2  # layers; a wider interval of K means too few samples
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One sample's part of a calibration, plain numbers only, so that ranks and interrupted runs can pass it on.
-
-    Attributes:
-        kl: nats by layer and compared position, [L][R].
-        agree: top-1 agreement with the full model by layer and position, [L][R].
-        prefix, visual, suffix: token counts of the prompt.
-    """
-
-    kl: list[list[float]]
-    agree: list[list[bool]]
-    prefix: int
-    visual: int
-    suffix: int
 
 
 def calibrate(
@@ -63,7 +46,7 @@ def calibrate(
     *,
     state: Path | None = None,
     rule: ScheduleSection = ScheduleSection(),
-) -> dict[str, Any]:
+) -> Calibration:
     """Find the withdrawal layer K of a model, or VisiPruner's boundary and thresholds (``options.method``).
 
     Args:
@@ -71,14 +54,10 @@ def calibrate(
         data: sources of samples; by default the demo data for ``demo`` and a small mix of public tasks otherwise.
         options: policy, threshold, positions and so on.
         state: file that keeps finished samples across an interruption (``options.resume``).
-        rule: VisiPruner's parameters that are not searched; see ``measure.search``, also for its document.
+        rule: VisiPruner's parameters that are not searched; see ``measure.search``.
 
     Returns:
-        The result document, plain JSON values: ``withdrawal_layer`` (int or None), ``num_layers``, ``policy``,
-        ``eta``, ``min_layer``, ``positions``, ``kl`` (``mean`` [L]; ``samples`` [S][L], each the mean over its
-        positions; ``positions`` [S][L][R]) in nats, ``agreement`` (``mean``, ``samples``), ``tasks``, ``policies``
-        (K by each policy), ``interval``, ``compromise``, ``cost``, ``schedule`` (canonical form or None), ``model``,
-        ``data``, ``samples``, ``versions``, ``seed`` and ``run``. Only ``run`` differs between equal runs.
+        The result document, plain JSON values.
 
     Raises:
         NotFoundError: model or data missing or unreadable, or no sample has a visual token.
@@ -102,7 +81,7 @@ def calibrate(
     with kept(state, _key(study), [sample_content(one) for one in samples]) as finished:
         measured = distributed.gathered(partial(work, *finished))
     result = assemble(study, measured)
-    result["run"] = study.run(streamed=study.streamed)
+    result["run"] = {**study.run(), "streamed": study.streamed}
     return result
 
 
@@ -120,22 +99,9 @@ def measure(
             yield place, measured_of(outcome, prompt)
 
 
-def measured_of(outcome: ItemResult, prompt: Encoded) -> Measured:
-    """A sample's part of a calibration from its result for withdrawal at layers 0..L-1."""
-    visual = int(prompt.visual[: prompt.prompt_length].sum())
-    prefix = int(prompt.visual.int().argmax()) if visual else 0
-    return Measured(
-        kl=[[float(f"{value:.9g}") for value in row] for row in outcome.kl.tolist()],
-        agree=outcome.agree.tolist(),
-        prefix=prefix,
-        visual=visual,
-        suffix=prompt.prompt_length - visual - prefix,
-    )
-
-
 def assemble(
     study: Study[Any], measured: Sequence[Measured], options: CalibrateSection | None = None
-) -> dict[str, Any]:
+) -> VtwCalibration:
     """The result document of ``calibrate`` without ``run``.
 
     Args:
@@ -155,11 +121,12 @@ def assemble(
         console.warn(f"{int((~seeing).sum())} samples have no visual token; they do not count")
     used, used_agree = kl[seeing], agree[seeing]
     tasks = [sample.task for sample, sees in zip(mix.samples, seeing, strict=True) if sees]
-    cost = _cost(study.text, measured, depth)
+    costs = _costs(study.text, measured, depth)
     least = study.least(options.min_layer)
 
     def rule(policy: Policy) -> policies.Rule:
-        relative = cost["kv_ratio"] if options.budget_of == "kv" else cost["flops_ratio"][DEFAULT_CONVENTION]
+        kv = options.budget_of == "kv"
+        relative = [one["kv_ratio"] if kv else one["flops_ratio"][DEFAULT_CONVENTION] for one in costs]
         return policies.Rule(
             policy,
             options.eta,
@@ -178,13 +145,12 @@ def assemble(
     best = policies.compromise(chosen, used, tasks)
     by_task = policies.per_task(rule("sustained"), used, tasks)
     names = np.asarray(tasks)
-    at = depth if k is None else k
     schedule = None
     if k is not None:
         found = {"policy": options.policy, "eta": options.eta, "positions": options.positions}
         schedule = Schedule.withdraw_at(k, **study.provenance(**found)).to_dict()
     return {
-        "format": "vtw-calibration",
+        "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "model": study.model(),
         "num_layers": depth,
@@ -212,13 +178,7 @@ def assemble(
             "positions": [one.kl for one in measured],
         },
         "agreement": {"mean": used_agree.mean(axis=0).tolist(), "samples": agree.tolist()},
-        "cost": {
-            "convention": DEFAULT_CONVENTION,
-            "visual_tokens": cost["visual_tokens"],
-            "text_tokens": cost["text_tokens"],
-            "flops_ratio": {name: cost["flops_ratio"][name][at] for name in CONVENTIONS},
-            "kv_ratio": cost["kv_ratio"][at],
-        },
+        "cost": costs[depth if k is None else k],
         "schedule": schedule,
         "samples": [
             {
@@ -232,27 +192,30 @@ def assemble(
             }
             for sample, fingerprint, one in zip(mix.samples, mix.fingerprints, measured, strict=True)
         ],
-        **study.data(options.seed),
+        **study.origin(options.seed),
     }
 
 
-def _cost(shape: TextShape, measured: Sequence[Measured], depth: int) -> dict[str, Any]:
+def _costs(shape: TextShape, measured: Sequence[Measured], depth: int) -> list[Cost]:
     """Cost of the prompts' prefill with withdrawal at k = 0..L relative to the full model's, over all samples."""
     counts = [(one.prefix + one.suffix, one.visual) for one in measured]
 
-    def total(k: int, convention: Any) -> int:
+    def total(k: int, convention: Convention) -> int:
         return sum(prefill_cost(shape, tokens_with_withdrawal(depth, t, v, k), convention) for t, v in counts)
 
     def entries(k: int) -> int:
         return sum(sum(tokens_with_withdrawal(depth, t, v, k)) for t, v in counts)
 
-    layers = range(depth + 1)
-    return {
-        "flops_ratio": {name: [total(k, name) / total(depth, name) for k in layers] for name in CONVENTIONS},
-        "kv_ratio": [entries(k) / entries(depth) for k in layers],
-        "text_tokens": sum(t for t, _ in counts) / len(counts),
-        "visual_tokens": sum(v for _, v in counts) / len(counts),
-    }
+    return [
+        {
+            "convention": DEFAULT_CONVENTION,
+            "visual_tokens": sum(v for _, v in counts) / len(counts),
+            "text_tokens": sum(t for t, _ in counts) / len(counts),
+            "flops_ratio": {name: total(k, name) / total(depth, name) for name in CONVENTIONS},
+            "kv_ratio": entries(k) / entries(depth),
+        }
+        for k in range(depth + 1)
+    ]
 
 
 def _warn_if_uncertain(interval: tuple[int, int] | None, tasks: Sequence[str], policy: Policy) -> None:

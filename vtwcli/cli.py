@@ -43,12 +43,11 @@ def build(names: Iterable[str] = COMMANDS) -> typer.Typer:
     )
     app.callback()(_options)
     for name in names:
-        file = COMMANDS[name]
-        module = import_module(f"vtwcli.commands.{file}")
+        module = import_module(f"vtwcli.commands.{COMMANDS[name]}")
         if name == "recipe":
             app.add_typer(module.app, name=name)
         else:
-            app.command(name, epilog=module.EXAMPLES)(getattr(module, file))
+            app.command(name, epilog=module.EXAMPLES)(module.command)
     return app
 
 
@@ -57,18 +56,18 @@ def main() -> None:
     console.prepare_streams()
     stopped = _stop_cleanly()
     try:
-        named = [name for name in sys.argv[1:2] if name in COMMANDS]
-        app = build(named or COMMANDS)  # one subcommand is not to wait for the others
-        gc.freeze()  # what is imported here lives to the end: a tenth of a help page went into looking it over
+        # one subcommand is not to wait for the others
+        app = build([name for name in sys.argv[1:2] if name in COMMANDS] or COMMANDS)
+        # what is imported here lives to the end: a tenth of a help page went into looking it over
+        gc.freeze()
         app()
     except SystemExit as ended:
         if not ended.code and console.settings.unwritten is not None:
             _end_unwritten(console.settings.unwritten)
         raise
     except (Exception, KeyboardInterrupt) as error:
-        if (
-            stopped
-        ):  # a library's own tidying may fail under the signal and put its error in the signal's place
+        # a library's own tidying may fail under the signal and put its error in the signal's place
+        if stopped:
             sys.exit(128 + stopped[0])
         if isinstance(error, VtwError):
             console.error(error.message, error.hint)

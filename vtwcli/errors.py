@@ -38,8 +38,14 @@ class NotFoundError(VtwError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, with the next where it ends in a colon; its type where it has none."""
+    """The first line of an error's text, with the next where it ends in a colon; its type where there is no text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def typed_line(error: BaseException) -> str:
+    """An error's type and its ``first_line``; the type alone where there is no text."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from torch import Tensor
 
 from vtwcli.data import metrics
 from vtwcli.data.drawing import sample_content
@@ -24,28 +23,38 @@ from vtwcli.machine import distributed
 from vtwcli.machine.libraries import versions
 from vtwcli.machine.memory import peak_memory
 from vtwcli.measure.answers import Answer, flops_ratio, full_answers, kv_ratio, spent
-from vtwcli.measure.costs import latencies, peak_of
 from vtwcli.measure.samples import read_samples
 from vtwcli.measure.variants import (
     FULL,
+    Costs,
     Scheduled,
     Variant,
-    check_same_prompts,
+    batches_of,
     choose,
+    measured_costs,
     open_variants,
     reader_of,
 )
 from vtwcli.models.dtypes import name_of
 from vtwcli.models.generation import plain_generation
-from vtwcli.models.inputs import encode_batch
 from vtwcli.models.loading import LoadedModel
 from vtwcli.recipe.defaults import default_data
 from vtwcli.recipe.recipe import EvalSection, GatesSection, ModelSection
+from vtwcli.results.calibration import CalibratedOn, Calibration
+from vtwcli.results.evaluation import (
+    FORMAT,
+    FORMAT_VERSION,
+    EvaluatedCost,
+    EvaluatedModel,
+    EvaluatedSchedule,
+    EvaluatedTask,
+    Evaluation,
+    Score,
+    TraceLine,
+)
 from vtwcli.results.provenance import run_of, template_date
 from vtwcli.results.resume import Keep, kept, key_of, stamp
 from vtwcli.schedule.schedule import Schedule
-
-FORMAT_VERSION = 1
 
 
 def evaluate(
@@ -55,10 +64,10 @@ def evaluate(
     options: EvalSection = EvalSection(),
     *,
     limits: GatesSection = GatesSection(),
-    calibration: dict[str, Any] | None = None,
+    calibration: Calibration | CalibratedOn | None = None,
     trace: Path | Callable[[str], object] | None = None,
     state: Path | None = None,
-) -> tuple[dict[str, Any], Sequence[Sample]]:
+) -> tuple[Evaluation, Sequence[Sample]]:
     """Compare the full model with one or several schedules.
 
     Args:
@@ -75,12 +84,7 @@ def evaluate(
         state: file that keeps finished samples across an interruption.
 
     Returns:
-        The result document and the samples in its order. The document holds plain JSON values: ``tasks`` (per task
-        the metric, the full model's ``mean``, and per schedule ``mean``, ``difference``, ``interval`` and McNemar's
-        test), ``schedules`` (per schedule ``kl_first``, ``kl_answer``, ``top1_agreement``, ``exact_sequences``,
-        ``first_divergence`` (mean position over the answers that differ), ``worst_task``, ``cost``), ``samples`` with
-        all answers, ``gates``, ``data``, ``left_out`` (calibration samples), ``versions``, ``seed`` and ``run``. Only
-        ``run`` (times, memory, processes) differs between equal runs.
+        The result document, plain JSON values, and the samples in its order.
 
     Raises:
         NotFoundError: model or data missing or unreadable, or all samples were calibrated on.
@@ -104,14 +108,14 @@ def evaluate(
         lines = _trace(full, variants, mix.samples, answers)
         trace(lines) if callable(trace) else files.write_text(trace, lines)
     peak = peak_memory()  # before the costs, whose measuring sets the record back
-    costs = _costs(full, variants, mix.samples, answers, options, timing)
-    result = {"model": _model(model, full, variants), **_result(full, variants, mix, answers, costs, options)}
-    result["gates"] = gates.check(result["schedules"], limits)
+    costs = measured_costs(full, variants, mix.samples, answers, options, timing)
+    result = _result(_model(model, full, variants), full, variants, mix, answers, costs, options, limits)
     timing["total"] = time.perf_counter() - began
-    now = peak_memory()
-    peak = {name: max(size, now[name]) for name, size in peak.items()}
-    measured = {"latency": costs["latency"], "memory": costs["memory"], "peak_memory_bytes": peak}
-    result["run"] = run_of(full, timing, **measured)
+    run = run_of(full, timing)
+    run["peak_memory_bytes"] = {
+        name: max(size, run["peak_memory_bytes"][name]) for name, size in peak.items()
+    }
+    result["run"] = {**run, "latency": costs.latency, "memory": costs.memory}
     return result, mix.samples
 
 
@@ -120,10 +124,10 @@ def _test_split(spec: DataSpec) -> DataSpec:
     return spec.model_copy(update={"split": "test"}) if spec.source == "demo" and spec.split is None else spec
 
 
-def _calibrated_on(calibration: dict[str, Any] | None) -> set[str]:
+def _calibrated_on(calibration: Calibration | CalibratedOn | None) -> set[str]:
     """Fingerprints of a calibration's samples."""
-    found = {sample.get("fingerprint") for sample in (calibration or {}).get("samples", ())}
-    return {fingerprint for fingerprint in found if fingerprint}
+    samples = calibration["samples"] if calibration else ()
+    return {fingerprint for sample in samples if (fingerprint := sample.get("fingerprint"))}
 
 
 def _warn_if_calibrated_on(mix: DataMix, variants: Sequence[Variant]) -> None:
@@ -178,7 +182,7 @@ def _all_answers(
             if all(place in known for place in part):
                 done |= {place: [Answer(**answer) for answer in known[place]] for place in part}
             else:
-                batches = _batches(full, variants, [samples[place] for place in part])
+                batches = batches_of(full, variants, [samples[place] for place in part])
                 with plain_generation(full):
                     names = [samples[place].id for place in part]
                     whole = full_answers(full, batches[0], options.max_new_tokens, names)
@@ -194,18 +198,6 @@ def _all_answers(
     return done
 
 
-def _batches(
-    full: LoadedModel, variants: Sequence[Variant], samples: Sequence[Sample]
-) -> list[dict[str, Tensor]]:
-    """The samples as inputs of the full model and then of each variant; models that are the same share theirs."""
-    made = {id(full): encode_batch(full, samples)}
-    for variant in variants:
-        if id(variant.inputs) not in made:
-            made[id(variant.inputs)] = encode_batch(variant.inputs, samples)
-            check_same_prompts(full, variant, made[id(full)], made[id(variant.inputs)])
-    return [made[id(full)], *(made[id(variant.inputs)] for variant in variants)]
-
-
 def _trace(
     full: LoadedModel,
     variants: Sequence[Variant],
@@ -217,43 +209,17 @@ def _trace(
     lines = []
     for sample, (whole, *rows) in zip(samples, answers, strict=True):
         for variant, answer in zip(variants, rows, strict=True):
-            line = {"id": sample.id, "task": sample.task, "schedule": variant.name}
-            lines.append(files.document(line | spent(shape, answer, whole, size), indent=None))
+            line: TraceLine = {
+                "id": sample.id,
+                "task": sample.task,
+                "schedule": variant.name,
+                **spent(shape, answer, whole, size),
+            }
+            lines.append(files.document(line, indent=None))
     return "".join(lines)
 
 
-def _costs(
-    full: LoadedModel,
-    variants: Sequence[Variant],
-    samples: Sequence[Sample],
-    answers: Sequence[Sequence[Answer]],
-    options: EvalSection,
-    timing: dict[str, float],
-) -> dict[str, Any]:
-    """By variant, full first: cache bytes (``cache``), latencies and memory (None without timing)."""
-    everyone = [Scheduled(FULL, Schedule(), full), *variants]
-    seeing = [i for i, row in enumerate(answers) if row[0].visual_per_layer[0]] or [0]
-    prompts = [_batches(full, variants, [samples[i]]) for i in seeing[:2]]
-    cache = {v.name: v.cache_bytes(batch) for v, batch in zip(everyone, prompts[0], strict=True)}
-    found: dict[str, Any] = {"cache": cache, "cache_sample": seeing[0], "latency": None, "memory": None}
-    if options.timing and distributed.is_main():
-        began = time.perf_counter()
-        console.note("timing prefill and decode")
-        found["memory"] = {
-            v.name: peak_of(partial(v.cache_bytes, batch), full.device)
-            for v, batch in zip(everyone, prompts[0], strict=True)
-            if isinstance(v, Scheduled)  # ONNX Runtime keeps what it once took, so a second run shows nothing
-        }
-        timers = [
-            {v.name: partial(v.generation_time, batch) for v, batch in zip(everyone, prompt, strict=True)}
-            for prompt in prompts
-        ]
-        found["latency"] = latencies(timers, options.repeats, options.timing_tokens)
-        timing["latency"] = time.perf_counter() - began
-    return found
-
-
-def _model(model: ModelSection, full: LoadedModel, variants: Sequence[Variant]) -> dict[str, Any]:
+def _model(model: ModelSection, full: LoadedModel, variants: Sequence[Variant]) -> EvaluatedModel:
     """What was evaluated, and the full model it was compared with."""
     own = variants[0]
     return {
@@ -269,13 +235,16 @@ def _model(model: ModelSection, full: LoadedModel, variants: Sequence[Variant]) 
 
 
 def _result(
+    model: EvaluatedModel,
     full: LoadedModel,
     variants: Sequence[Variant],
     mix: DataMix,
     answers: Sequence[Sequence[Answer]],
-    costs: dict[str, Any],
+    costs: Costs,
     options: EvalSection,
-) -> dict[str, Any]:
+    limits: GatesSection,
+) -> Evaluation:
+    """The document without ``run``."""
     tasks = list(dict.fromkeys(sample.task for sample in mix.samples))
     by_task = {task: [i for i, sample in enumerate(mix.samples) if sample.task == task] for task in tasks}
     table, scores = {}, np.full((len(mix.samples), 1 + len(variants)), np.nan)
@@ -287,17 +256,18 @@ def _result(
             f"too few distinct samples for a 95 % interval of the difference ({', '.join(few)}); it takes "
             f"{judge.FEWEST} of each task, with a larger --limit or more data"
         )
-    documents = {
+    schedules = {
         variant.name: _schedule_row(full, number, variant, table, answers, costs)
         for number, variant in enumerate(variants, 1)
     }
     return {
-        "format": "vtw-evaluation",
+        "model": model,
+        "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "num_layers": len(full.layers),
         "options": options.model_dump(mode="json", exclude={"resume"}),
         "tasks": table,
-        "schedules": documents,
+        "schedules": schedules,
         "samples": [
             {
                 "id": sample.id,
@@ -322,6 +292,7 @@ def _result(
         "left_out": mix.excluded,
         "seed": options.seed,
         "versions": versions(),
+        "gates": gates.check(schedules, limits),
     }
 
 
@@ -332,19 +303,19 @@ def _task(
     variants: Sequence[Variant],
     options: EvalSection,
     scores: np.ndarray,
-) -> dict[str, Any]:
+) -> EvaluatedTask:
     """One task's row: the metric of every variant; without references only counts. Fills ``scores``."""
     judged = [i for i in rows if samples[i].references]
-    row: dict[str, Any] = {"samples": len(rows), "judged": len(judged), "metric": samples[rows[0]].metric}
+    row: EvaluatedTask = {"samples": len(rows), "judged": len(judged), "metric": samples[rows[0]].metric}
     if not judged:
         return row
     mine = [samples[i] for i in judged]
 
-    def column(variant: int) -> tuple[list[float], dict[str, float]]:
+    def column(variant: int) -> tuple[list[float], Score]:
         said = [answers[i][variant].text for i in judged]
         values = metrics.scores(row["metric"], said, mine)
         scores[judged, variant] = values
-        return values, metrics.aggregate(row["metric"], said, mine)
+        return values, cast(Score, metrics.aggregate(row["metric"], said, mine))
 
     full, row["full"] = column(0)
     row["schedules"] = {}
@@ -353,7 +324,6 @@ def _task(
         row["schedules"][variant.name] = {
             **summary,
             **judge.paired_difference(full, values, options.bootstrap, options.seed),
-            # CIDEr's scores have no line between right and wrong
             "mcnemar": None if row["metric"] == "cider" else judge.mcnemar(full, values),
         }
     return row
@@ -363,10 +333,10 @@ def _schedule_row(
     full: LoadedModel,
     number: int,
     variant: Variant,
-    table: dict[str, Any],
+    table: Mapping[str, EvaluatedTask],
     answers: Sequence[Sequence[Answer]],
-    costs: dict[str, Any],
-) -> dict[str, Any]:
+    costs: Costs,
+) -> EvaluatedSchedule:
     """One schedule over all samples: agreement with the full model, worst task, predicted and measured cost."""
     name = variant.name
     mine = [row[number] for row in answers]
@@ -380,8 +350,7 @@ def _schedule_row(
             for c in CONVENTIONS
         }
 
-    sample = costs["cache_sample"]
-    cost: dict[str, Any] = {
+    cost: EvaluatedCost = {
         "convention": DEFAULT_CONVENTION,
         "visual_tokens": sum(row.visual_per_layer[0] for row in whole) / len(whole),
         "text_tokens": sum(row.text_tokens for row in whole) / len(whole),
@@ -390,10 +359,10 @@ def _schedule_row(
         "flops_ratio": {c: flops_ratio(shape, mine, whole, c) for c in CONVENTIONS},
         "kv_ratio": kv_ratio(mine, whole),
         "kv_bytes": {
-            "measured": costs["cache"][name],
-            "computed": kv_bytes(shape, mine[sample].tokens_per_layer, variant.dtype.itemsize),
-            "full_measured": costs["cache"]["full"],
-            "full_computed": kv_bytes(shape, whole[sample].tokens_per_layer, full.dtype.itemsize),
+            "measured": costs.cache[name],
+            "computed": kv_bytes(shape, mine[costs.sample].tokens_per_layer, variant.dtype.itemsize),
+            "full_measured": costs.cache[FULL],
+            "full_computed": kv_bytes(shape, whole[costs.sample].tokens_per_layer, full.dtype.itemsize),
         },
     }
     apart = [judge.first_divergence(one.ids, row.ids) for one, row in zip(whole, mine, strict=True)]

@@ -51,9 +51,10 @@ def threshold_for(model: torch.nn.Module, inputs: dict, share: float, **rule: An
         ):
             model(**inputs, use_cache=False, logits_to_keep=1)
         [sample] = running.trace.samples
-        if sample["kept"][0] is None:
+        kept = sample.actions[0].kept
+        if kept is None:
             raise SystemExit("the rule never chooses tokens on this model")
-        low, high = (middle, high) if len(sample["kept"][0]) > share * 576 else (low, middle)
+        low, high = (middle, high) if len(kept) > share * 576 else (low, middle)
     return high
 
 
@@ -98,7 +99,7 @@ def timed(model: torch.nn.Module, inputs: dict, schedule: Schedule | None) -> tu
         began = now()
         out = model(**inputs, use_cache=True, logits_to_keep=1)
         prefill = now() - began
-        present = None if running is None else running.trace.samples[0]["visual_per_layer"]
+        present = None if running is None else running.trace.samples[0].visual_per_layer
         length = inputs["input_ids"].shape[1]
         began = now()
         for step in range(STEPS):

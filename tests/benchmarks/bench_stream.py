@@ -30,8 +30,9 @@ def child(options: argparse.Namespace) -> None:
     from vtwcli.machine.memory import peak_memory
     from vtwcli.models.hub import resolve
     from vtwcli.models.loading import LoadedModel
+    from vtwcli.schedule.intervention import Intervention
     from vtwcli.sweep.streaming import Streamed
-    from vtwcli.sweep.sweep import Intervention, SweepItem, sweep
+    from vtwcli.sweep.sweep import SweepItem, sweep
 
     torch.set_num_threads(options.threads)
     before = peak_memory()["rss"]

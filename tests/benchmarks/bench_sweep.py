@@ -20,8 +20,9 @@ import shapes
 import torch
 
 from vtwcli.models.families import FAMILIES
+from vtwcli.schedule.intervention import Intervention
 from vtwcli.sweep.layers import Resident, capture, read_out
-from vtwcli.sweep.sweep import Intervention, SweepItem, sweep
+from vtwcli.sweep.sweep import SweepItem, sweep
 
 PREFIX = 35
 

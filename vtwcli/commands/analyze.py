@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Any
 
-import typer
-
-from vtwcli.commands.options import (
-    Attn,
-    Data,
-    Device,
-    Dtype,
-    Force,
-    Json,
-    ModelName,
-    Output,
-    Quiet,
-    RecipeFile,
-    Sets,
-    Stream,
-    Trust,
-    Verbose,
-    begin,
-    data_of,
-    inputs_here,
-    model_of,
-    option,
-    output_paths,
-    recipe_of,
-    show,
-)
+from vtwcli.commands.flags import DATA, MODEL, OUTPUT, PRINTED, SETTINGS, WHERE_STREAMED, fields, flag, flags
+from vtwcli.commands.options import begin, data_of, inputs_here, model_of, output_paths, recipe_of, show
 from vtwcli.io.files import present
 from vtwcli.recipe.recipe import AnalyzeSection
 from vtwcli.recipe.settings import section_of
-
-if TYPE_CHECKING:
-    from vtwcli.analyze import Analysis
-    from vtwcli.io.outputs import Outputs
+from vtwcli.results.analysis import ANALYSIS
 
 EXAMPLES = """
 Examples:
@@ -49,59 +23,18 @@ Examples:
   vtw analyze ./my-model --data ./mine.jsonl --json | jq .stages.sentences
 """
 
-BESIDE = {
-    "page": ".html",
-    "static": ".static.yaml",
-    "dynamic": ".dynamic.yaml",
-    "kl": ".kl.png",
-    "attention": ".attention.png",
-    "tokens": ".tokens.png",
-    "values": ".values.png",
-}
 
-
-def analyze(
-    context: typer.Context,
-    model: ModelName = None,
-    data: Data = None,
-    limit: Annotated[int | None, option(AnalyzeSection, "limit", "--limit", rich_help_panel="Data")] = None,
-    skip_bad: Annotated[
-        bool | None, option(AnalyzeSection, "skip_bad", "--skip-bad", rich_help_panel="Data")
-    ] = None,
-    eta: Annotated[float | None, option(AnalyzeSection, "eta", "--eta")] = None,
-    min_layer: Annotated[int | None, option(AnalyzeSection, "min_layer", "--min-layer")] = None,
-    window: Annotated[int | None, option(AnalyzeSection, "window", "--window")] = None,
-    freeze: Annotated[bool | None, option(AnalyzeSection, "freeze", "--freeze/--no-freeze")] = None,
-    positions: Annotated[str | None, option(AnalyzeSection, "positions", "--positions")] = None,
-    answers: Annotated[str | None, option(AnalyzeSection, "answers", "--answers")] = None,
-    max_new_tokens: Annotated[
-        int | None, option(AnalyzeSection, "max_new_tokens", "--max-new-tokens")
-    ] = None,
-    lens: Annotated[int | None, option(AnalyzeSection, "lens", "--lens")] = None,
-    maps: Annotated[int | None, option(AnalyzeSection, "maps", "--maps")] = None,
-    map_layers: Annotated[
-        str | None, option(AnalyzeSection, "map_layers", "--map-layers", metavar="LAYER,...")
-    ] = None,
-    tokens_threshold: Annotated[
-        float | None, option(AnalyzeSection, "tokens_threshold", "--tokens-threshold")
-    ] = None,
-    seed: Annotated[int | None, option(AnalyzeSection, "seed", "--seed")] = None,
-    recipe: RecipeFile = None,
-    sets: Sets = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    stream: Stream = None,
-    trust_remote_code: Trust = None,
-    output: Output = None,
-    svg: Annotated[
-        bool, typer.Option("--svg", help="Plots as SVG, not PNG.", rich_help_panel="Output")
-    ] = False,
-    as_json: Json = False,
-    force: Force = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
+@flags(
+    MODEL,
+    DATA,
+    fields(AnalyzeSection, without=("sink_ratio", "layer_threshold", "exit_threshold", "exit_layers")),
+    SETTINGS,
+    WHERE_STREAMED,
+    OUTPUT,
+    flag("svg", bool, "Plots as SVG, not PNG.", panel="Output"),
+    PRINTED,
+)
+def command(**given: Any) -> None:
     """Show which layers fuse vision and text, which carry vision along, which no longer need it.
 
     One pass over the layers of a few samples measures, for every layer, what
@@ -110,35 +43,26 @@ def analyze(
     heat maps (HTML), the plots, and a static and a dynamic schedule (YAML),
     by default into vtw-MODEL/; --output may also name a directory.
     """
-    begin(quiet, verbose)
-    base = recipe_of(context.params)
-    options = section_of(AnalyzeSection, context.params, base.analyze)
-    where, specs = model_of(context.params, base), data_of(context.params, base)
-    outputs = outputs_of(where.name, output, as_json, svg, force)
-    outputs.check(inputs_here(context.params, base, where, specs))
-
-    from vtwcli.analyze import analyze as run
-    from vtwcli.machine.distributed import finish, is_main
-
-    analysis = run(where, specs, options)
-    if is_main():
-        _publish(analysis, outputs, as_json)
-    finish()
-
-
-def outputs_of(
-    model: str, output: Path | None, as_json: bool, svg: bool = False, force: bool = False
-) -> Outputs:
-    """Where the result and what goes beside it are written."""
+    begin(given)
+    base = recipe_of(given)
+    options = section_of(AnalyzeSection, given, base.analyze)
+    where, specs = model_of(given, base), data_of(given, base)
+    output: Path | None = given["output"]
     if output is not None and (not output.suffix or (present(output) and output.is_dir())):
         output = output / "analysis.json"
-    suffixes = {key: suffix.replace(".png", ".svg") if svg else suffix for key, suffix in BESIDE.items()}
-    return output_paths(model, output, as_json, "analysis", suffixes, force=force)
+    plots = ".svg" if given["svg"] else ".png"
+    beside = {key: suffix.replace(".png", plots) for key, suffix in ANALYSIS.beside.items()}
+    outputs = output_paths({**given, "output": output}, where.name, replace(ANALYSIS, beside=beside))
+    outputs.check(inputs_here(given, base, where, specs))
 
+    from vtwcli.analyze import analyze
+    from vtwcli.machine.distributed import finish, is_main
 
-def _publish(analysis: Analysis, outputs: Outputs, as_json: bool) -> None:
-    from vtwcli.report import analysis as report_analyze
-    from vtwcli.report import analysis_page as report_analyze_page
+    analysis = analyze(where, specs, options)
+    if is_main():
+        from vtwcli.report.analysis import analysis_view
+        from vtwcli.report.analysis_page import write_analysis
 
-    report_analyze_page.write_analysis(analysis, outputs)
-    show(analysis.result, report_analyze.analysis_view, outputs, as_json)
+        write_analysis(analysis, outputs)
+        show(analysis.result, analysis_view, outputs, given["json"])
+    finish()

@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
-
+from vtwcli.commands.flags import DATA, MODEL, OUTPUT, PRINTED, SETTINGS, WHERE_STREAMED, fields, flag, flags
 from vtwcli.commands.options import (
-    Attn,
-    Data,
-    Device,
-    Dtype,
-    Force,
-    Json,
-    ModelName,
-    Output,
-    Quiet,
-    RecipeFile,
-    Sets,
-    Stream,
-    Trust,
-    Verbose,
     begin,
     data_of,
     inputs_here,
     model_of,
-    option,
     output_paths,
     recipe_of,
     show,
@@ -35,6 +19,7 @@ from vtwcli.commands.options import (
 from vtwcli.errors import GateError
 from vtwcli.recipe.recipe import CalibrateSection
 from vtwcli.recipe.settings import section_of
+from vtwcli.results.calibration import CALIBRATION
 
 EXAMPLES = """
 Examples:
@@ -49,47 +34,17 @@ Examples:
 """
 
 
-def calibrate(
-    context: typer.Context,
-    model: ModelName = None,
-    data: Data = None,
-    limit: Annotated[int | None, option(CalibrateSection, "limit", "--limit", rich_help_panel="Data")] = None,
-    skip_bad: Annotated[
-        bool | None, option(CalibrateSection, "skip_bad", "--skip-bad", rich_help_panel="Data")
-    ] = None,
-    method: Annotated[str | None, option(CalibrateSection, "method", "--method")] = None,
-    eta: Annotated[float | None, option(CalibrateSection, "eta", "--eta")] = None,
-    min_layer: Annotated[int | None, option(CalibrateSection, "min_layer", "--min-layer")] = None,
-    policy: Annotated[str | None, option(CalibrateSection, "policy", "--policy")] = None,
-    positions: Annotated[str | None, option(CalibrateSection, "positions", "--positions")] = None,
-    answers: Annotated[str | None, option(CalibrateSection, "answers", "--answers")] = None,
-    max_new_tokens: Annotated[
-        int | None, option(CalibrateSection, "max_new_tokens", "--max-new-tokens")
-    ] = None,
-    quantile: Annotated[float | None, option(CalibrateSection, "quantile", "--quantile")] = None,
-    agreement: Annotated[float | None, option(CalibrateSection, "agreement", "--agreement")] = None,
-    budget: Annotated[float | None, option(CalibrateSection, "budget", "--budget")] = None,
-    budget_of: Annotated[str | None, option(CalibrateSection, "budget_of", "--budget-of")] = None,
-    bootstrap: Annotated[int | None, option(CalibrateSection, "bootstrap", "--bootstrap")] = None,
-    seed: Annotated[int | None, option(CalibrateSection, "seed", "--seed")] = None,
-    resume: Annotated[bool | None, option(CalibrateSection, "resume", "--resume")] = None,
-    recipe: RecipeFile = None,
-    sets: Sets = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    stream: Stream = None,
-    trust_remote_code: Trust = None,
-    output: Output = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", metavar="FILE", help="Curve picture, png or svg.", rich_help_panel="Output"),
-    ] = None,
-    as_json: Json = False,
-    force: Force = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
+@flags(
+    MODEL,
+    DATA,
+    fields(CalibrateSection),
+    SETTINGS,
+    WHERE_STREAMED,
+    OUTPUT,
+    flag("plot", Path, "Curve picture, png or svg.", metavar="FILE", panel="Output"),
+    PRINTED,
+)
+def command(**given: Any) -> None:
     """Find the withdrawal layer K: the first layer that runs without visual tokens and nobody notices.
 
     Runs a few samples and compares, for every layer, the next-token
@@ -99,25 +54,22 @@ def calibrate(
     layer qualifies. With --method visipruner it searches that method's
     shallow boundary and thresholds instead, by running the candidates.
     """
-    begin(quiet, verbose)
-    base = recipe_of(context.params)
-    options = section_of(CalibrateSection, context.params, base.calibrate)
-    where, specs = model_of(context.params, base), data_of(context.params, base)
-    beside = {"schedule": ".schedule.yaml", "plot": ".png"}
-    outputs = output_paths(where.name, output, as_json, "calibration", beside, plot, force)
-    outputs.check(inputs_here(context.params, base, where, specs))
+    begin(given)
+    base = recipe_of(given)
+    options = section_of(CalibrateSection, given, base.calibrate)
+    where, specs = model_of(given, base), data_of(given, base)
+    outputs = output_paths(given, where.name, CALIBRATION)
+    outputs.check(inputs_here(given, base, where, specs))
 
-    from vtwcli.calibrate import calibrate as run
+    from vtwcli.calibrate import calibrate
     from vtwcli.machine.distributed import finish, is_main
-    from vtwcli.report import calibration as report_calibrate
+    from vtwcli.report.calibration import calibration_sentence, calibration_view, write_calibration
 
     state = state_beside(outputs["result"], options.resume)
-    result = run(where, specs, options, state=state, rule=base.schedule)
+    result = calibrate(where, specs, options, state=state, rule=base.schedule)
     if is_main():
-        report_calibrate.write_calibration(result, outputs)
-        show(result, report_calibrate.calibration_view, outputs, as_json)
+        write_calibration(result, outputs)
+        show(result, calibration_view, outputs, given["json"])
     finish()
     if result["schedule"] is None and is_main():
-        raise GateError(
-            report_calibrate.calibration_sentence(result), "more samples, a larger --eta, or --policy budget"
-        )
+        raise GateError(calibration_sentence(result), "more samples, a larger --eta, or --policy budget")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from vtwcli.commands.options import Json
+from typing import Any
+
+from vtwcli.commands.flags import JSON, flags
 from vtwcli.io import console
 from vtwcli.io.files import document
 
@@ -17,12 +19,13 @@ Then:  vtw calibrate demo
 """
 
 
-def env(as_json: Json = False) -> None:
+@flags(JSON)
+def command(**given: Any) -> None:
     """Say what is installed, and against what it was tested."""
     from vtwcli.machine.releases import environment, untested
 
     report = environment()
-    if as_json:
+    if given["json"]:
         console.result_text(document(report))
         return
     lines = [f"vtw {report['vtwcli']}, Python {report['python']}, {report['platform']}"]

@@ -4,37 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+from vtwcli.commands.flags import DATA, MODEL, OUTPUT, PRINTED, RULE, SETTINGS, WHERE, fields, flag, flags
 from vtwcli.commands.options import (
-    Attn,
-    Consecutive,
-    Data,
-    Device,
-    Dtype,
-    ExitLayers,
-    ExitThreshold,
-    Force,
-    Json,
-    Layer0,
-    LayerThreshold,
-    Method,
-    ModelName,
-    Output,
-    Quiet,
-    RecipeFile,
-    Sets,
-    ShallowMidLayer,
-    TokensThreshold,
-    Trust,
-    Verbose,
     begin,
     data_of,
     inputs_here,
     model_of,
-    option,
     output_paths,
     recipe_of,
     show,
@@ -43,6 +20,8 @@ from vtwcli.commands.options import (
 from vtwcli.errors import GateError
 from vtwcli.recipe.recipe import EvalSection, GatesSection
 from vtwcli.recipe.settings import section_of
+from vtwcli.results.calibration import CalibratedOn, SearchedSample
+from vtwcli.results.evaluation import EVALUATION
 
 EXAMPLES = """
 Examples:
@@ -59,88 +38,42 @@ Examples:
 """
 
 
-def evaluate(
-    context: typer.Context,
-    model: ModelName = None,
-    schedule: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--schedule", metavar="FILE", help="Schedule or calibration result; may be given several times."
-        ),
-    ] = None,
-    layer: Annotated[int | None, typer.Option("--layer", help="Withdraw at this layer.")] = None,
-    layers: Annotated[
-        str | None, typer.Option("--layers", metavar="K,K,...", help="Compare withdrawal at several layers.")
-    ] = None,
-    method: Method = None,
-    shallow_mid_layer: ShallowMidLayer = None,
-    layer_threshold: LayerThreshold = None,
-    tokens_threshold: TokensThreshold = None,
-    exit_threshold: ExitThreshold = None,
-    exit_layers: ExitLayers = None,
-    consecutive: Consecutive = None,
-    layer0: Layer0 = None,
-    data: Data = None,
-    limit: Annotated[int | None, option(EvalSection, "limit", "--limit", rich_help_panel="Data")] = None,
-    skip_bad: Annotated[
-        bool | None, option(EvalSection, "skip_bad", "--skip-bad", rich_help_panel="Data")
-    ] = None,
-    max_new_tokens: Annotated[int | None, option(EvalSection, "max_new_tokens", "--max-new-tokens")] = None,
-    batch_size: Annotated[int | None, option(EvalSection, "batch_size", "--batch-size")] = None,
-    bootstrap: Annotated[int | None, option(EvalSection, "bootstrap", "--bootstrap")] = None,
-    timing: Annotated[bool | None, option(EvalSection, "timing", "--timing/--no-timing")] = None,
-    repeats: Annotated[int | None, option(EvalSection, "repeats", "--repeats")] = None,
-    timing_tokens: Annotated[int | None, option(EvalSection, "timing_tokens", "--timing-tokens")] = None,
-    seed: Annotated[int | None, option(EvalSection, "seed", "--seed")] = None,
-    resume: Annotated[bool | None, option(EvalSection, "resume", "--resume")] = None,
-    max_drop: Annotated[
-        float | None, option(GatesSection, "max_drop", "--max-drop", rich_help_panel="Gates")
-    ] = None,
-    max_kl: Annotated[
-        float | None, option(GatesSection, "max_kl", "--max-kl", rich_help_panel="Gates")
-    ] = None,
-    min_agreement: Annotated[
-        float | None, option(GatesSection, "min_agreement", "--min-agreement", rich_help_panel="Gates")
-    ] = None,
-    max_flops: Annotated[
-        float | None, option(GatesSection, "max_flops", "--max-flops", rich_help_panel="Gates")
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            "--calibration",
-            metavar="FILE",
-            help="Calibration result whose samples are left out; those of --schedule are anyway.",
-            rich_help_panel="Data",
-        ),
-    ] = None,
-    baseline: Annotated[
-        str | None, option(EvalSection, "baseline", "--baseline", rich_help_panel="Model")
-    ] = None,
-    backend: Annotated[
-        str | None, option(EvalSection, "backend", "--backend", rich_help_panel="Model")
-    ] = None,
-    recipe: RecipeFile = None,
-    sets: Sets = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    trust_remote_code: Trust = None,
-    output: Output = None,
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            "--trace",
-            metavar="FILE",
-            help="JSON lines: per sample and schedule the tokens kept, where, and what it cost.",
-            rich_help_panel="Output",
-        ),
-    ] = None,
-    as_json: Json = False,
-    force: Force = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
+@flags(
+    MODEL,
+    flag(
+        "schedule",
+        list[Path],
+        "Schedule or calibration result; may be given several times.",
+        metavar="FILE",
+    ),
+    flag("layer", int, "Withdraw at this layer."),
+    flag("layers", str, "Compare withdrawal at several layers.", metavar="K,K,..."),
+    RULE,
+    DATA,
+    fields(EvalSection, without=("seed", "resume", "baseline", "backend")),
+    fields(EvalSection, "seed", "resume"),
+    fields(GatesSection),
+    flag(
+        "calibration",
+        Path,
+        "Calibration result whose samples are left out; those of --schedule are anyway.",
+        metavar="FILE",
+        panel="Data",
+    ),
+    fields(EvalSection, "baseline", "backend"),
+    SETTINGS,
+    WHERE,
+    OUTPUT,
+    flag(
+        "trace",
+        Path,
+        "JSON lines: per sample and schedule the tokens kept, where, and what it cost.",
+        metavar="FILE",
+        panel="Output",
+    ),
+    PRINTED,
+)
+def command(**given: Any) -> None:
     """Show what pruning costs and saves: full and pruned on the same samples.
 
     MODEL is a stock model with a schedule, or a directory that vtw export
@@ -149,30 +82,29 @@ def evaluate(
     measured latency. Writes the result (JSON), tables (Markdown), a page with
     the answers that differ (HTML) and a plot. Exit code 3 when a gate fails.
     """
-    begin(quiet, verbose)
-    base = recipe_of(context.params)
-    options = section_of(EvalSection, context.params, base.eval)
-    limits = section_of(GatesSection, context.params, base.gates)
-    where, specs = model_of(context.params, base), data_of(context.params, base)
+    begin(given)
+    base = recipe_of(given)
+    options = section_of(EvalSection, given, base.eval)
+    limits = section_of(GatesSection, given, base.gates)
+    where, specs = model_of(given, base), data_of(given, base)
     from vtwcli.recipe.schedules import schedules_of
 
-    schedules = schedules_of(context.params, base)
-    beside = {"markdown": ".md", "page": ".html", "plot": ".png"}
-    outputs = output_paths(where.name, output, as_json, "evaluation", beside, force=force, trace=trace)
-    outputs.check(inputs_here(context.params, base, where, specs))
+    schedules = schedules_of(given, base)
+    outputs = output_paths(given, where.name, EVALUATION)
+    outputs.check(inputs_here(given, base, where, specs))
 
     from vtwcli.judge import gates
-    from vtwcli.report import evaluation as report_eval
+    from vtwcli.report.evaluation import evaluation_view, write_evaluation
 
     file = base.schedule.file
-    calibrated = _calibrated(calibration, schedule or ([Path(file)] if file else []))
+    calibrated = _calibrated(given["calibration"], given["schedule"] or ([Path(file)] if file else []))
     state = state_beside(outputs["result"], options.resume)
 
-    from vtwcli.evaluate import evaluate as run
+    from vtwcli.evaluate import evaluate
     from vtwcli.machine.distributed import finish, is_main
 
-    lines: list[str] | None = None if trace is None else []
-    result, samples = run(
+    lines: list[str] | None = None if given["trace"] is None else []
+    result, samples = evaluate(
         where,
         schedules,
         specs,
@@ -183,18 +115,18 @@ def evaluate(
         state=state,
     )
     if is_main():
-        report_eval.write_evaluation(result, samples, outputs, None if lines is None else "".join(lines))
-        show(result, report_eval.evaluation_view, outputs, as_json)
+        write_evaluation(result, samples, outputs, None if lines is None else "".join(lines))
+        show(result, evaluation_view, outputs, given["json"])
     finish()
     failed = [gate for gate in result["gates"] if not gate["passed"]]
     if failed and is_main():
         raise GateError(gates.sentence(failed[0]), f"{len(failed)} of {len(result['gates'])} gates failed")
 
 
-def _calibrated(calibration: Path | None, schedules: Sequence[Path]) -> dict[str, Any] | None:
+def _calibrated(calibration: Path | None, schedules: Sequence[Path]) -> CalibratedOn | None:
     """The samples of the calibration result, and of those schedule files that are one."""
     from vtwcli.results.reading import calibration_in, read_calibration
 
     found = [read_calibration(calibration), *map(calibration_in, schedules)]
-    samples = [sample for document in found if document for sample in document["samples"]]
+    samples: list[SearchedSample] = [sample for one in found if one for sample in one["samples"]]
     return {"samples": samples} if samples else None

@@ -3,33 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
-
-from vtwcli.commands.options import (
-    Consecutive,
-    ExitLayers,
-    ExitThreshold,
-    Force,
-    Json,
-    Layer0,
-    LayerThreshold,
-    Method,
-    ModelName,
-    Quiet,
-    RecipeFile,
-    Sets,
-    ShallowMidLayer,
-    TokensThreshold,
-    Trust,
-    Verbose,
-    begin,
-    inputs_here,
-    model_of,
-    option,
-    recipe_of,
-)
+from vtwcli.commands.flags import MODEL, PRINTED, RULE, SETTINGS, TRUST, fields, flag, flags
+from vtwcli.commands.options import begin, inputs_here, model_of, recipe_of
 from vtwcli.errors import UsageError
 from vtwcli.io import console
 from vtwcli.io.files import document
@@ -47,98 +24,64 @@ Examples:
 """
 
 
-def export(
-    context: typer.Context,
-    model: ModelName = None,
-    schedule: Annotated[
-        Path | None, typer.Option("--schedule", metavar="FILE", help="Schedule to bake in, YAML or JSON.")
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option("--calibration", metavar="FILE", help="Calibration result whose schedule is baked in."),
-    ] = None,
-    layer: Annotated[int | None, typer.Option("--layer", min=0, help="Withdraw at this layer.")] = None,
-    method: Method = None,
-    shallow_mid_layer: ShallowMidLayer = None,
-    layer_threshold: LayerThreshold = None,
-    tokens_threshold: TokensThreshold = None,
-    exit_threshold: ExitThreshold = None,
-    exit_layers: ExitLayers = None,
-    consecutive: Consecutive = None,
-    layer0: Layer0 = None,
-    kind: Annotated[str | None, option(ExportSection, "format", "--format")] = None,
-    dtype: Annotated[str | None, option(ExportSection, "dtype", "--dtype")] = None,
-    evaluation: Annotated[
-        Path | None,
-        typer.Option("--evaluation", metavar="FILE", help="Evaluation result for the model card (hf)."),
-    ] = None,
-    opset: Annotated[int | None, option(ExportSection, "opset", "--opset", rich_help_panel="ONNX")] = None,
-    merged: Annotated[
-        bool | None, option(ExportSection, "merged", "--merged", rich_help_panel="ONNX")
-    ] = None,
-    quantize: Annotated[
-        str | None, option(ExportSection, "quantize", "--quantize", rich_help_panel="ONNX")
-    ] = None,
-    recipe: RecipeFile = None,
-    sets: Sets = None,
-    trust_remote_code: Trust = None,
-    push_to_hub: Annotated[
-        str | None,
-        typer.Option("--push-to-hub", metavar="REPO", help="Upload the directory (hf), private by default."),
-    ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Make the uploaded repository public.")] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Directory to make.", rich_help_panel="Output"),
-    ] = None,
-    as_json: Json = False,
-    force: Force = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
+@flags(
+    MODEL,
+    flag("schedule", Path, "Schedule to bake in, YAML or JSON.", metavar="FILE"),
+    flag("calibration", Path, "Calibration result whose schedule is baked in.", metavar="FILE"),
+    flag("layer", int, "Withdraw at this layer.", min=0),
+    RULE,
+    fields(ExportSection),
+    flag("evaluation", Path, "Evaluation result for the model card (hf).", metavar="FILE"),
+    SETTINGS,
+    TRUST,
+    flag("push_to_hub", str, "Upload the directory (hf), private by default.", metavar="REPO"),
+    flag("public", bool, "Make the uploaded repository public."),
+    flag("output", Path, "Directory to make.", "-o", metavar="DIR", panel="Output"),
+    PRINTED,
+)
+def command(**given: Any) -> None:
     """Write a model with its schedule baked in: a Hugging Face directory, or ONNX graphs.
 
     The directory appears only when it is complete and checked. The Hugging
     Face form loads pruned with trust_remote_code=True where this tool is not
     installed, and as the plain model without it.
     """
-    begin(quiet, verbose)
-    base = recipe_of(context.params)
-    options = section_of(ExportSection, {**context.params, "format": kind}, base.export)
-    where = model_of({**context.params, "dtype": None}, base)
+    begin(given)
+    base = recipe_of(given)
+    options = section_of(ExportSection, given, base.export)
+    where = model_of({**given, "dtype": None}, base)
+    output: Path | None = given["output"]
     if output is None:
         raise UsageError("no output directory given", "--output DIR")
     from vtwcli.export.directory.publish import check_target
     from vtwcli.recipe.schedules import schedules_of
     from vtwcli.results.reading import read_calibration, read_evaluation
 
-    paths = [path for path in (schedule, calibration) if path is not None]
-    named = schedules_of({**context.params, "schedule": paths}, base)
+    paths = [given[name] for name in ("schedule", "calibration") if given[name] is not None]
+    named = schedules_of({**given, "schedule": paths}, base)
     if len(named) != 1:
         raise UsageError("give exactly one of --schedule, --calibration, --layer and --method")
     [(_, chosen)] = named
-    if push_to_hub and options.format != "hf":
+    repository: str | None = given["push_to_hub"]
+    if repository and options.format != "hf":
         raise UsageError(
             "--push-to-hub goes with --format hf only", "upload ONNX graphs with: hf upload REPO DIR"
         )
-    check_target(output, force, inputs_here(context.params, base, where, ()))
-    from vtwcli.export.formats import export as run
+    check_target(output, given["force"], inputs_here(given, base, where, ()))
+    from vtwcli.export.formats import export
 
-    manifest = run(
+    manifest = export(
         where,
         chosen,
         output,
         options,
-        force=force,
-        calibration=read_calibration(calibration),
-        evaluation=read_evaluation(evaluation),
-        recipe=recipe.read_text(encoding="utf-8") if recipe else None,
+        force=given["force"],
+        calibration=read_calibration(given["calibration"]),
+        evaluation=read_evaluation(given["evaluation"]),
+        recipe=given["recipe"] and given["recipe"].read_text(encoding="utf-8"),
     )
-    if push_to_hub:
+    if repository:
         from vtwcli.export.directory.push import push
 
-        console.note(f"uploaded {push(output, push_to_hub, private=not public)}")
-    if as_json:
-        console.result_text(document(manifest))
-    else:
-        console.result_text(f"wrote {output}")
+        console.note(f"uploaded {push(output, repository, private=not given['public'])}")
+    console.result_text(document(manifest) if given["json"] else f"wrote {output}")

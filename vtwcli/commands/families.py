@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from vtwcli.commands.options import Json
+from typing import Any
+
+from vtwcli.commands.flags import JSON, flags
 from vtwcli.io import console
 from vtwcli.io.files import document
 
@@ -17,12 +19,13 @@ Try the tool on the model that comes with it:  vtw calibrate demo
 """
 
 
-def families(as_json: Json = False) -> None:
+@flags(JSON)
+def command(**given: Any) -> None:
     """List the model families, what works with each, and what to know."""
     from vtwcli.models.families import table
 
     rows = table()
-    if as_json:
+    if given["json"]:
         console.result_text(document(rows))
         return
     from rich.table import Table

@@ -1,37 +1,33 @@
-"""What the subcommands share: options, the recipe below them, and where their results go.
+"""What the subcommands make of their flags: the recipe below them, what is read, and where results go.
 
-Options default to None; their one default lives in ``vtwcli.recipe.recipe`` and the help pages read it from there.
-Nothing heavy is imported at the top: ``vtw --help`` must answer at once.
+Here ``given`` holds the value of every flag of the command by its name, as ``vtwcli.commands.flags`` declares them;
+flags that a command does not have may be missing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any, TypeVar
 
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import UsageError
 from vtwcli.io import console
 from vtwcli.io.files import document, present
 from vtwcli.io.outputs import Inputs, Outputs, inputs_of
-from vtwcli.io.section import Section
-from vtwcli.recipe.recipe import ModelSection, Recipe, ScheduleSection
+from vtwcli.recipe.recipe import ModelSection, Recipe
 from vtwcli.recipe.settings import section_of
+from vtwcli.results.document import Files
+
+T = TypeVar("T")
 
 
-def option(section: type[Section], field: str, *names: str, **extra: Any) -> Any:
-    """A command-line option whose help and shown default come from the recipe's field."""
-    info = section.model_fields[field]
-    text = info.description or ""
-    if info.default is not None and info.default is not False:
-        default = info.default
-        if isinstance(default, tuple):  # written as it is given
-            default = ",".join(map(str, default))
-        text += f" [dim]\\[default: {default}][/dim]"
-    return typer.Option(*names, help=text, show_default=False, **extra)
+def begin(given: dict[str, Any]) -> None:
+    """Set how much is said: nothing but results under ``--quiet`` and on all ranks but the first."""
+    from vtwcli.machine import distributed
+
+    console.settings.quiet = given["quiet"] or not distributed.is_main()
+    console.settings.verbose = given["verbose"]
 
 
 def recipe_of(given: dict[str, Any]) -> Recipe:
@@ -43,7 +39,7 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
     trusted = bool(given.get("trust_remote_code"))
     # calibrate's --method is an option of its own section
     method = given.get("method") if "shallow_mid_layer" in given else None
-    return load_recipe(given.get("recipe"), given.get("sets") or (), os.environ, trusted, method)
+    return load_recipe(given.get("recipe"), given.get("set") or (), os.environ, trusted, method)
 
 
 def model_of(given: dict[str, Any], recipe: Recipe) -> ModelSection:
@@ -59,40 +55,27 @@ def data_of(given: dict[str, Any], recipe: Recipe) -> list[DataSpec]:
     return [DataSpec.parse(text) for text in given.get("data") or ()] or list(recipe.data)
 
 
-def begin(quiet: bool, verbose: bool) -> None:
-    from vtwcli.machine import distributed
-
-    console.settings.quiet = quiet or not distributed.is_main()
-    console.settings.verbose = verbose
-
-
-def output_paths(
-    model: str,
-    output: Path | None,
-    as_json: bool,
-    name: str,
-    beside: dict[str, str],
-    plot: Path | None = None,
-    force: bool = False,
-    trace: Path | None = None,
-) -> Outputs:
+def output_paths(given: dict[str, Any], model: str, files: Files) -> Outputs:
     """Where the result and the files beside it go; nowhere under ``--json`` without ``--output``.
 
+    Args:
+        given: ``output``, ``json`` and ``force``; ``plot`` and ``trace`` are those files' own places.
+        model: whose name the directory bears by default.
+        files: of the result.
+
     Raises:
-        UsageError: ``plot``, the picture's own place, has a suffix of no picture.
+        UsageError: ``plot`` has a suffix of no picture.
     """
+    output, plot = given["output"], given.get("plot")
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot: {plot} must end in .png, .svg or .pdf")
-    if output is None and not as_json:
+    if output is None and not given["json"]:
         slug = model.rstrip("/").replace("@", "-").rsplit("/", 1)[-1] or "model"
-        output = Path(f"vtw-{slug}") / f"{name}.json"
-    places = {
-        "result": output,
-        **{key: _beside(output, suffix) if output else None for key, suffix in beside.items()},
-        **({} if plot is None else {"plot": plot}),
-        **({} if trace is None else {"trace": trace}),
-    }
-    return Outputs(places, f"vtw-{name}", force)
+        output = Path(f"vtw-{slug}") / files.named()["result"]
+    places = {"result": output}
+    places |= {key: output and _beside(output, suffix) for key, suffix in files.beside.items()}
+    named = {key: given[key] for key in ("plot", "trace") if given.get(key) is not None}
+    return Outputs(places | named, files.format, given["force"])
 
 
 def _beside(output: Path, suffix: str) -> Path:
@@ -137,8 +120,8 @@ def state_beside(result: Path | None, resume: bool) -> Path | None:
 
 
 def show(
-    result: dict[str, Any],
-    view: Callable[[dict[str, Any]], Any],
+    result: T,
+    view: Callable[[T], Any],
     outputs: Outputs,
     as_json: bool,
 ) -> None:
@@ -154,77 +137,3 @@ def _tell_written(outputs: Outputs) -> None:
     paths = [str(path) for path in outputs.values() if path and path.exists()]
     if paths:
         console.note("wrote " + ", ".join(paths))
-
-
-ModelName = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="MODEL", help="Local directory, Hub id with optional @revision, or demo.", show_default=False
-    ),
-]
-RecipeFile = Annotated[
-    Path | None,
-    typer.Option("--recipe", metavar="FILE", help="Recipe whose values the options here override."),
-]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. calibrate.eta=1e-4."),
-]
-Device = Annotated[str | None, option(ModelSection, "device", "--device", rich_help_panel="Model")]
-Dtype = Annotated[str | None, option(ModelSection, "dtype", "--dtype", rich_help_panel="Model")]
-Attn = Annotated[str | None, option(ModelSection, "attn", "--attn", rich_help_panel="Model")]
-Trust = Annotated[
-    bool | None,
-    option(ModelSection, "trust_remote_code", "--trust-remote-code", rich_help_panel="Model"),
-]
-Stream = Annotated[
-    bool | None, option(ModelSection, "stream", "--stream/--no-stream", rich_help_panel="Model")
-]
-Data = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data",
-        metavar="SOURCE[:KEY=VALUE,...]",
-        help="Where samples come from; may be given several times. demo, a built-in task (scienceqa, ai2d, mmmu, "
-        "gqa, textvqa, pope, flickr30k, ocrbench), a local file or directory, or a Hub data set. "
-        "By default demo for the demo model, else scienceqa, gqa, ocrbench and flickr30k.",
-        rich_help_panel="Data",
-    ),
-]
-Method = Annotated[str | None, option(ScheduleSection, "method", "--method", rich_help_panel="Method")]
-ShallowMidLayer = Annotated[
-    int | None,
-    option(ScheduleSection, "shallow_mid_layer", "--shallow-mid-layer", rich_help_panel="Method"),
-]
-LayerThreshold = Annotated[
-    float | None, option(ScheduleSection, "layer_threshold", "--layer-threshold", rich_help_panel="Method")
-]
-TokensThreshold = Annotated[
-    float | None, option(ScheduleSection, "tokens_threshold", "--tokens-threshold", rich_help_panel="Method")
-]
-ExitThreshold = Annotated[
-    float | None, option(ScheduleSection, "exit_threshold", "--exit-threshold", rich_help_panel="Method")
-]
-ExitLayers = Annotated[
-    int | None, option(ScheduleSection, "exit_layers", "--exit-layers", rich_help_panel="Method")
-]
-Consecutive = Annotated[
-    bool | None, option(ScheduleSection, "consecutive", "--consecutive", rich_help_panel="Method")
-]
-Layer0 = Annotated[str | None, option(ScheduleSection, "layer0", "--layer0", rich_help_panel="Method")]
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="PATH", help="Result file.", rich_help_panel="Output")
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel="Output")
-]
-Force = Annotated[
-    bool, typer.Option("--force", help="Replace what vtw wrote before.", rich_help_panel="Output")
-]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="No progress, no notes.", rich_help_panel="Output")
-]
-Verbose = Annotated[
-    bool,
-    typer.Option("--verbose", "-v", help="More words; tracebacks on failure.", rich_help_panel="Output"),
-]

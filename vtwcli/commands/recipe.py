@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import typer
 
-from vtwcli.commands.options import Force
+from vtwcli.commands.flags import FORCE, MODEL_HELP, argument, flag, flags
 from vtwcli.errors import UsageError
 from vtwcli.io import console
 from vtwcli.io.files import document
@@ -29,23 +29,21 @@ app = typer.Typer(
 
 
 @app.command("init")
-def init(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Local directory, Hub id with optional @revision, or demo.")
-    ] = "demo",
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write here instead of to stdout.")
-    ] = None,
-    force: Force = False,
-) -> None:
+@flags(
+    argument("model", str, "MODEL", MODEL_HELP, default="demo"),
+    flag("output", Path, "Write here instead of to stdout.", "-o", metavar="FILE"),
+    FORCE,
+)
+def init(**given: Any) -> None:
     """Write a commented starter that shows every option with its default."""
     from vtwcli.io.outputs import Outputs, inputs_of
     from vtwcli.recipe.starter import starter
 
+    model, output = given["model"], given["output"]
     if output is None:
         console.result_text(starter(model))
     else:
-        outputs = Outputs({"result": output}, "recipe", force)
+        outputs = Outputs({"result": output}, "recipe", given["force"])
         outputs.check(inputs_of({"the model": model}))
         with outputs.publish() as new:
             new.text("result", starter(model))
@@ -53,9 +51,8 @@ def init(
 
 
 @app.command("check")
-def check(
-    recipes: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recipe files, YAML or JSON.")],
-) -> None:
+@flags(argument("recipes", list[Path], "FILE...", "Recipe files, YAML or JSON."))
+def check(**given: Any) -> None:
     """Say whether recipes are valid, and which steps they have; exit code 2 when one is not.
 
     Tells every problem of every file. Looks at the files alone, and at a
@@ -64,7 +61,7 @@ def check(
     from vtwcli.pipeline.steps import check_recipe
 
     wrong = False
-    for path in recipes:
+    for path in given["recipes"]:
         words, problems = check_recipe(path)
         for problem in problems:
             console.error(problem.message, problem.hint)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
-
-from vtwcli.commands.options import Force, Json, Quiet, Sets, Trust, Verbose, begin, recipe_of
+from vtwcli.commands.flags import PRINTED, SET, TRUST, argument, flag, flags
+from vtwcli.commands.options import begin, recipe_of
 from vtwcli.errors import GateError
 from vtwcli.io import console
 from vtwcli.io.files import document
@@ -23,67 +22,49 @@ Examples:
 """
 
 
-def run(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file, YAML or JSON.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the steps and stop.")] = False,
-    only: Annotated[
-        list[str] | None,
-        typer.Option("--only", metavar="STEP", help="Run this step alone; may be given several times."),
-    ] = None,
-    start: Annotated[
-        str | None,
-        typer.Option("--from", metavar="STEP", help="Run this step and those behind it again."),
-    ] = None,
-    sets: Sets = None,
-    trust_remote_code: Trust = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="Directory of the results; by default the recipe's, else vtw-run-NAME.",
-            rich_help_panel="Output",
-        ),
-    ] = None,
-    summary: Annotated[
-        Path | None,
-        typer.Option(
-            "--summary",
-            metavar="FILE",
-            help="Append the summary (Markdown) to this file.",
-            rich_help_panel="Output",
-        ),
-    ] = None,
-    as_json: Json = False,
-    force: Force = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Run a recipe: calibrate, analyze, budget, eval, export, whichever sections it has.
+@flags(
+    argument("recipe", Path, "RECIPE", "Recipe file, YAML or JSON."),
+    flag("dry_run", bool, "Show the steps and stop."),
+    flag("only", list[str], "Run this step alone; may be given several times.", metavar="STEP"),
+    flag("start", str, "Run this step and those behind it again.", spelled="--from", metavar="STEP"),
+    SET,
+    TRUST,
+    flag(
+        "output",
+        Path,
+        "Directory of the results; by default the recipe's, else vtw-run-NAME.",
+        "-o",
+        metavar="DIR",
+        panel="Output",
+    ),
+    flag("summary", Path, "Append the summary (Markdown) to this file.", metavar="FILE", panel="Output"),
+    PRINTED,
+)
+def command(**given: Any) -> None:
+    """Run the steps that a recipe has: calibrate, analyze, budget, eval, export.
 
     Steps whose inputs (section, model, data, tool, earlier steps) have not
     changed are kept, so an interrupted run continues. The export is made
     aside, verified, and published last. Exit code 3 when no layer qualifies,
     no schedule fits the budget or a gate fails; then nothing is exported.
     """
-    begin(quiet, verbose)
+    begin(given)
     from vtwcli.machine.distributed import finish, is_main
     from vtwcli.pipeline.plan import execute, prepare
     from vtwcli.pipeline.run import alone
     from vtwcli.pipeline.summary import check_summary, plan_view, summary_view, write_summary
 
-    loaded = recipe_of({"recipe": recipe, "sets": sets, "trust_remote_code": trust_remote_code})
-    folder = output or Path(loaded.output or f"vtw-run-{recipe.stem}")
-    text = recipe.read_text(encoding="utf-8")
-    work = prepare(loaded, folder, text=text, only=only or (), start=start, force=force, file=recipe)
+    file: Path = given["recipe"]
+    summary: Path | None = given["summary"]
+    recipe = recipe_of(given)
+    folder = given["output"] or Path(recipe.output or f"vtw-run-{file.stem}")
+    text = file.read_text(encoding="utf-8")
+    only, start, force = given["only"] or (), given["start"], given["force"]
+    work = prepare(recipe, folder, text=text, only=only, start=start, force=force, file=file)
     if summary is not None:
         check_summary(summary, work)
-    if dry_run:
-        if as_json:
-            console.result_text(document(work.document()))
-        else:
-            console.result_text(plan_view(work))
+    if given["dry_run"]:
+        console.result_text(document(work.document()) if given["json"] else plan_view(work))
         return
     console.note(plan_view(work))
     with alone(work):
@@ -97,10 +78,7 @@ def run(
         if is_main():
             write_summary(work, summary)
     if is_main():
-        if as_json:
-            console.result_text(document(found))
-        else:
-            console.result_text(summary_view(work))
+        console.result_text(document(found) if given["json"] else summary_view(work))
     finish()
     if work.failure and is_main():
         earlier = f"; {folder / 'model'} is of an earlier run" if (folder / "model").exists() else ""

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
-
-from vtwcli.commands.options import (
-    Device,
-    Dtype,
-    Json,
-    Quiet,
-    Trust,
-    Verbose,
-    begin,
-)
+from vtwcli.commands.flags import JSON, TRUST, WORDS, argument, fields, flag, flags
+from vtwcli.commands.options import begin
 from vtwcli.io import console
 from vtwcli.io.files import document
+from vtwcli.recipe.recipe import ModelSection
 
 EXAMPLES = """
 Examples:
@@ -28,48 +20,50 @@ Examples:
 """
 
 
-def verify(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory that vtw export made.")],
-    base: Annotated[
-        str | None,
-        typer.Option(
-            "--base", metavar="MODEL", help="Base model to compare with; by default the one it names."
-        ),
-    ] = None,
-    image: Annotated[
-        Path | None, typer.Option("--image", metavar="FILE", help="Image to ask about; by default a drawing.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")] = 16,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: Trust = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
+@flags(
+    argument("directory", Path, "DIR", "Directory that vtw export made."),
+    flag("base", str, "Base model to compare with; by default the one it names.", metavar="MODEL"),
+    flag("image", Path, "Image to ask about; by default a drawing.", metavar="FILE"),
+    flag("max_new_tokens", int, "Tokens to generate.", min=1, default=16),
+    fields(ModelSection, "device", "dtype"),
+    TRUST,
+    JSON,
+    WORDS,
+)
+def command(**given: Any) -> None:
     """Check an exported directory: files, loading, a smoke generation, parity with the base.
 
     Exit code 3 when a check fails, 4 when it is not an export.
     """
-    begin(quiet, verbose)
-    from vtwcli.export.formats import verify as run
+    begin(given)
+    from vtwcli.export.formats import verify
 
-    report = run(
-        directory,
-        base=base,
-        image=image,
-        device=device or "auto",
-        dtype=dtype or "auto",
-        max_new_tokens=max_new_tokens,
-        trust_remote_code=bool(trust_remote_code),
+    report = verify(
+        given["directory"],
+        base=given["base"],
+        image=given["image"],
+        device=given["device"] or "auto",
+        dtype=given["dtype"] or "auto",
+        max_new_tokens=given["max_new_tokens"],
+        trust_remote_code=bool(given["trust_remote_code"]),
     )
-    if as_json:
+    if given["json"]:
         console.result_text(document(report))
-    else:
-        console.result_text(f"{directory}: verified")
-        if releases := report.get("transformers"):
-            others = ", ".join(releases["tested"]) or "no release named"
-            console.note(
-                f"with transformers {releases['installed']}; exported with {releases['exported_with']}, its code "
-                f"tested with {others}"
-            )
+        return
+    console.result_text(f"{given['directory']}: verified")
+    if releases := report.get("transformers"):
+        others = ", ".join(releases["tested"]) or "no release named"
+        console.note(
+            f"with transformers {releases['installed']}; exported with {releases['exported_with']}, its code "
+            f"tested with {others}"
+        )
+    if releases := report.get("onnxruntime"):
+        made = report["made_with"]
+        others = ", ".join(releases["tested"]) or "no release named"
+        tools = ", ".join(
+            f"{name} {made[name]}" for name in ("transformers", "torch", "onnx") if name in made
+        )
+        console.note(
+            f"with ONNX Runtime {releases['installed']}; made with {tools or 'nothing named'}, checked with "
+            f"ONNX Runtime {others}"
+        )

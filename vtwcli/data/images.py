@@ -11,9 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtwcli.data.rows import first_line
+from vtwcli.data.rows import LONGEST_REASON
 from vtwcli.data.spec import is_path
 from vtwcli.data.tasks import BadRow, shown
+from vtwcli.errors import first_line
 from vtwcli.io import console
 from vtwcli.io.files import regular
 
@@ -81,7 +82,9 @@ def _complaints(column: str, name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise BadRow(f"column {column!r}: no file {name}") from None
     except Exception as error:  # archives and networks raise too many types to list
-        raise BadRow(f"column {column!r}: cannot decode {name}: {first_line(error)}") from error
+        raise BadRow(
+            f"column {column!r}: cannot decode {name}: {first_line(error)[:LONGEST_REASON]}"
+        ) from error
 
 
 def _encoded(text: str, folder: Path | None) -> bytes | None:

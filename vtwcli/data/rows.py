@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vtwcli.data.tasks import ORGANISATIONS, BadRow, Row, listed, shown
-from vtwcli.errors import NotFoundError
+from vtwcli.errors import NotFoundError, first_line
 from vtwcli.io.documents import nearest
 from vtwcli.io.files import regular
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 CELL = 64 << 20  # characters of a table's cell; pictures in base64 have millions
+LONGEST_REASON = 300  # characters of a library's message
 _SPLITS = ("test", "validation", "train")  # which split is read when nothing says so
 
 
@@ -41,12 +42,6 @@ class Rows:
     folder: Path | None
     remote: bool
     record: dict[str, Any]
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, of a long one the beginning; its type where there is none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
 
 
 # --- files -----------------------------------------------------------------------------------------------
@@ -87,7 +82,7 @@ def _json_lines(path: Path) -> Iterator[Row | BadRow]:
             try:
                 value = json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:
-                yield BadRow(f"line {number} is not JSON: {first_line(error)}")
+                yield BadRow(f"line {number} is not JSON: {first_line(error)[:LONGEST_REASON]}")
                 continue
             yield _row(value, f"line {number}")
 
@@ -116,7 +111,9 @@ def _table(path: Path) -> Iterator[Row | BadRow]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield BadRow(f"line {reader.line_num} is not a row of a table: {first_line(error)}")
+                yield BadRow(
+                    f"line {reader.line_num} is not a row of a table: {first_line(error)[:LONGEST_REASON]}"
+                )
                 continue
             if not values:
                 continue
@@ -172,7 +169,7 @@ def _guarded(rows: Iterable[Row | BadRow], where: str) -> Iterator[Row | BadRow]
     try:
         yield from rows
     except Exception as error:
-        raise NotFoundError(f"{where}: cannot be read: {first_line(error)}") from error
+        raise NotFoundError(f"{where}: cannot be read: {first_line(error)[:LONGEST_REASON]}") from error
 
 
 def _file(path: Path, split: str | None = None) -> Rows:
@@ -264,7 +261,9 @@ def _directory(path: Path, config: str | None, split: str | None, default: str |
                 named = config
             splits = _splits(datasets.load_dataset_builder(str(path), named))
     except Exception as error:
-        raise NotFoundError(f"{path}: cannot be read as a data set: {first_line(error)}") from error
+        raise NotFoundError(
+            f"{path}: cannot be read as a data set: {first_line(error)[:LONGEST_REASON]}"
+        ) from error
     where = f"{path} ({named})" if named else str(path)
     picked = _pick_split(list(splits), split, default, where)
     record = {"path": str(path), "config": named, "split": picked}
@@ -316,10 +315,11 @@ def _commit(repository: str, revision: str | None) -> str:
     except hub.RepositoryNotFoundError:
         raise
     except hub.HFValidationError as error:
-        raise NotFoundError(f"data set {repository!r}: {first_line(error)}") from None
+        raise NotFoundError(f"data set {repository!r}: {first_line(error)[:LONGEST_REASON]}") from None
     except Exception as error:  # the HTTP client's own types differ between versions of huggingface_hub
         raise NotFoundError(
-            f"data set {repository!r}: the Hub cannot be reached: {first_line(error)}", offline_hint
+            f"data set {repository!r}: the Hub cannot be reached: {first_line(error)[:LONGEST_REASON]}",
+            offline_hint,
         ) from error
 
 
@@ -357,7 +357,9 @@ def open_hub(
     try:
         splits = _splits(datasets.load_dataset_builder(name, config, revision=commit))
     except Exception as error:
-        raise NotFoundError(f"data set {where}: cannot be read: {first_line(error)}") from error
+        raise NotFoundError(
+            f"data set {where}: cannot be read: {first_line(error)[:LONGEST_REASON]}"
+        ) from error
     where = f"data set {where}"
     picked = _pick_split(list(splits), split, default, where)
     record = {"repository": name, "config": config, "split": picked, "revision": commit}

@@ -23,6 +23,7 @@ from vtwcli.io import files
 from vtwcli.models.generation import generate_answers
 from vtwcli.models.loading import LoadedModel, load
 from vtwcli.recipe.recipe import CalibrateSection, ModelSection
+from vtwcli.results.calibration import is_searched
 from vtwcli.runtime import pruned
 
 RECORD = "training.json"
@@ -59,6 +60,7 @@ def measure(folder: Path, limit: int = 200) -> dict[str, Any]:
     model = ModelSection(name=str(folder), dtype="float32")
     every = DataSpec(source="demo", tasks=ALL_TASKS)
     curves = calibrate(model, [every], CalibrateSection(limit=limit, bootstrap=0))
+    assert not is_searched(curves)
     loaded = load(str(folder), dtype="float32")
     test = load_data([every.model_copy(update={"split": "test"})], limit=limit, seed=0).samples
     return {

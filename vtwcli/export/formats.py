@@ -9,6 +9,8 @@ from vtwcli.data.sample import Sample
 from vtwcli.errors import NotFoundError
 from vtwcli.models.dtypes import LONG, SHORT
 from vtwcli.recipe.recipe import ExportSection, ModelSection
+from vtwcli.results.calibration import Calibration
+from vtwcli.results.evaluation import Evaluation
 from vtwcli.schedule.schedule import Schedule
 
 
@@ -19,8 +21,8 @@ def export(
     options: ExportSection,
     *,
     force: bool = False,
-    calibration: dict[str, Any] | None = None,
-    evaluation: dict[str, Any] | None = None,
+    calibration: Calibration | None = None,
+    evaluation: Evaluation | None = None,
     recipe: str | None = None,
 ) -> dict[str, Any]:
     """Write a model with its schedule baked in, in the format of ``options``.

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from vtwcli.errors import typed_line
 from vtwcli.io.text import escaped, fitting, one_line
 from vtwcli.machine.libraries import settings
 from vtwcli.machine.memory import peak_resident
@@ -151,8 +152,7 @@ def not_worth_failing(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # drawing raises whatever the text of data leads it to
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        warn(f"{what} ({type(error).__name__}: {reason})")
+        warn(f"{what} ({typed_line(error)})")
 
 
 def error(message: str, hint: str | None = None) -> None:

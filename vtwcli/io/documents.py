@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from vtwcli.errors import UsageError
 from vtwcli.io.files import regular
 from vtwcli.io.nesting import DEEPEST, Location, MisshapenError, TooDeepError, check_size
 
+T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 _LARGE = 50_000  # characters; larger JSON is read by the fast reader, which keeps no line numbers
 _MOST_YAML = 200_000  # characters; the YAML reader takes seconds for them
@@ -205,13 +206,30 @@ def validate(
     Raises:
         InvalidDocument: what is wrong, with its place.
     """
+    return check(node, model.model_validate, name, kind, model.model_json_schema, origins)
+
+
+def check(
+    node: Any,
+    validated: Callable[[Any], T],
+    name: str,
+    kind: str,
+    schema: Callable[[], dict[str, Any]] = dict,
+    origins: Mapping[str, str] | None = None,
+) -> T:
+    """Like ``validate``, by any of pydantic's validators.
+
+    Args:
+        validated: makes of plain data what is asked for, or raises pydantic's error.
+        schema: what keys there are, where others are errors.
+    """
     if not isinstance(node, dict):
         found = "an empty file" if node is None else type(plain(node)).__name__
         raise UsageError(f"{name}: a {kind} must be a mapping of keys to values, not {found}")
     try:
-        return model.model_validate(plain(node))
+        return validated(plain(node))
     except ValidationError as error:
-        raise InvalidDocument(_problems(error, node, model, name, origins or {})) from None
+        raise InvalidDocument(_problems(error, node, schema, name, origins or {})) from None
 
 
 def load(path: Path, model: type[Model], kind: str) -> Model:
@@ -220,12 +238,16 @@ def load(path: Path, model: type[Model], kind: str) -> Model:
 
 
 def _problems(
-    error: ValidationError, node: Any, model: type[BaseModel], name: str, origins: Mapping[str, str]
+    error: ValidationError,
+    node: Any,
+    schema: Callable[[], dict[str, Any]],
+    name: str,
+    origins: Mapping[str, str],
 ) -> list[UsageError]:
     """A validation's errors as messages, in the order of the document; one for each place."""
     found: dict[Location, tuple[tuple[int, ...], UsageError]] = {}
     for one in error.errors(include_url=False):
-        location, message, hint = _described(one, node, model)
+        location, message, hint = _described(one, node, schema)
         key = ".".join(str(part) for part in location) or "document"
         origin = origins.get(key)
         where = origin or f"{name}{position(location, node)}"
@@ -234,14 +256,14 @@ def _problems(
     return [problem for _, problem in sorted(found.values(), key=lambda entry: entry[0])]
 
 
-def _described(one: Any, node: Any, model: type[BaseModel]) -> tuple[Location, str, str | None]:
+def _described(one: Any, node: Any, schema: Callable[[], dict[str, Any]]) -> tuple[Location, str, str | None]:
     """Of one of a validation's errors the place in the document, the message and the hint."""
     context = one.get("ctx", {})  # a check of a section as a whole says which key below it is meant
     value = context.get("given", one["input"])
     location = (*one["loc"], *context.get("below", ()))
     location = _in_document(location, node, one["type"] in ("extra_forbidden", "missing"))
     if one["type"] == "extra_forbidden":
-        near = nearest(str(location[-1]), _known_keys(model, location[:-1]))
+        near = nearest(str(location[-1]), _known_keys(schema(), location[:-1]))
         return location, f"unknown key {str(location[-1])!r}", f"did you mean {near!r}?" if near else None
     if one["type"] == "missing":
         return location, "this key is required", None
@@ -304,9 +326,8 @@ def position(location: Location, document: Any) -> str:
     return place
 
 
-def _known_keys(model: type[BaseModel], location: Location) -> list[str]:
-    """Every key that the schema of ``model`` allows in the mapping at ``location``."""
-    schema = model.model_json_schema()
+def _known_keys(schema: dict[str, Any], location: Location) -> list[str]:
+    """Every key that a JSON schema allows in the mapping at ``location``."""
     definitions = schema.get("$defs", {})
 
     def branches(part: Any) -> list[dict[str, Any]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from vtwcli.recipe.recipe import GatesSection
+from vtwcli.results.evaluation import EvaluatedSchedule, Gate, GateName
 
 # name in the recipe -> what it looks at in words, and how to find it in a schedule's row of an evaluation
-_MEASURES: dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]] = {
+_MEASURES: dict[GateName, tuple[str, Callable[[EvaluatedSchedule], float | None]]] = {
     "max_drop": (
         "drop",
         lambda row: None if row["worst_difference"] is None else max(0.0, -row["worst_difference"]),
@@ -19,7 +19,7 @@ _MEASURES: dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]] = {
 }
 
 
-def check(schedules: dict[str, dict[str, Any]], limits: GatesSection) -> list[dict[str, Any]]:
+def check(schedules: Mapping[str, EvaluatedSchedule], limits: GatesSection) -> list[Gate]:
     """Each gate that was asked for, by schedule: what was found, what is allowed, and whether it passes.
 
     A gate for which nothing was measured does not pass: ``found`` is None, for example the drop of a metric where no
@@ -29,7 +29,7 @@ def check(schedules: dict[str, dict[str, Any]], limits: GatesSection) -> list[di
         schedules: ``schedules`` of an evaluation's result document.
         limits: the gates; those that are None are not asked for.
     """
-    found = []
+    found: list[Gate] = []
     for name, row in schedules.items():
         for gate, (_, measure) in _MEASURES.items():
             allowed = getattr(limits, gate)
@@ -51,7 +51,7 @@ def check(schedules: dict[str, dict[str, Any]], limits: GatesSection) -> list[di
     return found
 
 
-def sentence(gate: dict[str, Any]) -> str:
+def sentence(gate: Gate) -> str:
     """One gate in words."""
     verdict = "passed" if gate["passed"] else "FAILED"
     where = f" on {gate['task']}" if gate["task"] else ""

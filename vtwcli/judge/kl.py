@@ -90,6 +90,25 @@ def divergence(p: Tensor, q: Tensor, whose: str) -> Tensor:
     return kl
 
 
+def distance(logits: Tensor, full: Tensor, whose: str) -> tuple[Tensor, Tensor]:
+    """How far a variant's next-token distributions are from the full model's.
+
+    Args:
+        logits: the variant's, [..., V].
+        full: the full model's ``log_probabilities``, [..., V].
+        whose: as for ``not_finite``.
+
+    Returns:
+        KL(P_variant ‖ P_full) in nats, float64 [...], and whether the most likely token is the same, bool [...].
+
+    Raises:
+        NotFoundError: logits that give no distribution, or a KL that is infinite.
+    """
+    variant = log_probabilities(logits, whose)
+    full = full.to(variant.device)
+    return divergence(variant, full, whose), variant.argmax(-1) == full.argmax(-1)
+
+
 def check_generation(
     logits: Tensor,
     lengths: Sequence[int],

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import comb
-from typing import Any
 
 import numpy as np
+
+from vtwcli.results.evaluation import Difference, McNemar
 
 FEWEST = 6
 """Distinct samples that a 95 % interval needs, see ``enough``."""
@@ -31,7 +32,7 @@ def enough(tasks: Sequence[str], each: bool = False) -> bool:
 
 def paired_difference(
     full: Sequence[float], pruned: Sequence[float], resamples: int, seed: int
-) -> dict[str, Any]:
+) -> Difference:
     """Mean of ``pruned - full`` with a paired bootstrap interval.
 
     Args:
@@ -39,8 +40,7 @@ def paired_difference(
         resamples: bootstrap resamples of the samples; 0 for no interval.
 
     Returns:
-        ``difference`` and ``interval``, its 2.5 % and 97.5 % quantiles, or None, also where there are too few samples
-        (``enough``).
+        The interval is from the 2.5 % to the 97.5 % quantile; None also where there are too few samples (``enough``).
     """
     change = np.asarray(pruned, dtype=np.float64) - np.asarray(full, dtype=np.float64)
     interval = None
@@ -50,14 +50,11 @@ def paired_difference(
     return {"difference": float(change.mean()), "interval": interval}
 
 
-def mcnemar(full: Sequence[float], pruned: Sequence[float]) -> dict[str, Any]:
+def mcnemar(full: Sequence[float], pruned: Sequence[float]) -> McNemar:
     """McNemar's exact test of right-or-wrong scores (1 is right, anything less is wrong).
 
     With b samples that only the full model gets right and c that only the pruned one does, the two-sided p is
     ``min(1, 2 · Σ_{i <= min(b, c)} C(b + c, i) / 2^(b + c))`` (McNemar, 1947; exact binomial form).
-
-    Returns:
-        ``only_full`` b, ``only_pruned`` c and ``p``.
     """
     pairs = [(f >= 1, p >= 1) for f, p in zip(full, pruned, strict=True)]
     b = sum(f and not p for f, p in pairs)

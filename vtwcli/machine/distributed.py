@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from vtwcli.errors import UsageError, VtwError
+from vtwcli.errors import UsageError, VtwError, first_line
 
 T = TypeVar("T")
 _LAUNCHER = "a launcher such as torchrun sets it; without one, unset it"
@@ -112,9 +112,8 @@ def _start() -> None:
         try:
             distributed.init_process_group("gloo")  # results are small Python objects, also beside CUDA work
         except (ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise UsageError(
-                f"the {size()} processes of this run do not find each other: {reason}", _LAUNCHER
+                f"the {size()} processes of this run do not find each other: {first_line(error)}", _LAUNCHER
             ) from error
 
 

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtwcli.errors import UsageError
 from vtwcli.judge.flops import DEFAULT_CONVENTION, Convention, TextShape, kv_bytes, prefill_cost
-from vtwcli.judge.kl import divergence, log_probabilities, sample_name
+from vtwcli.judge.kl import distance, log_probabilities, sample_name
 from vtwcli.models.generation import answer_of, greedy
 from vtwcli.models.loading import LoadedModel
-from vtwcli.runtime import PruningError, Trace, pruned
+from vtwcli.results.evaluation import ActionTaken, Spent
+from vtwcli.runtime import ActionTrace, PruningError, Trace, pruned
 from vtwcli.schedule.schedule import Keep, Schedule, Withdraw
 
 
@@ -32,8 +32,7 @@ class Answer:
         agree: whether the most likely token there is the full model's, [R].
         visual_per_layer: visual tokens present in each layer.
         text_tokens: other tokens of the prompt.
-        actions: what the schedule's ``withdraw`` and ``keep`` actions did, in order: ``action``, ``layer`` (at which
-            it started, None if it did not) and, for ``keep``, ``kept`` (counted among the sample's visual tokens).
+        actions: what the schedule's ``withdraw`` and ``keep`` actions did, in order.
     """
 
     text: str
@@ -42,7 +41,7 @@ class Answer:
     agree: list[bool]
     visual_per_layer: list[int]
     text_tokens: int
-    actions: list[dict[str, Any]] = field(default_factory=list)
+    actions: list[ActionTaken] = field(default_factory=list)
 
     @property
     def tokens_per_layer(self) -> list[int]:
@@ -73,7 +72,7 @@ def kv_ratio(pruned: Sequence[Answer], full: Sequence[Answer]) -> float:
     return total(pruned) / total(full)
 
 
-def spent(shape: TextShape, answer: Answer, full: Answer, bytes_per_value: int) -> dict[str, Any]:
+def spent(shape: TextShape, answer: Answer, full: Answer, bytes_per_value: int) -> Spent:
     """One line of a trace: tokens, actions, and the FLOPs and KV bytes of the prompt's prefill."""
     return {
         "visual_tokens": full.visual_per_layer[0],
@@ -154,7 +153,7 @@ def schedule_answers(
         raise UsageError(f"schedule {name}: {error}") from None
     found = compared(loaded, full, forced, said)
     for b, answer in enumerate(found):
-        layers = answer.visual_per_layer if trace is None else trace.samples[b]["visual_per_layer"]
+        layers = answer.visual_per_layer if trace is None else trace.samples[b].visual_per_layer
         found[b] = replace(
             answer,
             visual_per_layer=[int(n) for n in layers],
@@ -178,24 +177,26 @@ def compared(
     for b, whole in enumerate(full.answers):
         length = len(whole.ids)
         name = sample_name(full.names, b)
-        p = log_probabilities(forced[b, :length], name)
-        q = log_probabilities(full.logits[b, :length], name).to(p.device)
-        kl = divergence(p, q, name).tolist()
-        agree = (p.argmax(-1) == q.argmax(-1)).tolist()
+        kl, agree = distance(forced[b, :length], log_probabilities(full.logits[b, :length], name), name)
         ids = [] if said is None else answer_of(loaded, said[b])
-        found.append(_answer(loaded, ids, kl, agree, whole.visual_per_layer, whole.text_tokens))
+        found.append(
+            _answer(loaded, ids, kl.tolist(), agree.tolist(), whole.visual_per_layer, whole.text_tokens)
+        )
     return found
 
 
-def _actions(schedule: Schedule, trace: Trace | None, row: int) -> list[dict[str, Any]]:
+def _actions(schedule: Schedule, trace: Trace | None, row: int) -> list[ActionTaken]:
     """``Answer.actions`` of one row of the batch; without a trace no action ever starts."""
-    leaving = [action for action in schedule.actions if isinstance(action, Withdraw | Keep)]
-    found: list[dict[str, Any]] = []
-    for number, action in enumerate(leaving):
-        start = None if trace is None else trace.samples[row]["starts"][number]
-        found.append({"action": action.action, "layer": start})
-        if isinstance(action, Keep):
-            found[-1]["kept"] = None if trace is None else trace.samples[row]["kept"][number]
+    if trace is not None:
+        happened = trace.samples[row].actions
+    else:
+        leaving = [action for action in schedule.actions if isinstance(action, Withdraw | Keep)]
+        happened = [ActionTrace(action.action, None) for action in leaving]
+    found: list[ActionTaken] = []
+    for one in happened:
+        found.append({"action": one.action, "layer": one.layer})
+        if one.action == "keep":
+            found[-1]["kept"] = one.kept
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,8 @@ from vtwcli.methods.method import Candidate
 from vtwcli.models.generation import plain_generation
 from vtwcli.models.inputs import encode_batch
 from vtwcli.models.loading import LoadedModel
+from vtwcli.results.comparison import ComparedRow, TaskCount, TriedRow
+from vtwcli.results.document import TokenCounts
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Tried:
     def tasks(self) -> list[str]:
         """The task of each sample."""
         return [sample.task for sample in self.samples]
+
+    @property
+    def counts(self) -> dict[str, TaskCount]:
+        """Number of samples by task, in order of appearance."""
+        return {task: {"samples": self.tasks.count(task)} for task in dict.fromkeys(self.tasks)}
 
     def kl(self, candidate: int) -> NDArray[np.float64]:
         """Each sample's KL in nats, mean over answer positions, [S]."""
@@ -111,14 +117,17 @@ def _mine(
     return done
 
 
-def described(candidate: Candidate, number: int, found: Tried, shape: TextShape) -> dict[str, Any]:
-    """A candidate's row of a result document, plain JSON values.
+def compared(
+    candidates: Sequence[Candidate], found: Tried, shape: TextShape
+) -> tuple[list[ComparedRow], list[str]]:
+    """The candidates' rows of a result document, plain JSON values, and the names of the front."""
+    rows = [described(one, number, found, shape) for number, one in enumerate(candidates)]
+    front = pareto(rows)
+    return [{**row, "pareto": row["name"] in front} for row in rows], front
 
-    Returns:
-        ``name``, ``method``, ``parameters``, ``kl`` (mean over samples, nats), ``kl_by_task``, ``worst_kl`` (of the
-        worst task), ``agreement``, ``flops_ratio`` (by convention), ``kv_ratio``, ``visual_tokens`` (mean number
-        present in each layer) and ``schedule``.
-    """
+
+def described(candidate: Candidate, number: int, found: Tried, shape: TextShape) -> TriedRow:
+    """A candidate's row."""
     mine, kl = found.rows[number], found.kl(number)
     by_task = found.by_task(kl)
     return {
@@ -136,12 +145,12 @@ def described(candidate: Candidate, number: int, found: Tried, shape: TextShape)
     }
 
 
-def flops_of(row: dict[str, Any]) -> float:
+def flops_of(row: TriedRow) -> float:
     """What a row's schedule costs: its prefill's FLOPs by the default convention, relative to the full model's."""
-    return float(row["flops_ratio"][DEFAULT_CONVENTION])
+    return row["flops_ratio"][DEFAULT_CONVENTION]
 
 
-def pareto(rows: Sequence[dict[str, Any]]) -> list[str]:
+def pareto(rows: Sequence[TriedRow]) -> list[str]:
     """Names of the rows than which no other is both closer to the full model and cheaper, cheapest first.
 
     Closeness is ``kl``, cost ``flops_of``; of equal rows the first counts.
@@ -154,7 +163,7 @@ def pareto(rows: Sequence[dict[str, Any]]) -> list[str]:
     return front
 
 
-def token_counts(found: Tried) -> dict[str, Any]:
+def token_counts(found: Tried) -> TokenCounts:
     """What ratios refer to: the convention, and the mean numbers of visual and text tokens of a prompt."""
     return {
         "convention": DEFAULT_CONVENTION,

@@ -9,18 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
 
 import torch
 
 from vtwcli.models.generation import cache_of
 from vtwcli.models.loading import LoadedModel
+from vtwcli.results.evaluation import Latency, Memory, Time
 
 Timer = Callable[[int], float]
 """Seconds of generating so many tokens from one prompt."""
 
 
-def latencies(prompts: Sequence[Mapping[str, Timer]], repeats: int, tokens: int) -> dict[str, dict[str, Any]]:
+def latencies(prompts: Sequence[Mapping[str, Timer]], repeats: int, tokens: int) -> dict[str, Latency]:
     """TTFT and TPOT of each variant, warm and interleaved.
 
     TTFT is the wall-clock time of generating one token from inputs on the device (vision tower, prefill, head); TPOT
@@ -31,9 +31,6 @@ def latencies(prompts: Sequence[Mapping[str, Timer]], repeats: int, tokens: int)
         prompts: for each prompt the variants by name; repeats go round the prompts.
         repeats: counted runs of each variant, behind one warm-up.
         tokens: further tokens of the TPOT run.
-
-    Returns:
-        Per variant ``ttft`` and ``tpot``, each with ``median`` and ``iqr`` (first and third quartile) in seconds.
     """
     found: dict[str, dict[str, list[float]]] = {name: {"ttft": [], "tpot": []} for name in prompts[0]}
     for repeat in range(-1, repeats):
@@ -42,7 +39,7 @@ def latencies(prompts: Sequence[Mapping[str, Timer]], repeats: int, tokens: int)
             if repeat >= 0:
                 found[name]["ttft"].append(first)
                 found[name]["tpot"].append(max(0.0, more - first) / tokens)
-    return {name: {kind: _spread(values) for kind, values in row.items()} for name, row in found.items()}
+    return {name: {"ttft": _spread(row["ttft"]), "tpot": _spread(row["tpot"])} for name, row in found.items()}
 
 
 @torch.no_grad()
@@ -60,7 +57,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
+def _spread(values: Sequence[float]) -> Time:
     quartiles = quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
     return {"median": median(values), "iqr": [quartiles[0], quartiles[2]]}
 
@@ -73,13 +70,8 @@ def cache_bytes(loaded: LoadedModel, batch: dict[str, torch.Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
 
-def peak_of(work: Callable[[], object], device: torch.device) -> dict[str, int | None]:
-    """Peak memory of ``work`` in bytes, above what was held before it.
-
-    Returns:
-        ``device``: allocated by torch on a CUDA device; ``resident``: of this process, where Linux tells. None where
-        it cannot be measured.
-    """
+def peak_of(work: Callable[[], object], device: torch.device) -> Memory:
+    """Peak memory of ``work`` in bytes, above what was held before it; of the process where Linux tells."""
     gc.collect()
     cuda = device.type == "cuda"
     held = 0

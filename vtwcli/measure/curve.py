@@ -14,9 +14,10 @@ from vtwcli.errors import NotFoundError
 from vtwcli.judge import policies
 from vtwcli.models.families import family_of
 from vtwcli.recipe.recipe import CalibrateSection, Policy
+from vtwcli.schedule.intervention import Intervention
 from vtwcli.schedule.schedule import Schedule
 from vtwcli.sweep.layers import Resident
-from vtwcli.sweep.sweep import Intervention, SweepItem, sweep
+from vtwcli.sweep.sweep import SweepItem, sweep
 
 _DEFAULTS = CalibrateSection()
 

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from vtwcli.export.directory.manifest import at_hand
+from vtwcli.export.onnx.failures import as_vtw_errors
 from vtwcli.export.onnx.parity import arrays, onnx_steps
 from vtwcli.io import console
 from vtwcli.ort import OnnxModel, has_device
 
 
+@as_vtw_errors()
 def open_exported(directory: str | Path, device: torch.device) -> OnnxModel:
     """An exported directory on a device, or on the CPU where ONNX Runtime lacks it; with as many threads as torch.
 
@@ -36,6 +38,7 @@ def base_of(exported: OnnxModel) -> str | None:
     return at_hand(exported.manifest["model"])
 
 
+@as_vtw_errors()
 def generated(
     exported: OnnxModel,
     batch: Mapping[str, Tensor],
@@ -54,6 +57,7 @@ def generated(
     return [[int(token) for token in row] for row in tokens]
 
 
+@as_vtw_errors()
 def forced_logits(
     exported: OnnxModel, batch: Mapping[str, Tensor], tokens: Tensor, names: Sequence[str] = ()
 ) -> Tensor:
@@ -61,6 +65,7 @@ def forced_logits(
     return torch.from_numpy(onnx_steps(exported, batch, tokens.cpu().numpy(), names))
 
 
+@as_vtw_errors()
 def generation_time(exported: OnnxModel, batch: Mapping[str, Tensor], tokens: int) -> float:
     """Wall-clock seconds of generating ``tokens`` tokens from pixels and ids."""
     inputs = arrays(batch)
@@ -69,6 +74,7 @@ def generation_time(exported: OnnxModel, batch: Mapping[str, Tensor], tokens: in
     return time.perf_counter() - began
 
 
+@as_vtw_errors()
 def cache_bytes(exported: OnnxModel, batch: Mapping[str, Tensor]) -> int:
     """Bytes of the keys and values that are held after the prompt, read off the tensors."""
     return exported.prefill(arrays(batch))[1].cache_bytes()

@@ -8,27 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vtwcli.data.sample import Sample
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io import console
 from vtwcli.machine import distributed
-from vtwcli.measure.candidates import described, flops_of, pareto, token_counts
+from vtwcli.measure.candidates import compared, flops_of, token_counts
 from vtwcli.measure.samples import check_model
 from vtwcli.measure.study import Study
 from vtwcli.methods import METHODS
 from vtwcli.methods.method import Answers
 from vtwcli.recipe.recipe import CalibrateSection, ModelSection
+from vtwcli.results.calibration import (
+    FORMAT,
+    FORMAT_VERSION,
+    SearchedCalibration,
+    SearchedRow,
+    with_own_keys,
+)
+from vtwcli.results.comparison import ComparedRow
 from vtwcli.schedule.intervention import Intervention
 from vtwcli.sweep.probes import LastRowProbe
 from vtwcli.sweep.sweep import sweep
 
-FORMAT_VERSION = 1
 _SINK_RATIO = 10.0  # the probe wants one; sinks are not looked at here
 _BATCH = 8
 
@@ -38,7 +46,7 @@ def search(
     data: Sequence[DataSpec] = (),
     options: CalibrateSection = CalibrateSection(),
     rule: Mapping[str, Any] = MappingProxyType({}),
-) -> dict[str, Any]:
+) -> SearchedCalibration:
     """Find the parameters of a method (``options.method``) for a model.
 
     Args:
@@ -49,12 +57,8 @@ def search(
         rule: parameters that are not searched, of the recipe's schedule section.
 
     Returns:
-        The result document, plain JSON values: ``method``, ``schedule`` (canonical form or None),
-        the method's ``searched`` parameters (those chosen, or None), its ``findings``, ``candidates`` (a row each,
-        see ``candidates.described``, with ``accepted`` and ``pareto``), ``pareto``, ``chosen`` and ``compromise``
-        (names), ``policy``, ``eta``, ``cost``, ``tasks``, ``model``, ``data``, ``samples``, ``versions``, ``seed``
-        and ``run``.
-        Only ``run`` differs between equal runs. ``withdrawal_layer`` is None: each sample has its own.
+        The result document, plain JSON values, with the method's ``searched`` parameters (those chosen, or None)
+        and its ``findings``.
 
     Raises:
         NotFoundError: model or data missing or unreadable, or no sample has a visual token.
@@ -80,14 +84,9 @@ def search(
     candidates = method.candidates(study.shape, answers, rule)
     longest = 1 if options.positions == "first" else options.max_new_tokens
     found = study.try_(candidates, longest, _BATCH)
-    rows = [described(one, number, found, study.text) for number, one in enumerate(candidates)]
-    front = pareto(rows)
-    for number, row in enumerate(rows):
-        row["pareto"] = row["name"] in front
-        row["quantile_kl"] = float(np.quantile(found.kl(number), options.quantile))
-        row["accepted"] = accepted(row, options)
+    tried, front = compared(candidates, found, study.text)
+    rows = [judged(row, found.kl(number), options) for number, row in enumerate(tried)]
     chosen = choice(rows, options)
-    parameters = {} if chosen is None else chosen["parameters"]
     schedule = None
     if chosen is not None:
         how = {"policy": options.policy, "eta": options.eta, "positions": options.positions}
@@ -96,14 +95,13 @@ def search(
         schedule = one.schedule.model_copy(
             update={"provenance": {**one.schedule.provenance, **provenance}}
         ).to_dict()
-    return {
-        "format": "vtw-calibration",
+    document: SearchedCalibration = {
+        "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "method": method.key,
         "model": study.model(),
         "num_layers": study.shape.depth,
         "withdrawal_layer": None,
-        **{name: parameters.get(name) for name in method.searched},
         "chosen": None if chosen is None else chosen["name"],
         "compromise": min(rows, key=lambda row: (row["worst_kl"], flops_of(row)))["name"],
         "policy": options.policy,
@@ -111,33 +109,44 @@ def search(
         "positions": options.positions,
         "options": options.model_dump(mode="json", exclude={"resume"}),
         "rule": {key: value for key, value in rule.items() if key not in method.searched},
-        **method.findings(answers),
         "candidates": rows,
         "pareto": front,
         "cost": token_counts(found),
-        "tasks": {task: {"samples": found.tasks.count(task)} for task in dict.fromkeys(found.tasks)},
+        "tasks": found.counts,
         "schedule": schedule,
         "samples": [
             {"id": sample.id, "fingerprint": fingerprint, "task": sample.task}
             for sample, fingerprint in zip(mix.samples, mix.fingerprints, strict=True)
         ],
-        **study.data(options.seed),
-        "run": study.run(streamed=False),
+        **study.origin(options.seed),
+        "run": {**study.run(), "streamed": False},
     }
+    parameters = {} if chosen is None else chosen["parameters"]
+    searched = {name: parameters.get(name) for name in method.searched}
+    return with_own_keys(document, {"withdrawal_layer": searched, "rule": method.findings(answers)})
 
 
-def measured(study: Study[CalibrateSection], asked: Sequence[Intervention]) -> list[dict[str, Any]]:
-    """What the sweep says of each sample: ``kl`` of every intervention asked for, and sizes of contribution.
+class Seen(TypedDict):
+    """What the sweep says of a sample.
 
-    Returns:
-        Per sample ``visual`` (number of visual tokens), ``kl`` (nats, mean over positions) and ``sizes``: the 0, 1,
-        .., 100 % quantiles of ||c_i||_2 over visual tokens and layers of the full model.
+    Attributes:
+        visual: number of visual tokens.
+        kl: of every intervention asked for, mean over positions, nats.
+        sizes: the 0, 1, .., 100 % quantiles of ||c_i||_2 over visual tokens and layers of the full model.
     """
 
-    def work() -> dict[int, dict[str, Any]]:
+    visual: int
+    kl: list[float]
+    sizes: list[float]
+
+
+def measured(study: Study[CalibrateSection], asked: Sequence[Intervention]) -> list[Seen]:
+    """What the sweep says of each sample."""
+
+    def work() -> dict[int, Seen]:
         mine = distributed.share(study.samples)
         _, items = study.encode([sample for _, sample in mine])
-        source, done = study.source, {}
+        source, done = study.source, dict[int, Seen]()
         words = f"{source.depth} layers x {len(items)} samples"
         with study.part("sweep"), console.progress(words, len(items) * source.depth) as bar:
             for (place, _), item in zip(mine, items, strict=True):
@@ -154,7 +163,7 @@ def measured(study: Study[CalibrateSection], asked: Sequence[Intervention]) -> l
     return distributed.gathered(work)
 
 
-def answered(seen: Sequence[dict[str, Any]], samples: Sequence[Sample], options: CalibrateSection) -> Answers:
+def answered(seen: Sequence[Seen], samples: Sequence[Sample], options: CalibrateSection) -> Answers:
     """What a method is told: of the samples with vision the mean of every curve, and sizes of contribution.
 
     Raises:
@@ -173,18 +182,30 @@ def answered(seen: Sequence[dict[str, Any]], samples: Sequence[Sample], options:
     )
 
 
-def accepted(row: dict[str, Any], options: CalibrateSection) -> bool:
+def judged(row: ComparedRow, kl: NDArray[np.float64], options: CalibrateSection) -> SearchedRow:
+    """A candidate's row with what the policy says of it.
+
+    Args:
+        kl: of each sample, [S] nats.
+    """
+    quantile = float(np.quantile(kl, options.quantile))
+    found: SearchedRow = {**row, "quantile_kl": quantile, "accepted": False}
+    found["accepted"] = accepted(found, options)
+    return found
+
+
+def accepted(row: SearchedRow, options: CalibrateSection) -> bool:
     """Whether a candidate's row satisfies the policy."""
     if options.policy == "budget":
         cost = row["kv_ratio"] if options.budget_of == "kv" else flops_of(row)
-        return bool(cost <= options.budget)
+        return cost <= options.budget
     if options.policy == "agreement":
-        return bool(row["agreement"] >= options.agreement)
+        return row["agreement"] >= options.agreement
     kl = {"worst-task": row["worst_kl"], "quantile": row["quantile_kl"]}.get(options.policy, row["kl"])
-    return bool(kl <= options.eta)
+    return kl <= options.eta
 
 
-def choice(rows: Sequence[dict[str, Any]], options: CalibrateSection) -> dict[str, Any] | None:
+def choice(rows: Sequence[SearchedRow], options: CalibrateSection) -> SearchedRow | None:
     """The cheapest accepted row, of equals the closest; under ``budget`` the closest, of equals the cheapest."""
     good = [row for row in rows if row["accepted"]]
     if options.policy == "budget":

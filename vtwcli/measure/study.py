@@ -19,7 +19,6 @@ from vtwcli.io import console
 from vtwcli.judge import policies
 from vtwcli.judge.flops import TextShape
 from vtwcli.machine import distributed
-from vtwcli.machine.libraries import versions
 from vtwcli.measure.candidates import Tried, tried
 from vtwcli.measure.samples import SampleOptions, check_model, load_model, read_samples
 from vtwcli.methods.method import Candidate, Shape
@@ -27,7 +26,8 @@ from vtwcli.models.generation import generate_answers
 from vtwcli.models.inputs import Encoded, UnusableSampleError, answer_ids, encode
 from vtwcli.models.loading import LoadedModel, fits
 from vtwcli.recipe.recipe import ModelSection
-from vtwcli.results.provenance import model_of, provenance_of, run_of
+from vtwcli.results.document import ModelRecord, Origin, RunRecord
+from vtwcli.results.provenance import model_of, origin_of, provenance_of, run_of
 from vtwcli.sweep.layers import LayerSource, Resident
 from vtwcli.sweep.streaming import Streamed
 from vtwcli.sweep.sweep import SweepItem
@@ -174,23 +174,18 @@ class Study(Generic[Options]):
         """Where a schedule of this study comes from."""
         return provenance_of(self.loaded, self.mix, **found)
 
-    def model(self) -> dict[str, Any]:
+    def model(self) -> ModelRecord:
         """What documents say of the model."""
         return model_of(self.loaded)
 
-    def data(self, seed: int) -> dict[str, Any]:
-        """What documents end with: the data, what was skipped, the seed and the versions."""
-        return {
-            "data": list(self.mix.sources),
-            "skipped": self.mix.skipped,
-            "seed": seed,
-            "versions": versions(),
-        }
+    def origin(self, seed: int) -> Origin:
+        """What documents end with."""
+        return origin_of(self.mix, seed)
 
-    def run(self, **measured: Any) -> dict[str, Any]:
+    def run(self) -> RunRecord:
         """The record of what differs between equal runs; the time ends here."""
         self.timing["total"] = time.perf_counter() - self._began
-        return run_of(self.loaded, self.timing, **measured)
+        return run_of(self.loaded, self.timing)
 
 
 def _streams(model: ModelSection) -> bool:

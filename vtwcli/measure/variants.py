@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from vtwcli import ort
+from vtwcli.data.sample import Sample
 from vtwcli.errors import UsageError
 from vtwcli.export.directory.manifest import at_hand, read_manifest
 from vtwcli.export.hf.export import CALIBRATION, baked_schedule
+from vtwcli.io import console
 from vtwcli.machine import distributed
 from vtwcli.measure import costs
 from vtwcli.measure.answers import Answer, Full, compared, schedule_answers
 from vtwcli.measure.samples import check_model, load_model
 from vtwcli.models.dtypes import LONG, torch_type
 from vtwcli.models.generation import plain_generation
+from vtwcli.models.inputs import encode_batch
 from vtwcli.models.loading import LoadedModel, choose_device
 from vtwcli.recipe.recipe import EvalSection, ModelSection
+from vtwcli.results.calibration import Calibration
+from vtwcli.results.evaluation import Latency, Memory
 from vtwcli.results.reading import read_calibration
 from vtwcli.runtime import pruned
 from vtwcli.schedule.schedule import Schedule
@@ -146,7 +153,7 @@ class Graphs:
 
 def choose(
     model: ModelSection, schedules: Sequence[tuple[str, Schedule]], options: EvalSection
-) -> tuple[list[tuple[str, Schedule]], dict[str, Any] | None]:
+) -> tuple[list[tuple[str, Schedule]], Calibration | None]:
     """What to compare with the full model, found out before data and weights are read.
 
     Args:
@@ -265,7 +272,7 @@ def _check_family(full: LoadedModel, family: str, name: str) -> None:
         )
 
 
-def check_same_prompts(full: LoadedModel, variant: Variant, mine: Batch, theirs: Batch) -> None:
+def _check_same_prompts(full: LoadedModel, variant: Variant, mine: Batch, theirs: Batch) -> None:
     """Refuse variants that read other tokens than the full model: their answers cannot be compared by token.
 
     Raises:
@@ -276,3 +283,59 @@ def check_same_prompts(full: LoadedModel, variant: Variant, mine: Batch, theirs:
             f"{full.name} and {variant.inputs.name} read the same prompt as different tokens",
             "the baseline is the model that the other was made from",
         )
+
+
+def batches_of(full: LoadedModel, variants: Sequence[Variant], samples: Sequence[Sample]) -> list[Batch]:
+    """The samples as inputs of the full model and then of each variant; models that are the same share theirs."""
+    made = {id(full): encode_batch(full, samples)}
+    for variant in variants:
+        if id(variant.inputs) not in made:
+            made[id(variant.inputs)] = encode_batch(variant.inputs, samples)
+            _check_same_prompts(full, variant, made[id(full)], made[id(variant.inputs)])
+    return [made[id(full)], *(made[id(variant.inputs)] for variant in variants)]
+
+
+@dataclass
+class Costs:
+    """What was measured, by variant, full first.
+
+    Attributes:
+        cache: bytes of the KV cache behind the prompt of a sample.
+        sample: the place of that sample.
+        latency, memory: as in the document; None without timing.
+    """
+
+    cache: dict[str, int]
+    sample: int
+    latency: dict[str, Latency] | None = None
+    memory: dict[str, Memory | None] | None = None
+
+
+def measured_costs(
+    full: LoadedModel,
+    variants: Sequence[Variant],
+    samples: Sequence[Sample],
+    answers: Sequence[Sequence[Answer]],
+    options: EvalSection,
+    timing: dict[str, float],
+) -> Costs:
+    everyone = [Scheduled(FULL, Schedule(), full), *variants]
+    seeing = [i for i, row in enumerate(answers) if row[0].visual_per_layer[0]] or [0]
+    prompts = [batches_of(full, variants, [samples[i]]) for i in seeing[:2]]
+    cache = {v.name: v.cache_bytes(batch) for v, batch in zip(everyone, prompts[0], strict=True)}
+    found = Costs(cache, seeing[0])
+    if options.timing and distributed.is_main():
+        began = time.perf_counter()
+        console.note("timing prefill and decode")
+        found.memory = {
+            v.name: costs.peak_of(partial(v.cache_bytes, batch), full.device)
+            for v, batch in zip(everyone, prompts[0], strict=True)
+            if isinstance(v, Scheduled)  # ONNX Runtime keeps what it once took, so a second run shows nothing
+        }
+        timers = [
+            {v.name: partial(v.generation_time, batch) for v, batch in zip(everyone, prompt, strict=True)}
+            for prompt in prompts
+        ]
+        found.latency = costs.latencies(timers, options.repeats, options.timing_tokens)
+        timing["latency"] = time.perf_counter() - began
+    return found

@@ -11,6 +11,8 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
+from vtwcli.errors import typed_line
+
 
 @cache
 def hide_if_broken() -> str | None:
@@ -36,8 +38,7 @@ def hide_if_broken() -> str | None:
         for function in vars(asked).values() if asked else ():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()  # what it found out before
-        lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        return typed_line(error)
     return None
 
 

@@ -45,7 +45,6 @@ class Family:
         placeholder_apart: whether the model takes the image placeholder out of ``input_ids`` before they are embedded,
             so that its id may lie outside the embedding.
         no_withdraw: reason why withdrawal is refused, or None.
-        no_sweep: reason why the one-pass sweep is not exact and the naive search runs instead, or None.
         no_onnx: reason why there is no ONNX export, or None.
         caveat: a sentence for the table of families.
     """
@@ -65,14 +64,13 @@ class Family:
     prompt: str | None = None
     placeholder_apart: bool = False
     no_withdraw: str | None = None
-    no_sweep: str | None = None
     no_onnx: str | None = None
     caveat: str = ""
 
 
 def _refused(reason: str) -> dict[str, Any]:
     """The flags of a family that is in the table only to say why nothing can be withdrawn from it."""
-    return {"no_withdraw": reason, "no_sweep": reason, "no_onnx": reason}
+    return {"no_withdraw": reason, "no_onnx": reason}
 
 
 _QWEN: dict[str, Any] = {
@@ -393,14 +391,12 @@ def table() -> list[dict[str, str]]:
     """The families as people read them: one dict of strings per row, in the order of ``FAMILIES``.
 
     Keys: ``family``, ``model_type``, ``example``, ``inputs`` (image, or image and video), ``withdraw``, ``sweep``,
-    ``analyze``, ``onnx`` (yes or no, for ``sweep`` also naive) and ``notes``.
+    ``analyze``, ``onnx`` (yes or no) and ``notes``.
     """
     rows = []
     for row in FAMILIES.values():
         can = row.no_withdraw is None
         reasons = [] if can else [f"Not possible: {row.no_withdraw}."]
-        if can and row.no_sweep:
-            reasons.append(f"One full run per layer, because {row.no_sweep}.")
         rows.append(
             {
                 "family": row.title,
@@ -408,8 +404,8 @@ def table() -> list[dict[str, str]]:
                 "example": row.example,
                 "inputs": "image, video" if row.video else "image",
                 "withdraw": "yes" if can else "no",
-                "sweep": "no" if not can else "naive" if row.no_sweep else "yes",
-                "analyze": "yes" if can and not row.no_sweep else "no",
+                "sweep": "yes" if can else "no",
+                "analyze": "yes" if can else "no",
                 "onnx": "yes" if can and not row.no_onnx else "no",
                 "notes": " ".join([*reasons, row.caveat]).strip(),
             }

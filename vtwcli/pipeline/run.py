@@ -24,6 +24,7 @@ from vtwcli.recipe.recipe import STEPS, Recipe
 
 if TYPE_CHECKING:
     from vtwcli.analyze import Analysis
+    from vtwcli.results.evaluation import Gate
 
 FORMAT_VERSION: Literal[1] = 1
 KEPT = "nothing changed"
@@ -227,10 +228,10 @@ class Run:
     steps: list[Planned]
     records: dict[str, Record]
     started: set[str]
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
     analysis: Analysis | None = None
     reached: set[str] = field(default_factory=set)
-    gates: list[dict[str, Any]] = field(default_factory=list)
+    gates: list[Gate] = field(default_factory=list)
     failure: str | None = None
     file: Path | None = None
     owned: frozenset[Path] = frozenset()
@@ -253,8 +254,8 @@ class Run:
             "versions": versions(),
         }
 
-    def result(self, step: str) -> dict[str, Any] | None:
-        """A step's result document, if the recipe has the step."""
+    def result(self, step: str) -> Any:
+        """A step's result document; None where the recipe has no such step."""
         for one in self.steps:
             if one.name == step and step not in self.results:
                 file = self.folder / one.step.writes["result"]

@@ -17,6 +17,10 @@ from vtwcli.pipeline.run import LOCK, RECIPE, RUN, SUMMARY, Outcome, Run, Step
 from vtwcli.recipe.recipe import Recipe
 from vtwcli.recipe.schedules import schedule_of
 from vtwcli.recipe.settings import load_recipe
+from vtwcli.results.analysis import ANALYSIS
+from vtwcli.results.calibration import CALIBRATION, Calibration
+from vtwcli.results.comparison import BUDGET
+from vtwcli.results.evaluation import EVALUATION
 from vtwcli.schedule.schedule import Schedule
 
 
@@ -24,12 +28,8 @@ class Calibrate(Step):
     """Finds K, or a method's parameters; the profile comes along where one sweep gives both."""
 
     name = "calibrate"
-    kind = "vtw-calibration"
-    writes: ClassVar = {
-        "result": "calibration.json",
-        "schedule": "calibration.schedule.yaml",
-        "plot": "calibration.png",
-    }
+    kind = CALIBRATION.format
+    writes: ClassVar = CALIBRATION.named()
     partial = "calibration.partial.jsonl"
 
     def depends(self, recipe: Recipe, placed: Recipe) -> list[Any]:
@@ -42,12 +42,12 @@ class Calibrate(Step):
         from vtwcli.report.calibration import calibration_sentence, write_calibration
 
         recipe = run.recipe
+        result: Calibration | None = None
         both = any(step.name == "analyze" and step.runs for step in run.steps)
         if both and recipe.calibrate.method == "vtw" and shares_sweep(recipe.analyze, recipe.calibrate):
             run.analysis = analyze(recipe.model, recipe.data, recipe.analyze, calibration=recipe.calibrate)
             result = run.analysis.calibration
-            assert result is not None
-        else:
+        if result is None:
             state = run.folder / self.partial
             result = calibrate(recipe.model, recipe.data, recipe.calibrate, state=state, rule=recipe.schedule)
         if is_main():
@@ -67,17 +67,8 @@ class Analyze(Step):
     """Profiles what each layer does with vision."""
 
     name = "analyze"
-    kind = "vtw-analysis"
-    writes: ClassVar = {
-        "result": "analysis.json",
-        "page": "analysis.html",
-        "static": "analysis.static.yaml",
-        "dynamic": "analysis.dynamic.yaml",
-        "kl": "analysis.kl.png",
-        "attention": "analysis.attention.png",
-        "tokens": "analysis.tokens.png",
-        "values": "analysis.values.png",
-    }
+    kind = ANALYSIS.format
+    writes: ClassVar = ANALYSIS.named()
 
     def run(self, run: Run) -> Outcome:
         from vtwcli.analyze import analyze
@@ -96,8 +87,8 @@ class Budget(Step):
     """Compares the methods; where the section names a budget, a schedule must fit into it."""
 
     name = "budget"
-    kind = "vtw-budget"
-    writes: ClassVar = {"result": "budget.json", "schedule": "budget.schedule.yaml", "plot": "budget.png"}
+    kind = BUDGET.format
+    writes: ClassVar = BUDGET.named()
 
     def depends(self, recipe: Recipe, placed: Recipe) -> list[Any]:
         # parameters of methods that are not varied; which schedule is named makes no difference
@@ -132,13 +123,8 @@ class Evaluate(Step):
 
     name = "eval"
     follows = ("calibrate",)
-    kind = "vtw-evaluation"
-    writes: ClassVar = {
-        "result": "evaluation.json",
-        "markdown": "evaluation.md",
-        "page": "evaluation.html",
-        "plot": "evaluation.png",
-    }
+    kind = EVALUATION.format
+    writes: ClassVar = EVALUATION.named()
     partial = "evaluation.partial.jsonl"
 
     def depends(self, recipe: Recipe, placed: Recipe) -> list[Any]:

@@ -152,6 +152,17 @@ class ScheduleSection(Rule, _Named):
 
     model_config = ConfigDict(extra="allow")  # what other methods want; checked below
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        """With the parameters of every method, and no other key."""
+        schema: dict[str, Any] = handler.resolve_ref_schema(handler(core))
+        for method in METHODS.values():
+            for key, one in method.model_json_schema().get("properties", {}).items():
+                words = f"{method.title}: {one['description']}"
+                schema["properties"].setdefault(key, {**one, "description": words})
+        schema["additionalProperties"] = False
+        return schema
+
     @property
     def names_one(self) -> bool:
         """Whether a schedule is named, and not only parameters."""

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from vtwcli.report.plots import BLUE, GREEN, GREY, ORANGE, new_figure
 from vtwcli.report.tables import terminal_table
+from vtwcli.results.analysis import AnalysisDocument, Quartiles, Spread, Stage
 
 if TYPE_CHECKING:
     from rich.console import Group
 
 
 SKY, YELLOW, PINK = "#56B4E9", "#E69F00", "#CC79A7"
-STAGES = {"shallow": SKY, "middle": YELLOW, "deep": GREEN}
+STAGES: dict[Stage, str] = {"shallow": SKY, "middle": YELLOW, "deep": GREEN}
 _CURVES = {  # what the KL plot shows, from the strongest intervention to the weakest
     "knockout_until": ("text blind in all layers up to here", ORANGE, "-"),
     "withdrawal": ("no visual tokens from here on (= text blind from here on)", BLUE, "-"),
@@ -27,17 +28,17 @@ _CURVES = {  # what the KL plot shows, from the strongest intervention to the we
 # Words and the terminal
 
 
-def stage_of(result: dict[str, Any], layer: int) -> str:
+def stage_of(result: AnalysisDocument, layer: int) -> str:
     """The stage that a layer belongs to."""
     return next(name for name in STAGES if result["stages"][name][0] <= layer < result["stages"][name][1])
 
 
-def sentences(result: dict[str, Any]) -> list[str]:
+def sentences(result: AnalysisDocument) -> list[str]:
     """One sentence for each stage and one for VisiPruner's boundaries."""
     lines = [f"{name.capitalize()}, {text}." for name, text in result["stages"]["sentences"].items()]
     rule, count = result["visipruner"], len(result["samples"])
 
-    def where(part: dict[str, Any], verb: str) -> str:
+    def where(part: Quartiles, verb: str) -> str:
         if part["quartiles"] is None:
             return f"none of {count} samples {verb}"
         low, median, high = part["quartiles"]
@@ -56,7 +57,7 @@ def sentences(result: dict[str, Any]) -> list[str]:
 HEADER = ["layer", "stage", "vision", "entropy", "critical", "alone", "up to", "from", "update"]
 
 
-def rows(result: dict[str, Any]) -> list[list[str]]:
+def rows(result: AnalysisDocument) -> list[list[str]]:
     """The table: one row per layer, as text; KL in nats."""
     mean = {name: row["mean"] for name, row in result["measures"].items()}
 
@@ -76,7 +77,7 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def explanation(result: dict[str, Any]) -> str:
+def explanation(result: AnalysisDocument) -> str:
     """What the table's columns mean."""
     return (
         "vision: attention of the last token on visual tokens; entropy: of that attention, in nats; critical: visual "
@@ -87,7 +88,7 @@ def explanation(result: dict[str, Any]) -> str:
     )
 
 
-def analysis_view(result: dict[str, Any]) -> Group:
+def analysis_view(result: AnalysisDocument) -> Group:
     """The terminal view: the profile by layer and the stages in words."""
     from rich.console import Group
     from rich.text import Text
@@ -105,13 +106,13 @@ def analysis_view(result: dict[str, Any]) -> Group:
 PLOTS = ("kl", "attention", "tokens", "values")
 
 
-def plot(result: dict[str, Any], name: str) -> Any:
+def plot(result: AnalysisDocument, name: str) -> Any:
     """One of the four pictures of ``PLOTS``, as a figure."""
     draw = {"kl": _kl_plot, "attention": _attention_plot, "tokens": _tokens_plot, "values": _values_plot}
     return draw[name](result)
 
 
-def _begin(result: dict[str, Any], title: str, ylabel: str) -> tuple[Any, Any]:
+def _begin(result: AnalysisDocument, title: str, ylabel: str) -> tuple[Any, Any]:
     """A figure with the stages shaded and named."""
     figure, axis = new_figure()
     for name, colour in STAGES.items():
@@ -161,7 +162,7 @@ def _numbers(values: Sequence[float | None]) -> Any:
     return np.array(values, dtype=float)
 
 
-def _band(axis: Any, row: dict[str, Any], colour: str, floor: float = 0.0) -> None:
+def _band(axis: Any, row: Spread, colour: str, floor: float = 0.0) -> None:
     """The spread over samples, where there are some: 10 to 90 % of them."""
     import numpy as np
 
@@ -181,7 +182,7 @@ def _band(axis: Any, row: dict[str, Any], colour: str, floor: float = 0.0) -> No
     )
 
 
-def _kl_plot(result: dict[str, Any]) -> Any:
+def _kl_plot(result: AnalysisDocument) -> Any:
     import numpy as np
 
     figure, axis = _begin(result, "what it costs when text does not read vision", "KL(changed ‖ full), nats")
@@ -209,7 +210,7 @@ def _kl_plot(result: dict[str, Any]) -> Any:
     return figure
 
 
-def _attention_plot(result: dict[str, Any]) -> Any:
+def _attention_plot(result: AnalysisDocument) -> Any:
     import numpy as np
 
     figure, axis = _begin(result, "where the last token looks", "attention, mean over heads")
@@ -234,7 +235,7 @@ def _attention_plot(result: dict[str, Any]) -> Any:
     return figure
 
 
-def _tokens_plot(result: dict[str, Any]) -> Any:
+def _tokens_plot(result: AnalysisDocument) -> Any:
     import numpy as np
 
     figure, axis = _begin(result, "critical visual tokens", "tokens whose contribution is critical")
@@ -245,10 +246,11 @@ def _tokens_plot(result: dict[str, Any]) -> Any:
         layers, _numbers(measures["critical"]["mean"]), color=BLUE, marker="o", ms=4, label="critical tokens"
     )
     axis.set_ylim(bottom=0)
-    for name, words, colour in (("filter", "filter", GREEN), ("exit", "exit", ORANGE)):
-        if result["visipruner"][name]["quartiles"]:
-            at = result["visipruner"][name]["quartiles"][1]
-            axis.axvline(at, color=colour, lw=1.4, label=f"VisiPruner's {words}, median: {at:g}")
+    rule = result["visipruner"]
+    for name, part, colour in (("filter", rule["filter"], GREEN), ("exit", rule["exit"], ORANGE)):
+        if part["quartiles"]:
+            at = part["quartiles"][1]
+            axis.axvline(at, color=colour, lw=1.4, label=f"VisiPruner's {name}, median: {at:g}")
     second = _second(axis, "smallest cos(o - c, o) of a visual token")
     second.plot(
         layers, _numbers(measures["minimum_cosine"]["mean"]), color=GREY, lw=1, ls=":", marker=".",
@@ -259,7 +261,7 @@ def _tokens_plot(result: dict[str, Any]) -> Any:
     return figure
 
 
-def _values_plot(result: dict[str, Any]) -> Any:
+def _values_plot(result: AnalysisDocument) -> Any:
     import numpy as np
 
     figure, axis = _begin(result, "what visual tokens have to say", "L1 norm of value vectors")

@@ -17,6 +17,7 @@ from vtwcli.report import pages
 from vtwcli.report.analysis import HEADER, PLOTS, STAGES, explanation, plot, rows, sentences, stage_of
 from vtwcli.report.plots import draw, save_figure
 from vtwcli.report.tables import html_table
+from vtwcli.results.analysis import AnalysisDocument, SampleMap
 from vtwcli.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -46,11 +47,11 @@ def write_analysis(analysis: Analysis, outputs: Outputs) -> None:
         new.text_view("page", lambda: page(analysis))
 
 
-def _save_plot(result: dict[str, Any], name: str, path: Path) -> None:
+def _save_plot(result: AnalysisDocument, name: str, path: Path) -> None:
     save_figure(plot(result, name), path)
 
 
-def heat_map(result: dict[str, Any], shown: dict[str, Any], image: Any, number: int) -> Any:
+def heat_map(result: AnalysisDocument, shown: SampleMap, image: Any, number: int) -> Any:
     """Attention and contribution over one image at the shown layers, critical tokens outlined.
 
     Args:
@@ -68,8 +69,9 @@ def heat_map(result: dict[str, Any], shown: dict[str, Any], image: Any, number: 
     layers, critical = shown["layers"], result["samples"][shown["sample"]]["critical"]
     figure = Figure(figsize=(1.75 * len(layers) + 0.3, 1.75 * 2 * high / wide + 0.55), layout="constrained")
     axes = figure.subplots(2, len(layers), squeeze=False)
-    for row, name in enumerate(("attention", "contribution")):
-        for axis, layer, values in zip(axes[row], layers, shown[name], strict=True):
+    parts = {"attention": shown["attention"], "contribution": shown["contribution"]}
+    for row, (name, amounts) in enumerate(parts.items()):
+        for axis, layer, values in zip(axes[row], layers, amounts, strict=True):
             heat = spread_over(shown["boxes"], values, number, (high, wide), add=name == "attention")
             top = float(heat.max())
             axis.imshow(np.asarray(small), extent=(0, wide, high, 0))
@@ -153,11 +155,10 @@ def page(analysis: Analysis) -> str:
             ],
         ),
     ]
-    for name, words in (
-        ("static", "Proposed schedule"),
-        ("dynamic", "The same by each sample's own contributions"),
+    for words, schedule in (
+        ("Proposed schedule", result["schedules"]["static"]),
+        ("The same by each sample's own contributions", result["schedules"]["dynamic"]),
     ):
-        schedule = result["schedules"][name]
         if schedule:
             lean = {key: value for key, value in schedule.items() if key != "provenance"}
             body.append(f"<h2>{words}</h2><pre>{pages.text(Schedule.from_dict(lean).to_yaml())}</pre>")
@@ -173,7 +174,7 @@ def page(analysis: Analysis) -> str:
     return pages.page(title, _STYLE, body)
 
 
-def _article(analysis: Analysis, number: int, shown: dict[str, Any] | None) -> str:
+def _article(analysis: Analysis, number: int, shown: SampleMap | None) -> str:
     result, row = analysis.result, analysis.result["samples"][number]
     rule = "no layer chooses tokens"
     if row["filter"] is not None:
@@ -192,7 +193,7 @@ def _article(analysis: Analysis, number: int, shown: dict[str, Any] | None) -> s
     if row["lens"]:
         header = ["layer", *(f"{i + 1}." for i in range(len(row["lens"][0])))]
         lens = [
-            [str(d), *(f"{_visible(token)} {share:.0%}" for token, share in layer)]
+            [str(d), *(f"{_visible(str(token))} {share:.0%}" for token, share in layer)]
             for d, layer in enumerate(row["lens"])
         ]
         parts.append(

@@ -10,13 +10,15 @@ from vtwcli.io.outputs import Outputs
 from vtwcli.methods import METHODS
 from vtwcli.report.plots import GREEN, save_figure
 from vtwcli.report.tables import markdown_table, terminal_table
+from vtwcli.results.calibration import SearchedCalibration
+from vtwcli.results.comparison import Budget, TriedRow
 from vtwcli.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
     from rich.console import Group
 
 
-def write_budget(result: dict[str, Any], outputs: Outputs) -> None:
+def write_budget(result: Budget, outputs: Outputs) -> None:
     """Write a comparison, its picture and the schedule of the best within the budget, all or nothing.
 
     Args:
@@ -30,7 +32,7 @@ def write_budget(result: dict[str, Any], outputs: Outputs) -> None:
         new.view("plot", lambda path: plot_budget(result, path))
 
 
-def _best(result: dict[str, Any]) -> Schedule:
+def _best(result: Budget) -> Schedule:
     """The schedule within the budget, with where it comes from."""
     best = next(row for row in result["candidates"] if row["name"] == result["best"])
     schedule = Schedule.from_dict(best["schedule"])
@@ -45,7 +47,7 @@ def _best(result: dict[str, Any]) -> Schedule:
     return schedule.model_copy(update={"provenance": provenance})
 
 
-def budget_view(result: dict[str, Any]) -> Group:
+def budget_view(result: Budget) -> Group:
     """The terminal view: every schedule, the cheapest first, with the Pareto front marked."""
     from rich.console import Group
     from rich.text import Text
@@ -60,7 +62,7 @@ def budget_view(result: dict[str, Any]) -> Group:
     return Group(table, Text(""), Text(budget_sentence(result)))
 
 
-def budget_sentence(result: dict[str, Any]) -> str:
+def budget_sentence(result: Budget) -> str:
     """What the table says in words: the front, and the best schedule within the budget."""
     cost, samples = result["cost"], sum(task["samples"] for task in result["tasks"].values())
     words = (
@@ -72,13 +74,13 @@ def budget_sentence(result: dict[str, Any]) -> str:
     return " ".join([words, *_within(result)])
 
 
-def budget_line(result: dict[str, Any]) -> str:
+def budget_line(result: Budget) -> str:
     """What came out, in a line."""
     count = f"{len(result['candidates'])} schedules, {len(result['pareto'])} of them on the Pareto front."
     return " ".join([count, *_within(result)])
 
 
-def _within(result: dict[str, Any]) -> list[str]:
+def _within(result: Budget) -> list[str]:
     """A sentence on what fits into the budget, if there is a budget."""
     if result["max_flops"] is None:
         return []
@@ -91,14 +93,14 @@ def _within(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def shortfall(result: dict[str, Any]) -> str | None:
+def shortfall(result: Budget) -> str | None:
     """That there is a budget, and no schedule fits into it; None otherwise."""
     if result["max_flops"] is None or result["best"] is not None:
         return None
     return f"no schedule costs at most {100 * result['max_flops']:.3g}% of the full model's prefill FLOPs"
 
 
-def markdown(result: dict[str, Any]) -> str:
+def markdown(result: Budget) -> str:
     """The Pareto front in Markdown, for a job's summary page."""
     rows = {row["name"]: row for row in result["candidates"]}
     front = [cells(result, rows[name]) for name in result["pareto"]]
@@ -113,7 +115,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def plot_budget(result: dict[str, Any], path: Path) -> None:
+def plot_budget(result: Budget, path: Path) -> None:
     """KL (log) and top-1 agreement against prefill FLOPs, one point a schedule, the Pareto front joined and named."""
     from matplotlib.figure import Figure
 
@@ -168,7 +170,7 @@ def _name_points(axis: Any, points: list[tuple[float, float]], names: list[str])
 COLUMNS = ("FLOPs", "KV", "KL (nats)", "worst task", "top-1")
 
 
-def cells(result: dict[str, Any], row: dict[str, Any]) -> list[str]:
+def cells(result: Budget | SearchedCalibration, row: TriedRow) -> list[str]:
     """A candidate's name and, under ``COLUMNS``, its numbers."""
     return [
         row["name"],
@@ -180,6 +182,6 @@ def cells(result: dict[str, Any], row: dict[str, Any]) -> list[str]:
     ]
 
 
-def flops(result: dict[str, Any], row: dict[str, Any]) -> float:
+def flops(result: Budget | SearchedCalibration, row: TriedRow) -> float:
     """A candidate's prefill FLOPs relative to the full model's, by the document's convention."""
     return float(row["flops_ratio"][result["cost"]["convention"]])

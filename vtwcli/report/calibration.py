@@ -10,6 +10,7 @@ from vtwcli.io.outputs import Outputs
 from vtwcli.report import candidates
 from vtwcli.report.plots import BLUE, GREEN, GREY, ORANGE, new_figure, save_figure
 from vtwcli.report.tables import terminal_table
+from vtwcli.results.calibration import Calibration, VtwCalibration, is_searched
 from vtwcli.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _BAR = 28  # width of the terminal chart in characters
 
 
-def write_calibration(result: dict[str, Any], outputs: Outputs) -> None:
+def write_calibration(result: Calibration, outputs: Outputs) -> None:
     """Write a result, its schedule and its picture, all or nothing.
 
     Args:
@@ -32,9 +33,9 @@ def write_calibration(result: dict[str, Any], outputs: Outputs) -> None:
         new.view("plot", lambda path: plot_calibration(result, path))
 
 
-def calibration_view(result: dict[str, Any]) -> Group:
+def calibration_view(result: Calibration) -> Group:
     """The terminal view of a calibration: the curve as bars, the chosen K and what it saves."""
-    if result.get("method") == "visipruner":
+    if is_searched(result):
         return candidates.visipruner_view(result)
     from rich.console import Group
     from rich.text import Text
@@ -54,9 +55,9 @@ def calibration_view(result: dict[str, Any]) -> Group:
     return Group(table, Text(""), Text(calibration_sentence(result)), *_task_lines(result))
 
 
-def calibration_sentence(result: dict[str, Any]) -> str:
+def calibration_sentence(result: Calibration) -> str:
     """One line: the chosen K and what it saves, or that no layer qualifies."""
-    if result.get("method") == "visipruner":
+    if is_searched(result):
         return candidates.visipruner_sentence(result)
     k, layers = result["withdrawal_layer"], result["num_layers"]
     rule = f"policy {result['policy']}, eta {result['eta']:g}, {result['positions']} positions"
@@ -76,7 +77,7 @@ def calibration_sentence(result: dict[str, Any]) -> str:
     )
 
 
-def _task_lines(result: dict[str, Any]) -> list[Any]:
+def _task_lines(result: VtwCalibration) -> list[Any]:
     from rich.text import Text
 
     if len(result["tasks"]) < 2:
@@ -104,12 +105,12 @@ def _bar(value: float, values: list[float], eta: float) -> str:
     return "".join(cells)
 
 
-def plot_calibration(result: dict[str, Any], path: Path) -> None:
+def plot_calibration(result: Calibration, path: Path) -> None:
     """Log-scale KL by layer with its spread over samples, eta, K with its interval, and top-1 agreement.
 
     The format follows the suffix of ``path`` (png, svg, pdf).
     """
-    if result.get("method") == "visipruner":
+    if is_searched(result):
         candidates.plot_visipruner(result, path)
         return
     import numpy as np

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vtwcli.report.budget import COLUMNS, cells, flops
 from vtwcli.report.plots import BLUE, GREEN, ORANGE, save_figure
 from vtwcli.report.tables import terminal_table
+from vtwcli.results.calibration import SearchedCalibration
 
 if TYPE_CHECKING:
     from rich.console import Group
 
 
-def visipruner_view(result: dict[str, Any]) -> Group:
+def visipruner_view(result: SearchedCalibration) -> Group:
     """The terminal view of VisiPruner's calibration: the boundary's curve, the front's candidates, the choice."""
     from rich.console import Group
     from rich.text import Text
@@ -38,7 +39,7 @@ def visipruner_view(result: dict[str, Any]) -> Group:
     return Group(curve, Text(""), front, table, Text(""), Text(visipruner_sentence(result)))
 
 
-def visipruner_sentence(result: dict[str, Any]) -> str:
+def visipruner_sentence(result: SearchedCalibration) -> str:
     """One line: the chosen parameters and what they save, or that no candidate qualifies."""
     rule = f"policy {result['policy']}, eta {result['eta']:g}, {result['positions']} positions"
     wanted = result["chosen"] or result["compromise"]
@@ -55,7 +56,7 @@ def visipruner_sentence(result: dict[str, Any]) -> str:
     )
 
 
-def plot_visipruner(result: dict[str, Any], path: Path) -> None:
+def plot_visipruner(result: SearchedCalibration, path: Path) -> None:
     """Left the KL of muting layers 0..d with the boundary; right every candidate's KL against its FLOPs."""
     import numpy as np
     from matplotlib.figure import Figure

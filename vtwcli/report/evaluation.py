@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from vtwcli.judge import gates
 from vtwcli.report import pages
 from vtwcli.report.plots import BLUE, GREY, new_panels, save_figure
 from vtwcli.report.tables import html_table, markdown_table, terminal_table
+from vtwcli.results.evaluation import Evaluation, EvaluationRun, Time
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -27,13 +28,13 @@ Table = tuple[list[str], list[list[str]]]
 """A header and rows, as text."""
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
+def tables(result: Evaluation) -> list[Table]:
     """What every view shows: quality by task, closeness to the full model, and cost; the last two by schedule."""
     found = [quality_table(result), closeness_table(result), cost_table(result)]
     return [table for table in found if table[1]]
 
 
-def quality_table(result: dict[str, Any]) -> Table:
+def quality_table(result: Evaluation) -> Table:
     """One row per task and schedule; no rows where no sample has a reference answer."""
     header = ["task", "n", "schedule", "full", "pruned", "change", "95 % interval", "p"]
     rows = []
@@ -56,12 +57,12 @@ def quality_table(result: dict[str, Any]) -> Table:
     return header, rows
 
 
-def closeness_table(result: dict[str, Any]) -> Table:
+def closeness_table(result: Evaluation) -> Table:
     """One row per schedule: how far it is from the full model, whatever the references say."""
     header = ["schedule", "KL first", "KL answer", "top-1", "same", "apart at", "worst task"]
     rows = []
     for name, one in result["schedules"].items():
-        apart, worst = one["first_divergence"], one["worst_task"]
+        apart, drop = one["first_divergence"], one["worst_difference"]
         rows.append(
             [
                 name,
@@ -70,17 +71,16 @@ def closeness_table(result: dict[str, Any]) -> Table:
                 f"{one['top1_agreement']:.1%}",
                 f"{one['exact_sequences']:.1%}",
                 "-" if apart is None else f"{apart:.1f}",
-                "-"
-                if worst is None or one["worst_difference"] >= 0
-                else f"{worst} {one['worst_difference']:+.3f}",
+                "-" if drop is None or drop >= 0 else f"{one['worst_task']} {drop:+.3f}",
             ]
         )
     return header, rows
 
 
-def cost_table(result: dict[str, Any]) -> Table:
+def cost_table(result: Evaluation) -> Table:
     """The full model's cost, and each schedule's: work promised, and what this machine makes of it."""
-    latency, memory = (result.get("run", {}).get(kind) for kind in ("latency", "memory"))
+    run: EvaluationRun | Mapping[str, Any] = result.get("run", {})
+    latency, memory = run.get("latency"), run.get("memory")
     header = ["schedule", "FLOPs", "KV cache"]
     if latency:
         header += ["TTFT ms", "TPOT ms", "memory", "ideal", "speed-up"]
@@ -122,13 +122,13 @@ def _amount(value: float, unit: str) -> str:
     return f"{value:.3g} T{unit}"
 
 
-def _milliseconds(row: dict[str, Any]) -> str:
+def _milliseconds(row: Time) -> str:
     """Median and half the interquartile range."""
     low, high = row["iqr"]
     return f"{row['median'] * 1e3:.2f} ±{(high - low) / 2 * 1e3:.2f}"
 
 
-def evaluation_view(result: dict[str, Any]) -> Group:
+def evaluation_view(result: Evaluation) -> Group:
     """The terminal view: the tables, what their columns mean, gates."""
     from rich.console import Group
     from rich.text import Text
@@ -139,7 +139,7 @@ def evaluation_view(result: dict[str, Any]) -> Group:
     return Group(*parts, *(Text(words) for words in sentences(result)))
 
 
-def sentences(result: dict[str, Any]) -> list[str]:
+def sentences(result: Evaluation) -> list[str]:
     """What the tables leave unsaid: further numbers of a metric, what the columns mean, gates."""
     cost = next(iter(result["schedules"].values()))["cost"]
     found = [*_metrics(result), *_further_numbers(result)]
@@ -169,7 +169,7 @@ def sentences(result: dict[str, Any]) -> list[str]:
     return found + [gates.sentence(gate) for gate in result["gates"]]
 
 
-def _metrics(result: dict[str, Any]) -> list[str]:
+def _metrics(result: Evaluation) -> list[str]:
     """Which metric judges which task."""
     by_metric: dict[str, list[str]] = {}
     for task, row in result["tasks"].items():
@@ -179,12 +179,13 @@ def _metrics(result: dict[str, Any]) -> list[str]:
     return [f"Metrics: {words}."] if words else []
 
 
-def _further_numbers(result: dict[str, Any]) -> list[str]:
+def _further_numbers(result: Evaluation) -> list[str]:
     """Metrics of more than one number, such as POPE's F1 and share of yes."""
     found = []
     for task, row in result["tasks"].items():
-        columns = {"full": row["full"], **row["schedules"]} if "schedules" in row else {}
-        for key in row.get("full", {}):
+        full: Mapping[str, object] = row.get("full", {})
+        columns: dict[str, Mapping[str, object]] = {"full": full, **row.get("schedules", {})}
+        for key in full:
             if key == "mean" or not all(isinstance(one.get(key), float) for one in columns.values()):
                 continue
             values = [f"{name} {one[key]:.3f}" for name, one in columns.items()]
@@ -192,7 +193,7 @@ def _further_numbers(result: dict[str, Any]) -> list[str]:
     return found
 
 
-def markdown(result: dict[str, Any]) -> str:
+def markdown(result: Evaluation) -> str:
     """The tables in Markdown, for a model card or a job's summary page."""
 
     parts = [
@@ -204,7 +205,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def write_evaluation(
-    result: dict[str, Any], samples: Sequence[Sample], outputs: Outputs, trace: str | None = None
+    result: Evaluation, samples: Sequence[Sample], outputs: Outputs, trace: str | None = None
 ) -> None:
     """Write a result and its views, all or nothing.
 
@@ -223,7 +224,7 @@ def write_evaluation(
         new.view("plot", lambda path: plot_quality(result, path))
 
 
-def plot_quality(result: dict[str, Any], path: Path) -> None:
+def plot_quality(result: Evaluation, path: Path) -> None:
     """Quality against cost, one point a schedule: the worst task's change, and KL, over the share of prefill FLOPs.
 
     The first panel is left out where no sample has a reference answer.
@@ -233,9 +234,10 @@ def plot_quality(result: dict[str, Any], path: Path) -> None:
     for name, one in result["schedules"].items():
         share = 100 * one["cost"]["flops_ratio"][one["cost"]["convention"]]
         points = [(axes[-1], max(one["kl_answer"], _LEAST_KL))]
-        if one["worst_difference"] is not None:
-            points.append((axes[0], one["worst_difference"]))
-            interval = result["tasks"][one["worst_task"]]["schedules"][name]["interval"]
+        worst, drop = one["worst_task"], one["worst_difference"]
+        if worst is not None and drop is not None:
+            points.append((axes[0], drop))
+            interval = result["tasks"][worst]["schedules"][name]["interval"]
             if interval:
                 axes[0].vlines(share, *interval, color=BLUE, lw=1, alpha=0.6)
         for axis, value in points:
@@ -253,7 +255,7 @@ def plot_quality(result: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
-def html_report(result: dict[str, Any], samples: Sequence[Sample]) -> str:
+def html_report(result: Evaluation, samples: Sequence[Sample]) -> str:
     """One self-contained page: the tables, and the samples whose answers differ, the largest KL first.
 
     Args:

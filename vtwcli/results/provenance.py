@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 from vtwcli import __version__
 from vtwcli.machine import distributed
+from vtwcli.machine.libraries import versions
 from vtwcli.machine.memory import peak_memory
 from vtwcli.models.dtypes import name_of
+from vtwcli.results.document import Dated, ModelRecord, Origin, RunRecord
 
 if TYPE_CHECKING:
     from vtwcli.data.sources import DataMix
     from vtwcli.models.loading import LoadedModel
 
 
-def model_of(loaded: LoadedModel) -> dict[str, Any]:
-    """What a result document says about the model, with ``template_date``, if its chat template asks for today's."""
+def model_of(loaded: LoadedModel) -> ModelRecord:
+    """What a result document says about the model."""
     return {
         "name": loaded.name,
         "revision": loaded.revision,
@@ -26,7 +28,7 @@ def model_of(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
-def template_date(loaded: LoadedModel) -> dict[str, str]:
+def template_date(loaded: LoadedModel) -> Dated:
     """The date that the chat template is told for today's, if it asks for one."""
     from vtwcli.models.prompts import fixed_date
 
@@ -34,14 +36,18 @@ def template_date(loaded: LoadedModel) -> dict[str, str]:
     return {} if date is None else {"template_date": date}
 
 
-def run_of(loaded: LoadedModel, timing: dict[str, float], **measured: Any) -> dict[str, Any]:
-    """What differs between equal runs: seconds, memory, processes, device, and what else was ``measured``."""
+def origin_of(mix: DataMix, seed: int) -> Origin:
+    """What documents end with: the data, what was skipped, the seed and the versions."""
+    return {"data": list(mix.sources), "skipped": mix.skipped, "seed": seed, "versions": versions()}
+
+
+def run_of(loaded: LoadedModel, timing: dict[str, float]) -> RunRecord:
+    """What differs between equal runs."""
     return {
         "seconds": {name: round(value, 3) for name, value in timing.items()},
         "peak_memory_bytes": peak_memory(),
         "processes": distributed.size(),
         "device": str(loaded.device),
-        **measured,
     }
 
 

@@ -16,13 +16,16 @@ import torch
 
 from vtwcli.models.families import family_of, placeholder_ids
 from vtwcli.runtime import pruning
-from vtwcli.runtime.cache import PrunedLayer
+from vtwcli.runtime.cache import PrunedLayer, entries
 from vtwcli.runtime.contract import PruningError
 from vtwcli.runtime.pruning import Pruning, remove
-from vtwcli.runtime.trace import Trace
+from vtwcli.runtime.trace import ActionTrace, LayerTrace, SampleTrace, Trace
 from vtwcli.schedule.schedule import Keep, Schedule, Withdraw
 
-__all__ = ["PrunedLayer", "Pruning", "PruningError", "Trace", "apply", "layout_of", "pruned", "remove"]
+__all__ = [
+    "ActionTrace", "LayerTrace", "PrunedLayer", "Pruning", "PruningError", "SampleTrace", "Trace", "apply",
+    "entries", "layout_of", "pruned", "remove",
+]  # fmt: skip
 
 AnySchedule = Schedule | Mapping[str, Any] | int
 

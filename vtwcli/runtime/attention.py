@@ -114,18 +114,9 @@ def _text_again(module: Any, given: dict[str, Any], tap: Tap) -> tuple[Rows, Ten
 
 
 def _probe(module: Any, given: dict[str, Any], tap: Tap) -> dict[str, Tensor]:
-    """Scores of the chunk's tokens [B, S], from the last row of each sample.
-
-    The module's own code runs for that one row, on its eager path because only that one returns the weights:
-    q_last K over H x T, whatever attention the layer itself uses.
-    """
+    """Scores of the chunk's tokens [B, S], from the last row of each sample."""
     call = tap.call
-    one = copy.copy(module)  # the weights are shared; the configuration is its own: no other thread sees it
-    one.config = copy.copy(module.config)
-    one.config._attn_implementation = "eager"
-    one.training = False
-    one.__dict__.pop("forward", None)  # as wrapped by accelerate it would run the original
-    if any(p.is_meta for p in one.parameters()):
+    if any(p.is_meta for p in module.parameters()):
         raise PruningError("scores and conditions do not go with weights offloaded to CPU or disk")
     assert tap.keys is not None and tap.values is not None
     last = call.last_row(tap.rows).to(given["hidden_states"].device)[:, None]
@@ -138,9 +129,7 @@ def _probe(module: Any, given: dict[str, Any], tap: Tap) -> dict[str, Tensor]:
     if mask is not None and mask.dtype == torch.bool:
         like = given["hidden_states"]
         mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, torch.finfo(like.dtype).min)
-    weights = _attend(one, given, last, mask, tap.keys, tap.values)[1]
-    if weights is None:
-        raise strange("the eager attention of this model returns no weights")
+    weights = row_weights(module, given, last, mask, tap.keys, tap.values)
     numbers = last_row_numbers(weights[:, :, 0], tap.values)
     batch, length = call.shape
     device = call.last.device
@@ -154,6 +143,33 @@ def _probe(module: Any, given: dict[str, Any], tap: Tap) -> dict[str, Tensor]:
     place = (position - tap.past).masked_fill(position < tap.past, length)
     room = {name: x.new_zeros(batch, length + 1, device=device) for name, x in numbers.items()}
     return {name: room[name].scatter(1, place, x.to(device))[:, :length] for name, x in numbers.items()}
+
+
+def row_weights(
+    module: Any, given: dict[str, Any], index: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Attention weights [B, H, Q, T] of the rows ``index`` [B, Q], over the keys and values of T columns.
+
+    The module's own code runs for these rows, on its eager path because only that one returns the weights: q K over
+    H x Q x T, whatever attention the layer itself uses.
+
+    Args:
+        module: an attention module.
+        given: its arguments.
+        mask: what is added to the scores, [B, 1, Q, T].
+
+    Raises:
+        PruningError: an attention that is not understood.
+    """
+    one = copy.copy(module)  # the weights are shared; the configuration is its own: no other thread sees it
+    one.config = copy.copy(module.config)
+    one.config._attn_implementation = "eager"
+    one.training = False
+    one.__dict__.pop("forward", None)  # as wrapped by accelerate it would run the original
+    weights = _attend(one, given, index, mask, keys, values)[1]
+    if weights is None:
+        raise strange("the eager attention of this model returns no weights")
+    return weights
 
 
 def _attend(

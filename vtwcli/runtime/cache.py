@@ -165,6 +165,12 @@ class PrunedLayer(DynamicLayer):
         return seen + queries, self.seen - seen
 
     @property
+    def entries(self) -> int:
+        """Number of entries held for each row of the batch, fillers and what lies aside included."""
+        here = 0 if self.keys is None else int(self.keys.shape[-2])
+        return here + (0 if self.aside is None else self.aside.entries)
+
+    @property
     def awaited(self) -> bool:
         """Whether an announced ``update`` has not come."""
         return self._coming is not None
@@ -212,6 +218,20 @@ class PrunedLayer(DynamicLayer):
         """Take these rows of the batch."""
         rows = torch.arange(self.columns.position.shape[0], device=indices.device)[indices]
         self.reorder_cache(rows)
+
+
+def entries(cache: Any) -> list[int]:
+    """Number of entries that each layer of a cache holds for each row of the batch.
+
+    ``get_seq_length`` of a cache is the number of tokens that it has *seen*, under a schedule as without one.
+
+    Args:
+        cache: a ``DynamicCache``, filled under a schedule or not.
+    """
+    return [
+        layer.entries if hasattr(layer, "entries") else 0 if layer.keys is None else int(layer.keys.shape[-2])
+        for layer in cache.layers
+    ]
 
 
 def cache_layer(cache: Any, index: int) -> DynamicLayer:

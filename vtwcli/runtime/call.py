@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from vtwcli.runtime.contract import attention_kind, strange
 from vtwcli.runtime.masks import check_mask, flash_mask, gathered, sunk
 from vtwcli.runtime.plan import Plan, PlannedAction
 from vtwcli.runtime.rows import Rows, Tensor, compact
+from vtwcli.schedule.words import kept_count
 
 
 @dataclass(eq=False)
@@ -244,11 +244,7 @@ class Call:
         number = there.sum(1)
         if select.get("above") is not None:
             return there & (self._measured(select["score"]) > select["above"])
-        amounts = [
-            min(n, select["count"]) if "count" in select else math.ceil(n * select["ratio"])
-            for n in number.tolist()
-        ]
-        wanted = torch.tensor(amounts, device=number.device)
+        wanted = torch.tensor([kept_count(select, n) for n in number.tolist()], device=number.device)
         if select["score"] == "uniform":
             # of n tokens the ceil(i n / m)-th for i = 0..m-1: those with (j m) mod n < m
             ordinal = there.cumsum(1) - 1

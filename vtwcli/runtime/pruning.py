@@ -1,6 +1,6 @@
 """Runs a visual token schedule on a stock transformers model, by hooks.
 
-The form of a schedule is told in ``plan``. A *layout* tells where a family keeps its parts: ``text_model`` (path of
+The form of a schedule is told in ``words``. A *layout* tells where a family keeps its parts: ``text_model`` (path of
 the text model; its parent receives ``input_ids``), ``placeholder_ids`` (of visual tokens in ``input_ids``) and
 ``first_withdrawal`` (first layer at which visual tokens may leave).
 
@@ -348,7 +348,7 @@ def apply(model: torch.nn.Module, schedule: Mapping[str, Any], layout: Mapping[s
     """Run ``schedule`` on every call of ``model`` from now on; ``remove`` undoes it.
 
     Args:
-        schedule: canonical form, see the top of ``plan``.
+        schedule: canonical form, see the top of ``words``.
         layout: ``text_model``, ``placeholder_ids`` and optionally ``first_withdrawal``.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -11,53 +10,96 @@ from vtwcli.runtime.call import Call
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What a schedule did to the samples of one prompt.
+class ActionTrace:
+    """What one ``withdraw`` or ``keep`` did to a sample.
 
     Attributes:
-        samples: one dict per batch row: ``visual`` (number of visual tokens), ``text`` (of the others, without
-            padding), ``starts`` (per withdraw or keep action, in order: the layer at which it started, None if it
-            did not), ``kept`` (per ``keep`` action, by its number among those: the kept tokens, counted among the
-            sample's visual tokens from 0; None if it did not start), ``visual_per_layer`` (visual tokens present
-            in each layer).
-        rows_per_layer: rows of hidden states computed in each layer, fillers included; the same for all samples.
+        action: ``withdraw`` or ``keep``.
+        layer: at which it started; None if it did not.
+        kept: the tokens that ``keep`` kept, counted among the sample's visual tokens from 0; None if it did not
+            start, and for ``withdraw``.
     """
 
-    samples: list[dict[str, Any]]
-    rows_per_layer: list[int]
+    action: str
+    layer: int | None
+    kept: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What ran in one layer.
+
+    Attributes:
+        layer: its number.
+        visual: the sample's visual tokens present in it.
+        rows: of hidden states computed in it, fillers included; the same for all samples of a batch.
+    """
+
+    layer: int
+    visual: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class SampleTrace:
+    """What a schedule did to one sample.
+
+    Attributes:
+        visual: number of its visual tokens.
+        text: number of the others, without padding.
+        actions: what each ``withdraw`` and ``keep`` did, in the schedule's order.
+        layers: what ran in each layer, in order.
+    """
+
+    visual: int
+    text: int
+    actions: list[ActionTrace]
+    layers: list[LayerTrace]
+
+    @property
+    def visual_per_layer(self) -> list[int]:
+        """Visual tokens present in each layer."""
+        return [layer.visual for layer in self.layers]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a schedule did to one prompt.
+
+    Attributes:
+        samples: one per row of the batch.
+    """
+
+    samples: list[SampleTrace]
 
 
 def traced(call: Call) -> Trace:
-    plan, samples = call.plan, []
+    """What happened in a forward pass that is over."""
+    plan, (batch, length) = call.plan, call.shape
     if call.visual is None:
-        batch, length = call.shape
-        text = [length] * batch if call.real is None else call.real.sum(1).tolist()
-        starts = [a.at if a.at is not None and a.at < plan.depth else None for a in plan.leaving]
-        kept: dict[int, Any] = {
-            i: None if starts[i] is None else [] for i, a in enumerate(plan.leaving) if a.action == "keep"
-        }
-        none = [0] * plan.depth
-        samples = [
-            {"visual": 0, "text": n, "starts": starts, "kept": kept, "visual_per_layer": none} for n in text
-        ]
-        return Trace(samples, [length] * plan.depth)
-    per_layer = torch.stack([p.sum(1) for p in call.present_at], 1).tolist()
-    fired = [f.tolist() for f in call.fired]
+        real = [length] * batch if call.real is None else call.real.sum(1).tolist()
+        actions = []
+        for action in plan.leaving:
+            start = action.at if action.at is not None and action.at < plan.depth else None
+            actions.append(
+                ActionTrace(
+                    action.action, start, [] if action.action == "keep" and start is not None else None
+                )
+            )
+        layers = [LayerTrace(layer, 0, length) for layer in range(plan.depth)]
+        return Trace([SampleTrace(0, number, actions, layers) for number in real])
     assert call.real is not None
-    total = call.real.sum(1).tolist()
-    for row, number in enumerate(call.number.tolist()):
-        begun = [f[row] if f[row] >= 0 else None for f in fired]
-        kept = {}
-        for i, action in enumerate(plan.leaving):
-            if action.action == "keep":
-                kept[i] = None if begun[i] is None else call.ordinal[row, call.kept[i][row]].tolist()
-        samples.append(
-            {
-                "visual": number,
-                "text": total[row] - number,
-                "starts": begun,
-                "kept": kept,
-                "visual_per_layer": per_layer[row],
-            }
-        )
-    return Trace(samples, list(call.rows_at))
+    total, number = call.real.sum(1).tolist(), call.number.tolist()
+    present = torch.stack([there.sum(1) for there in call.present_at], 1).tolist()
+    fired = torch.stack(call.fired, 1).tolist() if call.fired else [[] for _ in range(batch)]
+    samples = []
+    for row in range(batch):
+        actions = []
+        for i, (action, start) in enumerate(zip(plan.leaving, fired[row], strict=True)):
+            kept = action.action == "keep" and start >= 0
+            tokens = call.ordinal[row, call.kept[i][row]].tolist() if kept else None
+            actions.append(ActionTrace(action.action, start if start >= 0 else None, tokens))
+        counts = enumerate(zip(present[row], call.rows_at, strict=True))
+        layers = [LayerTrace(layer, *two) for layer, two in counts]
+        samples.append(SampleTrace(number[row], total[row] - number[row], actions, layers))
+    return Trace(samples)

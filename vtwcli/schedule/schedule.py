@@ -8,21 +8,48 @@ form (``to_dict``) is what lands in an exported model's config.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, core_schema
 
 from vtwcli.errors import UsageError
 from vtwcli.io import documents
 from vtwcli.io.section import Section
-
-FORMAT_VERSION: Literal[1] = 1
-
-Start = Annotated[int, Field(ge=0)] | Literal["auto"]
+from vtwcli.schedule import rules, words
 
 
-class When(Section):
+@dataclass(frozen=True)
+class OneOf:
+    """Marks a text that is one of a slot's words."""
+
+    slot: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.literal_schema(list(words.words(self.slot)))
+
+
+def _key(part: str, name: str) -> Any:
+    """A field with the default and the bounds of a schedule's key."""
+    key = rules.KEYS[part][name]
+    return Field(key.default, ge=key.least, le=key.most)
+
+
+Start = Annotated[int, _key("withdraw", "at")] | Literal["auto"]
+
+
+class _Part(Section):
+    """Named as its keys are in ``rules.KEYS``, whose rules it keeps."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> _Part:
+        rules.check_rules(type(self).__name__.lower(), vars(self))
+        return self
+
+
+class When(_Part):
     """A condition on the running sample, over the last row's contributions c_i and output o of a layer.
 
     Attributes:
@@ -32,19 +59,13 @@ class When(Section):
         consecutive: the layers must follow each other; the published VisiPruner code counts them in total.
     """
 
-    cosine_below: float | None = Field(None, ge=-1, le=1)
-    cosine_above: float | None = Field(None, ge=-1, le=1)
-    layers: int = Field(1, ge=1)
-    consecutive: bool = False
-
-    @model_validator(mode="after")
-    def _one_condition(self) -> When:
-        if (self.cosine_below is None) == (self.cosine_above is None):
-            raise ValueError("give exactly one of cosine_below and cosine_above")
-        return self
+    cosine_below: float | None = _key("when", "cosine_below")
+    cosine_above: float | None = _key("when", "cosine_above")
+    layers: int = _key("when", "layers")
+    consecutive: bool = _key("when", "consecutive")
 
 
-class Select(Section):
+class Select(_Part):
     """Which visual tokens ``keep`` keeps: a score, then a ratio, a count or a threshold.
 
     Attributes:
@@ -56,23 +77,14 @@ class Select(Section):
         seed: of the random score.
     """
 
-    score: Literal["contribution", "attention", "random", "uniform"]
-    ratio: float | None = Field(None, ge=0, le=1)
-    count: int | None = Field(None, ge=0)
-    above: float | None = None
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _one_amount(self) -> Select:
-        given = [name for name in ("ratio", "count", "above") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError("give exactly one of ratio, count and above")
-        if self.above is not None and self.score in ("random", "uniform"):
-            raise ValueError(f"score {self.score} has no threshold; give ratio or count")
-        return self
+    score: Annotated[str, OneOf("score")]
+    ratio: float | None = _key("select", "ratio")
+    count: int | None = _key("select", "count")
+    above: float | None = _key("select", "above")
+    seed: int = _key("select", "seed")
 
 
-class _Starting(Section):
+class _Starting(_Part):
     """An action that starts at a fixed layer or, for each sample, one layer behind that in which a condition holds.
 
     Attributes:
@@ -83,16 +95,8 @@ class _Starting(Section):
     """
 
     at: Start
-    after: int | None = Field(None, ge=0)
+    after: int | None = _key("withdraw", "after")
     when: When | None = None
-
-    @model_validator(mode="after")
-    def _auto_has_condition(self) -> _Starting:
-        if self.at == "auto" and self.when is None:
-            raise ValueError("'at: auto' needs a condition under 'when'")
-        if self.at != "auto" and (self.when is not None or self.after is not None):
-            raise ValueError("'when' and 'after' go with 'at: auto' only")
-        return self
 
 
 class Withdraw(_Starting):
@@ -108,17 +112,9 @@ class Keep(_Starting):
     select: Select
 
 
-class _Range(Section):
-    at: int = Field(ge=0)
-    until: int = Field(ge=1)
-
-    @model_validator(mode="after")
-    def _not_empty(self) -> _Range:
-        if self.until <= self.at:
-            raise ValueError(
-                f"'until' ({self.until}) must be above 'at' ({self.at}); it is the first layer without"
-            )
-        return self
+class _Range(_Part):
+    at: int = _key("freeze", "at")
+    until: int = _key("freeze", "until")
 
 
 class Mute(_Range):
@@ -133,10 +129,10 @@ class Mute(_Range):
     """
 
     action: Literal["mute"]
-    sink: Literal["renormalise", "first", "zero"] = "renormalise"
-    readers: Literal["text", "visual", "all"] = "text"
-    columns: Literal["all", "first_half"] = "all"
-    during: Literal["all", "prefill"] = "all"
+    sink: Annotated[str, OneOf("sink")] = _key("mute", "sink")
+    readers: Annotated[str, OneOf("readers")] = _key("mute", "readers")
+    columns: Annotated[str, OneOf("columns")] = _key("mute", "columns")
+    during: Annotated[str, OneOf("during")] = _key("mute", "during")
 
 
 class Freeze(_Range):
@@ -157,7 +153,7 @@ class Schedule(Section):
         provenance: model id and revision, the calibration that produced it, tool version.
     """
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = words.FORMAT_VERSION
     actions: tuple[Action, ...] = ()
     provenance: dict[str, Any] = Field(default_factory=dict)
 
@@ -172,21 +168,7 @@ class Schedule(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> Schedule:
-        last, withdrawn = 0, None
-        for number, action in enumerate(self.actions, 1):
-            if withdrawn is not None:
-                raise ValueError(
-                    f"action {number} ({action.action}) comes after the withdrawal of all visual tokens"
-                )
-            start = getattr(action, "after", None) if action.at == "auto" else action.at
-            if isinstance(start, int):
-                if start < last:
-                    raise ValueError(
-                        f"action {number} ({action.action}) starts at {start}, before the one above it"
-                    )
-                last = start
-            if isinstance(action, Withdraw):
-                withdrawn = number
+        rules.check_order(self.plain())
         return self
 
     @classmethod
@@ -229,10 +211,7 @@ class Schedule(Section):
     @property
     def is_static(self) -> bool:
         """Whether the layer and number of tokens of every action are known before a sample is seen."""
-        return all(
-            action.at != "auto" and not (isinstance(action, Keep) and action.select.above is not None)
-            for action in self.actions
-        )
+        return words.is_fixed(self.plain())
 
     def check_depth(self, layers: int, first_withdrawal: int = 0) -> None:
         """Validate against a model.
@@ -244,31 +223,10 @@ class Schedule(Section):
         Raises:
             UsageError: an action lies outside the model.
         """
-        earliest = 0
-        for number, action in enumerate(self.actions, 1):
-            bounds = [
-                ("at", action.at),
-                ("until", getattr(action, "until", 0)),
-                ("after", getattr(action, "after", 0)),
-            ]
-            for name, value in bounds:
-                if isinstance(value, int) and value > layers:
-                    raise UsageError(
-                        f"schedule action {number} ({action.action}): {name} is {value}, "
-                        f"but the model has {layers} layers (0..{layers - 1})"
-                    )
-            if isinstance(action, Withdraw | Keep):
-                # the first condition is looked at one layer behind 'after', and holds from the next layer on
-                start = (
-                    (-1 if action.after is None else action.after) + 2 if action.at == "auto" else action.at
-                )
-                earliest = max(earliest, start)
-                if earliest < first_withdrawal:
-                    raise UsageError(
-                        f"schedule action {number} ({action.action}) starts at layer {earliest}, but this family "
-                        f"still adds vision in layers 0..{first_withdrawal - 1}",
-                        f"start at {first_withdrawal} or later",
-                    )
+        try:
+            rules.check_depth(self.plain(), layers, first_withdrawal)
+        except words.ScheduleError as error:
+            raise UsageError(error.message, error.hint) from None
 
     def visual_per_layer(self, layers: int, visual: int) -> list[int]:
         """Number of visual tokens present in each layer for a sample that has ``visual`` of them.
@@ -276,25 +234,20 @@ class Schedule(Section):
         Raises:
             UsageError: the schedule is dynamic, so the numbers are known only after a run.
         """
-        if not self.is_static:
-            raise UsageError("a dynamic schedule has no fixed token counts", "run it and read its trace")
-        counts, present = [], visual
-        for layer in range(layers):
-            for action in self.actions:
-                if action.at != layer:
-                    continue
-                if isinstance(action, Withdraw):
-                    present = 0
-                elif isinstance(action, Keep):
-                    present = kept_count(action.select, present)
-            counts.append(present)
-        return counts
+        try:
+            return words.visual_per_layer(self.plain(), layers, visual)
+        except words.ScheduleError as error:
+            raise UsageError(error.message, error.hint) from None
+
+    def plain(self) -> list[dict[str, Any]]:
+        """The actions in canonical form, as ``words`` takes them."""
+        return [_lean(action) for action in self.actions]
 
     def to_dict(self) -> dict[str, Any]:
         """The canonical form: plain JSON values, only the keys that say something."""
         data: dict[str, Any] = {
             "format_version": self.format_version,
-            "actions": [_lean(action) for action in self.actions],
+            "actions": self.plain(),
         }
         if self.provenance:
             data["provenance"] = self.provenance
@@ -312,15 +265,6 @@ class Schedule(Section):
             actions.append(flow)
         data["actions"] = actions
         return documents.to_yaml(data)
-
-
-def kept_count(select: Select, present: int) -> int:
-    """How many of ``present`` tokens a ratio or a count keeps (a ratio rounds up)."""
-    if select.count is not None:
-        return min(select.count, present)
-    if select.ratio is not None:
-        return min(present, -int(-select.ratio * present // 1))
-    raise UsageError("a threshold keeps a number of tokens that depends on the sample")
 
 
 def _lean(action: Section) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vtwcli.runtime.scores import last_row_numbers
-from vtwcli.sweep.walk import LayerView
+from vtwcli.sweep.views import LayerView
 
 
 def masses(weights: Tensor, visual: Tensor, attended: Tensor) -> dict[str, Tensor]:
@@ -119,14 +119,13 @@ class LastRowProbe:
 
     def __call__(self, view: LayerView) -> None:
         """See ``LayerView``."""
-        rows = view.attention(view.rows[:, :1])
-        weights = rows.weights()[:, :, 0]
+        weights, values = view.attention(view.rows[:, :1])[:, :, 0], view.values
         visual = view.visual.to(weights.device)
         mass = masses(weights, visual, view.attended.to(weights.device))
         spread = entropy(weights, visual)
         # the very numbers that a dynamic schedule decides by
-        numbers = last_row_numbers(weights, rows.values)
-        norms = value_norms(rows.values)
+        numbers = last_row_numbers(weights, values)
+        norms = value_norms(values)
         sink = sinks(numbers["attention"], visual, self.sink_ratio)
         for b in range(len(visual)):
             mine = visual[b]

@@ -81,7 +81,7 @@ class Streamed:
 
         def read(d: int) -> list[Tensor]:
             began = time.perf_counter()
-            tensors = slots.fill(d % 2, empty[d], self._origins)
+            tensors = slots.fill(d % 2, empty[d], _Stored(self._origins))
             self.seconds["reading"] += time.perf_counter() - began
             return tensors
 
@@ -117,11 +117,11 @@ class Streamed:
     @contextmanager
     def _filled(self, names: Sequence[str]) -> Iterator[None]:
         """Tensors that are read, each into memory of its own, and dropped at the end."""
-        made: dict[str, Tensor] = {}
+        stored = _Stored(self._origins)
         try:
             for name in names:
                 tensor = torch.empty_like(self._empty[name], device="cpu")
-                _fill(name, self._origins[name], tensor, made)
+                stored.read(name, tensor)
                 _assign(self.model, name, tensor.to(self.device))
             yield
         finally:
@@ -130,6 +130,26 @@ class Streamed:
     def _drop(self, names: Sequence[str]) -> None:
         for name in names:
             _assign(self.model, name, self._empty[name])
+
+
+class _Stored:
+    """Tensors of a model's state as they are stored, read once each."""
+
+    def __init__(self, origins: Mapping[str, Origin]) -> None:
+        self.origins = origins
+        self.made: dict[str, Tensor] = {}  # what conversions gave beyond the tensor they were asked for
+
+    def read(self, name: str, tensor: Tensor) -> None:
+        """Give a CPU tensor its stored values, in its own type."""
+        origin = self.origins[name]
+        if isinstance(origin, Conversion):
+            if name not in self.made:
+                self.made |= origin.convert([source.read() for source in origin.sources])
+            tensor.copy_(self.made.pop(name))
+        elif origin.dtype == tensor.dtype:
+            origin.read_into(tensor)
+        else:
+            tensor.copy_(origin.read())
 
 
 class _Slots:
@@ -147,14 +167,14 @@ class _Slots:
         )
         self.stream = torch.cuda.Stream(device) if self.cuda else None
 
-    def fill(self, slot: int, empty: Mapping[str, Tensor], origins: Mapping[str, Origin]) -> list[Tensor]:
+    def fill(self, slot: int, empty: Mapping[str, Tensor], stored: _Stored) -> list[Tensor]:
         """Read tensors into a buffer, in the shapes and types of the empty ones; runs in the reading thread."""
         target, place = self.slots[slot], 0
         memory = target if self.staging is None else self.staging
-        tensors, made = [], dict[str, Tensor]()
+        tensors = []
         for name, like in empty.items():
             part = slice(place, place + like.numel() * like.element_size())
-            _fill(name, origins[name], memory[part].view(like.dtype).view(like.shape), made)
+            stored.read(name, memory[part].view(like.dtype).view(like.shape))
             tensors.append(target[part].view(like.dtype).view(like.shape))
             place += _room(like)
         if self.staging is not None:
@@ -181,22 +201,6 @@ def _trim() -> None:
 def _room(tensor: Tensor) -> int:
     """Bytes that a tensor takes in a buffer."""
     return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
-
-
-def _fill(name: str, origin: Origin, tensor: Tensor, made: dict[str, Tensor]) -> None:
-    """Give a CPU tensor its stored values, in its own type.
-
-    Args:
-        made: what conversions gave beyond the tensor they were asked for.
-    """
-    if isinstance(origin, Conversion):
-        if name not in made:
-            made |= origin.convert([source.read() for source in origin.sources])
-        tensor.copy_(made.pop(name))
-    elif origin.dtype == tensor.dtype:
-        origin.read_into(tensor)
-    else:
-        tensor.copy_(origin.read())
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

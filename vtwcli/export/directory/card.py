@@ -17,7 +17,10 @@ from vtwcli.io import documents, text
 from vtwcli.judge.flops import CONVENTIONS, TextShape, kv_bytes, prefill_cost
 from vtwcli.machine.releases import tested
 from vtwcli.models.families import Family
-from vtwcli.schedule.schedule import Action, Freeze, Keep, Mute, Schedule, Select, When
+from vtwcli.results.calibration import Calibration, is_searched
+from vtwcli.results.evaluation import EvaluatedModel, Evaluation
+from vtwcli.schedule.schedule import Schedule
+from vtwcli.schedule.sentences import describe
 
 _CARRIED = ("license", "license_name", "license_link", "language")
 _VISUAL, _TEXT = 576, 64  # the token counts of the computed savings: a LLaVA-1.5 image and a short question
@@ -56,8 +59,8 @@ class Subject:
 
 def model_card(
     subject: Subject,
-    calibration: dict[str, Any] | None,
-    evaluation: dict[str, Any] | None,
+    calibration: Calibration | None,
+    evaluation: Evaluation | None,
     picture: str | None,
 ) -> str:
     """The text of the card, Markdown with YAML front matter.
@@ -81,7 +84,7 @@ def model_card(
     if evaluation is not None:
         from vtwcli.report.evaluation import markdown
 
-        about = {**evaluation["model"], "name": subject.base, "baseline": subject.base}
+        about: EvaluatedModel = {**evaluation["model"], "name": subject.base, "baseline": subject.base}
         parts.append(markdown(of_schedule({**evaluation, "model": about}, subject.schedule)).strip())
     parts += [
         f"## Loading\n\n{_loading(subject)}",
@@ -108,64 +111,6 @@ def front_matter(card: Path) -> dict[str, str | list[str]]:
         elif isinstance(value, list) and all(isinstance(one, str) for one in value):
             carried[key] = [text.one_line(one) for one in value]
     return carried
-
-
-def describe(action: Action, layers: int) -> str:
-    """An action as a sentence."""
-    if isinstance(action, Mute | Freeze):
-        span = (
-            f"layer {action.at}"
-            if action.until == action.at + 1
-            else f"layers {action.at}-{action.until - 1}"
-        )
-        if isinstance(action, Freeze):
-            return f"In {span} visual tokens are not updated; they still serve as keys and values."
-        who = {"text": "text does", "visual": "visual tokens do", "all": "no token does"}[action.readers]
-        reads = f"{who} not read" if action.readers != "all" else "nothing reads"
-        what = "visual tokens" if action.columns == "all" else "the first half of the visual tokens"
-        mass = {
-            "renormalise": "the attention goes to the other tokens",
-            "first": "the attention goes to the first visual token",
-            "zero": "the attention is dropped",
-        }[action.sink]
-        when = " while the prompt is read" if action.during == "prefill" else ""
-        return f"In {span}{when} {reads} {what}; {mass}."
-    if action.at == "auto":
-        after = f", looked for behind layer {action.after}" if action.after is not None else ""
-        start = f"From the layer after the one where {_condition(action.when)}{after},"
-    elif action.at >= layers:
-        return "No visual token leaves."
-    else:
-        start = f"From layer {action.at} of {layers} on"
-    if isinstance(action, Keep):
-        return f"{start} only {_selection(action.select)} remain."
-    return f"{start} there are no visual tokens: not in the hidden states, and not in the KV cache."
-
-
-def _condition(when: When | None) -> str:
-    assert when is not None  # the schedule's validation
-    if when.cosine_below is not None:
-        text = f"some visual token changes the attention output (cosine below {when.cosine_below:g})"
-    else:
-        text = (
-            f"no visual token changes the attention output any more (cosine at least {when.cosine_above:g})"
-        )
-    if when.layers > 1:
-        text += f", for the {when.layers}. time" + (" in a row" if when.consecutive else "")
-    return text
-
-
-def _selection(select: Select) -> str:
-    score = {
-        "contribution": "largest contribution to the last token's attention output",
-        "attention": "most attention from the last token",
-        "random": "drawn at random",
-        "uniform": "evenly spaced",
-    }[select.score]
-    if select.above is not None:
-        return f"the visual tokens above {select.above:g} ({score})"
-    amount = f"{select.count}" if select.count is not None else f"{select.ratio:.0%} of the"
-    return f"{amount} visual tokens ({score})"
 
 
 def _front_matter(subject: Subject) -> str:
@@ -218,7 +163,7 @@ def _savings(schedule: Schedule, shape: TextShape) -> str:
     return "\n".join(rows)
 
 
-def _calibration(result: dict[str, Any], schedule: Schedule, picture: str | None) -> str:
+def _calibration(result: Calibration, schedule: Schedule, picture: str | None) -> str:
     from vtwcli.report.calibration import calibration_sentence
     from vtwcli.report.tables import markdown_table
 
@@ -229,6 +174,8 @@ def _calibration(result: dict[str, Any], schedule: Schedule, picture: str | None
         parts[0] += " The schedule above is not the one that this calibration chose."
     if picture:
         parts.append(f"![What withdrawing visual tokens changes, by layer]({picture})")
+    if is_searched(result):
+        return "\n\n".join(parts)
     k = result["withdrawal_layer"]
     if k is not None and k < result["num_layers"]:
         rows = [
@@ -240,7 +187,7 @@ def _calibration(result: dict[str, Any], schedule: Schedule, picture: str | None
     return "\n\n".join(parts)
 
 
-def of_schedule(evaluation: dict[str, Any], schedule: Schedule) -> dict[str, Any]:
+def of_schedule(evaluation: Evaluation, schedule: Schedule) -> Evaluation:
     """An evaluation result reduced to one of the schedules that it compares.
 
     Raises:
@@ -251,10 +198,10 @@ def of_schedule(evaluation: dict[str, Any], schedule: Schedule) -> dict[str, Any
     name = next((name for name, row in rows.items() if row["schedule"]["actions"] == actions), None)
     if name is None:
         raise UsageError("the evaluation is not of this schedule", "evaluate the schedule that is exported")
-    tasks = {
-        task: {**row, "schedules": {name: row["schedules"][name]}} if "schedules" in row else row
-        for task, row in evaluation["tasks"].items()
-    }
+    tasks = dict(evaluation["tasks"])
+    for task, row in tasks.items():
+        if "schedules" in row:
+            tasks[task] = {**row, "schedules": {name: row["schedules"][name]}}
     return {**evaluation, "tasks": tasks, "schedules": {name: rows[name]}}
 
 

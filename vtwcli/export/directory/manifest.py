@@ -102,6 +102,8 @@ class _Model(_Part):
 class _Manifest(_Part):
     model: _Model
     schedule: dict[str, Any]
+    versions: dict[str, str] = Field(default_factory=dict)
+    tested: dict[str, list[str]] = Field(default_factory=dict)
     files: dict[str, _File]
 
     @field_validator("files", mode="before")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vtwcli.errors import NotFoundError, UsageError, VtwError
+from vtwcli.errors import NotFoundError, UsageError, VtwError, first_line
 from vtwcli.export.directory.manifest import MANIFEST, check_files, read_manifest
 from vtwcli.io import console
 
@@ -37,7 +37,7 @@ def push(directory: Path, repo: str, private: bool = True) -> str:
         raise
     except errors.HFValidationError as error:
         raise UsageError(
-            f"{repo!r} is not a Hub id: {_first_line(error)}", "it looks like name/model"
+            f"{repo!r} is not a Hub id: {first_line(error)}", "it looks like name/model"
         ) from error
     except errors.OfflineModeIsEnabled as error:
         raise NotFoundError("HF_HUB_OFFLINE forbids pushing", "unset it") from error
@@ -45,7 +45,7 @@ def push(directory: Path, repo: str, private: bool = True) -> str:
         raise _refused(repo, error) from error
     except Exception as error:  # the client's own errors are not part of its interface
         raise NotFoundError(
-            f"could not push to {repo!r}: {_first_line(error)}", "check the network and HF_ENDPOINT"
+            f"could not push to {repo!r}: {first_line(error)}", "check the network and HF_ENDPOINT"
         ) from error
 
 
@@ -73,8 +73,4 @@ def _refused(repo: str, error: Any) -> VtwError:
     if status in (401, 403):
         hint = "log in with a token that may write: hf auth login"
         return VtwError(f"the Hub does not let you write to {repo!r} (HTTP {status})", hint)
-    return VtwError(f"the Hub refused {repo!r}: {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return VtwError(f"the Hub refused {repo!r}: {first_line(error)}")

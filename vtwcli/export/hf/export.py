@@ -38,6 +38,8 @@ from vtwcli.models.dtypes import asked, name_of
 from vtwcli.models.families import Family
 from vtwcli.models.hub import resolve
 from vtwcli.models.jsonfiles import CONFIG, read_json
+from vtwcli.results.calibration import Calibration
+from vtwcli.results.evaluation import Evaluation
 from vtwcli.schedule.schedule import Schedule
 
 CALIBRATION, PICTURE, RECIPE = "calibration.json", "calibration.png", "recipe.yaml"
@@ -52,8 +54,8 @@ def export_hf(
     *,
     dtype: str | None = None,
     force: bool = False,
-    calibration: dict[str, Any] | None = None,
-    evaluation: dict[str, Any] | None = None,
+    calibration: Calibration | None = None,
+    evaluation: Evaluation | None = None,
     recipe: str | None = None,
 ) -> dict[str, Any]:
     """Write a model directory with ``schedule`` baked in.
@@ -180,7 +182,7 @@ def _check_source(checkpoint: Checkpoint, force: bool) -> None:
         )
 
 
-def _check_schedule(checkpoint: Checkpoint, schedule: Schedule, calibration: dict[str, Any] | None) -> None:
+def _check_schedule(checkpoint: Checkpoint, schedule: Schedule, calibration: Calibration | None) -> None:
     """Try the schedule on the model's skeleton, so that a bad one fails before anything is written."""
     from vtwcli.runtime import PruningError, apply
 
@@ -253,7 +255,7 @@ def _set_dtype(config: dict[str, Any], name: str) -> None:
             _set_dtype(value, name)
 
 
-def _write_record(folder: Path, calibration: dict[str, Any] | None, recipe: str | None) -> None:
+def _write_record(folder: Path, calibration: Calibration | None, recipe: str | None) -> None:
     """The documents that the export comes from."""
     if calibration is not None:
         from vtwcli.report.calibration import plot_calibration

@@ -22,6 +22,9 @@ from transformers import {architecture} as Base
 from .vtw_loading import load, prepare_config
 from .vtw_pruning import apply
 
+# Releases of transformers before 5.10 copy the files that are named here, but not those that they name in turn.
+{others}
+
 
 class {architecture}(Base, GenerationMixin):
     """transformers' class of the same name under the schedule ``config.vtw["schedule"]``."""
@@ -56,8 +59,13 @@ _IMPORT = re.compile(r"^(\s*from )vtwcli\.((?:runtime|schedule)\.(\w+)) import\b
 
 def remote_code(family: Family) -> dict[str, str]:
     """File name -> text of the Python files for a family: a small model class, the runtime, and how it is loaded."""
-    model = _TEMPLATE.format(title=family.title, architecture=family.architecture)
-    return {MODELING: model, **travelling_code()}
+    code = travelling_code()
+    model = _TEMPLATE.format(
+        title=family.title,
+        architecture=family.architecture,
+        others="\n".join(f"from .{name.removesuffix('.py')} import __name__ as _" for name in code),
+    )
+    return {MODELING: model, **code}
 
 
 def travelling_code() -> dict[str, str]:

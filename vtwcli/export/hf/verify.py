@@ -107,7 +107,7 @@ def verify_hf(
     visual_tokens = int(encoded.visual.sum())
     text_tokens = encoded.prompt_length - visual_tokens
     trace = model.vtw_pruning.trace  # none where the schedule never acts
-    present = trace.samples[0]["visual_per_layer"] if trace else [visual_tokens] * len(got.entries)
+    present = trace.samples[0].visual_per_layer if trace else [visual_tokens] * len(got.entries)
     _check_gone(got, present, schedule, text_tokens, visual_tokens)
     difference = _check_same(got, wanted, kind, name)
     return {

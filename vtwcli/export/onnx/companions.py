@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 from vtwcli.export.directory.manifest import save_json, save_settings
 from vtwcli.export.directory.own_code import without_code_map
 from vtwcli.export.directory.source import own_files
+from vtwcli.io import text
 from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.models.checkpoint import LEGAL
 from vtwcli.models.jsonfiles import read_json
 from vtwcli.ort import MANIFEST
+from vtwcli.schedule import Schedule
+from vtwcli.schedule.sentences import describe
 
 if TYPE_CHECKING:
     from vtwcli.export.onnx.source import Source
@@ -65,18 +68,47 @@ def write_companions(source: Source, manifest: dict[str, Any], folder: Path) -> 
     }
     manifest["prompt"] = _prompts(source, processor)
     manifest["how_to"] = _how_to(manifest)
-    for name, text in scripts().items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, script in scripts().items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(script, encoding="utf-8")
     save_json(folder / MANIFEST, manifest)
 
 
+def onnx_card(name: str, manifest: Mapping[str, Any]) -> str:
+    """The model card of a directory of graphs: what they are, what made them, with what they were checked.
+
+    Args:
+        name: of the directory.
+        manifest: complete but for ``files``.
+    """
+    model, made, layers = manifest["model"], manifest["versions"], manifest["text"]["layers"]
+    base = text.code(model["name"]) + (
+        f" at revision {text.code(model['revision'])}" if model["revision"] else ""
+    )
+    actions = Schedule.from_dict(manifest["schedule"]).actions
+    libraries = ", ".join(
+        f"{library} {made[library]}" for library in ("transformers", "torch", "onnx", "onnxscript")
+    )
+    return f"""# {text.markdown(name)}
+
+ONNX graphs of {base} with a visual token schedule baked in.
+
+{chr(10).join(f"- {describe(action, layers)}" for action in actions) or "Nothing is pruned."}
+
+Made by {manifest["producer"]} with {libraries}, and checked against torch with ONNX Runtime
+{", ".join(manifest["tested"]["onnxruntime"])} (`parity.json`). To run, the graphs need ONNX Runtime, but neither torch
+nor transformers: `run_onnx.py` asks about a picture. `manifest.json` says how to drive the graphs and holds the digest
+of every file; `vtw verify .` checks them.
+"""
+
+
 def scripts() -> dict[str, str]:
-    """File name -> text of the Python files beside the graphs: the runtime, the reading of pictures, the script."""
+    """Name -> text of the Python files beside the graphs: the runtime, the reading of pictures, the script."""
     from vtwcli import ort
     from vtwcli.data import pixels
 
-    own = {
-        "vtw_ort.py": Path(ort.__file__),
+    own = {f"vtw_ort/{file.name}": file for file in sorted(Path(ort.__file__).parent.glob("*.py"))}
+    own |= {
         "vtw_pixels.py": Path(pixels.__file__),
         "run_onnx.py": Path(__file__).with_name("run_onnx.py"),
     }

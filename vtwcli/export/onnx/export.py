@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,11 @@ import torch
 from vtwcli import __version__
 from vtwcli.data.sample import Sample
 from vtwcli.errors import UsageError
-from vtwcli.export.directory.manifest import file_entries, save_json
+from vtwcli.export.directory.manifest import CARD, file_entries, save_json
 from vtwcli.export.directory.publish import check_target, publish
 from vtwcli.export.directory.source import own_files, source_of
-from vtwcli.export.onnx.companions import write_companions
+from vtwcli.export.onnx.companions import onnx_card, write_companions
+from vtwcli.export.onnx.failures import as_vtw_errors
 from vtwcli.export.onnx.source import Source
 from vtwcli.io import console
 from vtwcli.machine.libraries import quiet_libraries, versions
@@ -30,6 +32,7 @@ from vtwcli.models.dtypes import LONG, name_of, torch_type
 from vtwcli.models.families import placeholder_ids
 from vtwcli.models.loading import LoadedModel, load, memory_needed
 from vtwcli.ort import FORMAT, FORMAT_VERSION, MANIFEST, OnnxModel
+from vtwcli.schedule import words
 from vtwcli.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 OPSETS = range(18, 25)
 FUSED_OPSET = 23  # the first with Attention and RMSNormalization as single operators
 QUANTIZERS = ("int8", "int4")
+LIBRARIES = ("onnx", "onnxruntime", "onnxscript")
 PARITY = "parity.json"
 
 
@@ -96,6 +100,8 @@ def export_onnx(
         written = time.perf_counter()
         report = check(source, plan, folder, manifest, samples, steps, quantize)
         save_json(folder / PARITY, report)
+        manifest["tested"] = {"onnxruntime": [manifest["versions"]["onnxruntime"]]}
+        (folder / CARD).write_text(onnx_card(output.absolute().name, manifest), encoding="utf-8")
         manifest["files"] = file_entries(folder)
         save_json(folder / MANIFEST, manifest)
     return {
@@ -121,24 +127,14 @@ def removals(schedule: Schedule, depth: int) -> list[dict[str, Any]]:
     Raises:
         UsageError: the schedule is dynamic or has actions that graphs cannot have.
     """
-    if not schedule.is_static:
-        raise UsageError(
-            "a dynamic schedule cannot be exported to ONNX: where and what is removed depends on the sample, and "
-            "graphs are cut at fixed layers",
-            "run it and put the layer that its trace shows into a static schedule, for example "
-            "{at: 16, action: withdraw}; or export with --format hf",
-        )
-    kept = [action for action in schedule.to_dict()["actions"] if action["at"] < depth]
-    for action in kept:
-        if action["action"] not in ("withdraw", "keep"):
-            raise UsageError(
-                f"the action {action['action']} cannot be exported to ONNX",
-                "use a schedule of withdraw and keep, or --format hf",
-            )
-        if action.get("select", {}).get("score") == "random":
-            raise UsageError(
-                "keep with random scores cannot be exported to ONNX, they are drawn by torch", "use uniform"
-            )
+    actions = schedule.plain()
+    for word in words.used(actions):
+        if not word.fixed and word.onnx is not None:
+            raise UsageError(*word.onnx)
+    kept = [action for action in actions if action["at"] < depth]
+    for word in words.used(kept):
+        if word.onnx is not None:
+            raise UsageError(*word.onnx)
     layers = [action["at"] for action in kept]
     if len(set(layers)) < len(layers):
         raise UsageError("two actions at one layer cannot be exported to ONNX", "give them different layers")
@@ -172,7 +168,8 @@ def write_graphs(
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "producer": f"vtwcli {__version__}",
-        "versions": versions(),
+        # not by the names of distributions, of which ONNX Runtime has several
+        "versions": versions() | {name: import_module(name).__version__ for name in LIBRARIES},
         "model": {
             "name": source.public_name,
             "revision": source.revision,
@@ -234,6 +231,7 @@ def _vision_entry(source: Source) -> dict[str, Any]:
     return entry
 
 
+@as_vtw_errors()
 def check(
     source: Source,
     schedule: Schedule,
@@ -347,7 +345,7 @@ def synthetic_samples() -> list[Sample]:
 
 
 def _check_options(dtype: str, opset: int, quantize: str | None) -> None:
-    absent = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+    absent = [name for name in LIBRARIES if find_spec(name) is None]
     if absent:
         raise UsageError(
             f"export to ONNX needs the package {absent[0]}", "install it with: pip install 'vtwcli[onnx]'"

@@ -20,6 +20,7 @@ from vtwcli.export.onnx.modules import (
     TowerAndProjector,
 )
 from vtwcli.models.families import Family
+from vtwcli.schedule import words
 
 FIXED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 
@@ -142,7 +143,7 @@ def _role(index: int, count: int, removal: Mapping[str, Any] | None) -> str:
 def measured(removal: Mapping[str, Any] | None) -> str | None:
     """The kind of scores that a removal needs from the layer before it, or None."""
     score = removal.get("select", {}).get("score") if removal is not None else None
-    return score if score in ("attention", "contribution") else None
+    return score if score is not None and words.row("score", score).needs == words.LAST_ROW else None
 
 
 def check_text(config: Any) -> None:

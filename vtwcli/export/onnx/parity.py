@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vtwcli.errors import GateError, NotFoundError
-from vtwcli.judge.kl import HINT, check_generation, divergence, log_probabilities, sample_name
+from vtwcli.judge.kl import HINT, check_generation, distance, log_probabilities, sample_name
 from vtwcli.models.families import family_of
 from vtwcli.ort import NotFinite, OnnxModel
 
@@ -108,14 +108,14 @@ def compare(reference: np.ndarray, logits: np.ndarray, whose: str = "the graphs"
         ``positions``; ``agreement``, the share of positions with the same first choice; ``max_logit_difference``;
         ``max_logit``; ``mean_kl`` and ``max_kl``, KL(P_onnx || P_torch) in nats, from float64.
     """
-    ours, theirs = (log_probabilities(torch.from_numpy(x), whose) for x in (logits, reference))
-    kl = divergence(ours, theirs, whose)
-    same = logits.argmax(-1) == reference.argmax(-1)
+    kl, same = distance(
+        torch.from_numpy(logits), log_probabilities(torch.from_numpy(reference), whose), whose
+    )
     ruled_out = logits == reference  # both -inf, whose difference is no number
     difference = np.subtract(logits, reference, out=np.zeros_like(reference), where=~ruled_out)
     return {
-        "positions": int(same.size),
-        "agreement": float(same.mean()),
+        "positions": same.numel(),
+        "agreement": float(same.double().mean()),
         "max_logit_difference": float(np.abs(difference).max()),
         "max_logit": float(np.abs(reference[np.isfinite(reference)]).max()),
         "mean_kl": float(kl.mean()),

@@ -2,7 +2,7 @@
 
     python run_onnx.py --image cat.jpg "What is in the picture?"
 
-Needs onnxruntime, numpy, tokenizers and Pillow, and the files beside it: the graphs, ``vtw_ort.py``,
+Needs onnxruntime, numpy, tokenizers and Pillow, and the files beside it: the graphs, ``vtw_ort``,
 ``vtw_pixels.py``, the manifest, ``tokenizer.json`` and ``processor_config.json``. One picture or none; the arithmetic
 is that of the model's own image processor in its Pillow form.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
-from vtw_ort import NotFoundError, OnnxModel, UsageError, best_resolution
+from vtw_ort import OnnxModel, UsageError, best_resolution
 from vtw_pixels import PictureError, check_resized, read_picture
 
 HERE = Path(__file__).resolve().parent
@@ -231,5 +231,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError, NotFoundError, UsageError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

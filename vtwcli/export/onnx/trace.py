@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vtwcli import __version__
-from vtwcli.errors import NotFoundError, UsageError, VtwError
+from vtwcli.errors import NotFoundError, UsageError, VtwError, first_line
 from vtwcli.export.onnx.graphs import Graph
 from vtwcli.judge.kl import HINT, is_finite
 from vtwcli.machine.libraries import quiet_exporters
@@ -87,7 +87,7 @@ def trace(graph: Graph, mode: FakeTensorMode, opset: int) -> ir.Model:
                 output_names=[port.name for port in outputs],
             )
         except Exception as error:
-            raise VtwError(f"{graph.role}: torch cannot export it: {str(error).splitlines()[0]}") from error
+            raise VtwError(f"{graph.role}: torch cannot export it: {first_line(error)}") from error
     assert exported is not None
     model = exported.model
     for port, value in zip(
@@ -249,4 +249,4 @@ def check_file(path: Path) -> None:
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
-        raise VtwError(f"{path.name} does not pass the ONNX checker: {str(error).splitlines()[0]}") from error
+        raise VtwError(f"{path.name} does not pass the ONNX checker: {first_line(error)}") from error

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from vtwcli.data.sample import Sample
-from vtwcli.errors import GateError, NotFoundError, UsageError, VtwError, first_line
+from vtwcli.errors import GateError, NotFoundError, UsageError, VtwError, first_line, typed_line
 from vtwcli.export.directory.manifest import at_hand, check_files, file_totals, read_manifest
 from vtwcli.export.directory.own_code import read_own_code
 from vtwcli.export.onnx.companions import scripts
+from vtwcli.export.onnx.failures import as_vtw_errors
 from vtwcli.io import console
 from vtwcli.models.checkpoint import Checkpoint
 from vtwcli.models.config import read_config
@@ -53,18 +54,22 @@ def verify_onnx(
 
     Returns:
         The report: ``directory``, ``model``, ``schedule``, ``files``, ``graphs``, ``smoke``, ``compared_with`` (None
-        without a base), ``parity`` (of this comparison, else the one that the export kept) and ``device``.
+        without a base), ``parity`` (of this comparison, else the one that the export kept), ``onnxruntime`` (the
+        release ``installed``, and those ``tested`` at export), ``made_with`` (versions) and ``device``.
 
     Raises:
         GateError: a check failed; the message says which.
         NotFoundError: not an export, or it or the base cannot be read.
         UsageError: a base of another family, or a type that graphs are not compared in.
     """
+    import onnxruntime
+
     if dtype not in ("auto", "float32"):
         raise UsageError("ONNX graphs are compared with torch in float32", "leave out --dtype")
     manifest = read_manifest(directory, FORMAT)
     auto = "cuda" if has_device("cuda") else "cpu"
-    exported = OnnxModel(directory, auto if device == "auto" else choose_device(device).type)
+    with as_vtw_errors():
+        exported = OnnxModel(directory, auto if device == "auto" else choose_device(device).type)
     files = check_files(directory, manifest)
     if not trust_remote_code:  # none of it runs here, but it is not to be called verified either
         read_own_code(directory, scripts(), {})
@@ -87,6 +92,11 @@ def verify_onnx(
         "schedule": manifest["schedule"],
         "files": {**file_totals(manifest), **files},
         "graphs": [graph["file"] for graph in manifest["graphs"]],
+        "onnxruntime": {
+            "installed": onnxruntime.__version__,
+            "tested": manifest.get("tested", {}).get("onnxruntime", []),
+        },
+        "made_with": manifest.get("versions", {}),
         "smoke": smoke,
         "compared_with": name,
         "parity": parity,
@@ -98,10 +108,12 @@ def verify_onnx(
 def _running(directory: Path) -> Iterator[None]:
     """Tell of graphs that do not do what the manifest says, whatever they raise for it."""
     try:
-        yield
+        with as_vtw_errors():
+            yield
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise GateError(f"{directory}: the graphs do not run as the manifest says: {reason}") from error
+        raise GateError(
+            f"{directory}: the graphs do not run as the manifest says: {typed_line(error)}"
+        ) from error
 
 
 def _check_graph(directory: Path, graph: Mapping[str, Any]) -> None:

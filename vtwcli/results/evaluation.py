@@ -1,0 +1,314 @@
+"""The result document of ``vtw eval``.
+
+S samples, R positions of the full model's answer, C conventions of ``judge.flops``; KL in nats, times in seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal, NotRequired
+
+from pydantic import AfterValidator, Field, with_config
+from typing_extensions import TypedDict
+
+from vtwcli.results.document import (
+    STRICT,
+    Count,
+    Dated,
+    Files,
+    Origin,
+    Pair,
+    RunRecord,
+    TokenCounts,
+    Unchecked,
+    has_convention,
+)
+
+FORMAT: Final = "vtw-evaluation"
+FORMAT_VERSION: Final = 1
+EVALUATION = Files(FORMAT, "evaluation", {"markdown": ".md", "page": ".html", "plot": ".png"})
+
+
+class EvaluatedModel(Dated):
+    """What was evaluated, and the full model that it was compared with."""
+
+    name: str
+    """As the user gave it: a stock model or an exported directory."""
+    revision: Unchecked[str | None]
+    """The Hub commit; None for a directory."""
+    family: Unchecked[str]
+    """transformers' ``model_type``."""
+    dtype: Unchecked[str]
+    """That schedules ran in."""
+    backend: Unchecked[str]
+    """``torch`` or ``onnx``."""
+    baseline: Unchecked[str]
+    """The full model's name."""
+    baseline_dtype: Unchecked[str]
+    """That it ran in."""
+
+
+class Score(TypedDict):
+    """A metric over the samples of a task that have references."""
+
+    mean: float
+    precision: NotRequired[Unchecked[float]]
+    """Of POPE's "yes"."""
+    recall: NotRequired[Unchecked[float]]
+    """As above."""
+    f1: NotRequired[Unchecked[float]]
+    """As above."""
+    yes_ratio: NotRequired[Unchecked[float]]
+    """Share of "yes" among the answers, POPE."""
+
+
+class Difference(TypedDict):
+    """Scores of a schedule against the full model's, sample by sample."""
+
+    difference: float
+    """Mean of pruned - full."""
+    interval: Pair | None
+    """95 %, by paired bootstrap; None without resamples or where samples are too few."""
+
+
+class McNemar(TypedDict):
+    """McNemar's exact test of right or wrong."""
+
+    only_full: Unchecked[int]
+    """Samples that only the full model gets right."""
+    only_pruned: Unchecked[int]
+    """Samples that only the schedule gets right."""
+    p: float
+    """Two-sided."""
+
+
+class ComparedScore(Score, Difference):
+    """A schedule's metric on a task."""
+
+    mcnemar: McNemar | None
+    """None for CIDEr, whose scores have no line between right and wrong."""
+
+
+class EvaluatedTask(TypedDict):
+    """One task."""
+
+    samples: Unchecked[int]
+    judged: Count
+    """Samples with references."""
+    metric: str
+    full: NotRequired[Score]
+    """The full model's; absent where no sample has a reference, as ``schedules`` is."""
+    schedules: NotRequired[dict[str, ComparedScore]]
+
+
+class KvBytes(TypedDict):
+    """Bytes of keys and values behind one prompt."""
+
+    measured: Unchecked[int]
+    """Read off the tensors."""
+    computed: Unchecked[int]
+    """From the number of entries."""
+    full_measured: float
+    full_computed: Unchecked[int]
+
+
+class EvaluatedCost(TokenCounts):
+    """What the prompts' prefill costs, mean over samples."""
+
+    flops: Unchecked[dict[str, float]]
+    """[C]."""
+    flops_full: dict[str, float]
+    """The full model's, [C]."""
+    flops_ratio: dict[str, Annotated[float, Field(gt=0, le=1)]]
+    """Of all prompts, relative to the full model's, [C]."""
+    kv_ratio: float
+    """Entries of the KV cache behind all prompts, relative to the full model's."""
+    kv_bytes: KvBytes
+
+
+class EvaluatedSchedule(TypedDict):
+    """One schedule over all samples, compared along the full model's answers."""
+
+    schedule: dict[str, Any]
+    """In canonical form."""
+    kl_first: float
+    """KL(pruned ‖ full) of the first position, mean over samples."""
+    kl_answer: float
+    """Mean over an answer's positions, then over samples."""
+    top1_agreement: float
+    """Share of positions whose most likely token is the full model's, mean over samples."""
+    exact_sequences: float
+    """Share of samples whose greedy answer is the full model's."""
+    first_divergence: float | None
+    """Mean position at which the other answers part; None where all are equal."""
+    worst_task: str | None
+    """The one with the largest drop; None where no sample has a reference."""
+    worst_difference: float | None
+    """Its ``difference``."""
+    cost: Annotated[EvaluatedCost, AfterValidator(has_convention)]
+
+
+GateName = Literal["max_drop", "max_kl", "min_agreement", "max_flops"]
+
+
+class Gate(TypedDict):
+    """A gate that was asked for, and what came of it."""
+
+    schedule: str
+    gate: GateName
+    task: str | None
+    """The worst one, for ``max_drop``."""
+    found: float | None
+    """None where nothing was measured."""
+    allowed: float
+    passed: bool
+
+
+class Time(TypedDict):
+    """Seconds of several repeats."""
+
+    median: Annotated[float, Field(gt=0)]
+    iqr: Pair
+    """First and third quartile."""
+
+
+class TimePerToken(TypedDict):
+    """Seconds of several repeats."""
+
+    median: Annotated[float, Field(ge=0)]
+    """A difference of two times, which noise may eat up."""
+    iqr: Pair
+    """First and third quartile."""
+
+
+class Latency(TypedDict):
+    """See ``measure.costs.latencies``."""
+
+    ttft: Time
+    """To the first token."""
+    tpot: TimePerToken
+    """For each further one."""
+
+
+class Memory(TypedDict):
+    """Peak bytes of a prefill above what was held before; None where it cannot be measured."""
+
+    device: NotRequired[float | None]
+    """Allocated by torch on a CUDA device."""
+    resident: NotRequired[float | None]
+    """Of the process."""
+
+
+class EvaluationRun(RunRecord):
+    """What was measured on this machine; None without timing."""
+
+    latency: NotRequired[dict[str, Latency] | None]
+    """By schedule and ``full``."""
+    memory: NotRequired[dict[str, Memory | None] | None]
+    """By schedule and ``full``; not of ONNX graphs."""
+
+
+class PrunedAnswer(TypedDict):
+    """What a schedule says to a sample."""
+
+    answer: str
+    kl: list[float]
+    """[R]."""
+    first_divergence: int | None
+    """The first token that is not the full model's; None where all are equal."""
+
+
+class EvaluatedSample(TypedDict):
+    """A sample with all answers."""
+
+    id: str
+    task: str
+    question: str
+    references: list[str]
+    full: str
+    """The full model's answer."""
+    pruned: dict[str, PrunedAnswer]
+    """By schedule."""
+    scores: list[float | None]
+    """By the task's metric: the full model's, then each schedule's; None without references."""
+
+
+class ActionTaken(TypedDict):
+    """What a ``withdraw`` or ``keep`` action of a schedule did to a sample."""
+
+    action: str
+    layer: int | None
+    """At which it started; None if it did not."""
+    kept: NotRequired[list[int] | None]
+    """Of ``keep``: the tokens that stayed, counted among the sample's visual tokens."""
+
+
+class Spent(TypedDict):
+    """What a schedule did to a sample, and what the prompt's prefill cost."""
+
+    visual_tokens: int
+    text_tokens: int
+    actions: list[ActionTaken]
+    visual_per_layer: list[int]
+    """[L]."""
+    convention: str
+    """Of the FLOPs."""
+    flops: int
+    full_flops: int
+    kv_bytes: int
+    """Computed."""
+    full_kv_bytes: int
+
+
+class TraceLine(Spent):
+    """A line of the trace, which is not part of the document."""
+
+    id: str
+    """The sample's."""
+    task: str
+    schedule: str
+
+
+@with_config(STRICT)
+class Evaluation(Origin):
+    """What schedules cost and save. Nothing but ``run`` differs between equal runs."""
+
+    model: EvaluatedModel
+    format: Literal["vtw-evaluation"]
+    format_version: NotRequired[Literal[1]]
+    num_layers: Unchecked[int]
+    options: Unchecked[dict[str, Any]]
+    """The command's section."""
+    tasks: dict[str, EvaluatedTask]
+    schedules: Annotated[
+        dict[str, Annotated[EvaluatedSchedule, AfterValidator(_is_whole)]], Field(min_length=1)
+    ]
+    samples: Unchecked[list[EvaluatedSample]]
+    """[S]."""
+    left_out: Unchecked[int]
+    """Samples that came up and were calibrated on."""
+    gates: list[Gate]
+    run: NotRequired[EvaluationRun]
+
+
+def _is_whole(row: EvaluatedSchedule) -> EvaluatedSchedule:
+    if "actions" not in row["schedule"]:
+        raise ValueError("schedule has no actions")
+    if (row["worst_task"] is None) != (row["worst_difference"] is None):
+        raise ValueError("worst_task and worst_difference go together")
+    return row
+
+
+def fits_together(document: Evaluation) -> Evaluation:
+    """What no single key tells: every schedule is wherever schedules are compared.
+
+    Raises:
+        ValueError: names the key.
+    """
+    schedules = document["schedules"].keys()
+    for task, row in document["tasks"].items():
+        if "schedules" in row and ("full" not in row or row["schedules"].keys() != schedules):
+            raise ValueError(f"tasks.{task}: not all of the schedules are in it, or the full model is not")
+    latency = document.get("run", {}).get("latency")
+    if latency and (missing := {"full", *schedules} - latency.keys()):
+        raise ValueError(f"run.latency has no {min(missing)}")
+    return document

@@ -1,0 +1,208 @@
+"""The rules of a schedule: the keys of an action, what they hold, how they go together, and whether a model has room.
+
+Both who reads a schedule that a person wrote and who executes one on a model ask here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vtwcli.schedule.words import FORMAT_VERSION, MUTED, ScheduleError, given, row, words
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a key holds.
+
+    Attributes:
+        kind: of its value; ``str``: a word of the key's own slot; ``dict``: keys of their own, under the key's name.
+        default: ``...`` where it is required; None: nothing.
+        least, most: bounds of a number.
+        auto: whether the word ``auto`` does too.
+    """
+
+    kind: type
+    default: Any = None
+    least: float | None = None
+    most: float | None = None
+    auto: bool = False
+
+
+_START = {"at": Key(int, ..., 0, auto=True), "after": Key(int, None, 0), "when": Key(dict)}
+_SPAN = {"at": Key(int, ..., 0), "until": Key(int, ..., 1)}
+
+KEYS: dict[str, dict[str, Key]] = {
+    "withdraw": _START,
+    "keep": {**_START, "select": Key(dict, ...)},
+    "mute": {**_SPAN, **{slot: Key(str, words(slot)[0]) for slot in MUTED}},
+    "freeze": _SPAN,
+    "when": {
+        "cosine_below": Key(float, None, -1, 1),
+        "cosine_above": Key(float, None, -1, 1),
+        "layers": Key(int, 1, 1),
+        "consecutive": Key(bool, False),
+    },
+    "select": {
+        "score": Key(str, ...),
+        "ratio": Key(float, None, 0, 1),
+        "count": Key(int, None, 0),
+        "above": Key(float),
+        "seed": Key(int, 0),
+    },
+}
+"""The keys of each action, of ``when`` and of ``select``."""
+
+
+def check_rules(part: str, data: Mapping[str, Any]) -> None:
+    """Hold the keys of an action, of ``when`` or of ``select`` against each other; each by itself is right.
+
+    Raises:
+        ScheduleError: they do not go together.
+    """
+    if part in ("mute", "freeze"):
+        at, until = data["at"], data["until"]
+        if until <= at:
+            raise ScheduleError(f"'until' ({until}) must be above 'at' ({at}); it is the first layer without")
+    elif part in ("withdraw", "keep"):
+        if data["at"] == "auto" and data.get("when") is None:
+            raise ScheduleError("'at: auto' needs a condition under 'when'")
+        if data["at"] != "auto" and not (data.get("when") is None and data.get("after") is None):
+            raise ScheduleError("'when' and 'after' go with 'at: auto' only")
+    elif part == "when":
+        _one_of("condition", data)
+    elif part == "select":
+        _one_of("amount", data)
+        if data.get("above") is not None and row("score", data["score"]).needs is None:
+            raise ScheduleError(f"score {data['score']} has no threshold; give ratio or count")
+
+
+def _one_of(slot: str, data: Mapping[str, Any]) -> None:
+    if len(given(slot, data)) != 1:
+        *others, last = words(slot)
+        raise ScheduleError(f"give exactly one of {', '.join(others)} and {last}")
+
+
+def check_order(actions: Sequence[Mapping[str, Any]]) -> None:
+    """Hold actions, each of which is right, against those above them.
+
+    Raises:
+        ScheduleError: one starts before the one above it, or behind a withdrawal.
+    """
+    last, withdrawn = 0, False
+    for number, action in enumerate(actions, 1):
+        name = f"action {number} ({action['action']})"
+        if withdrawn:
+            raise ScheduleError(f"{name} comes after the withdrawal of all visual tokens")
+        start = action.get("after") if action["at"] == "auto" else action["at"]
+        if start is not None:
+            if start < last:
+                raise ScheduleError(f"{name} starts at {start}, before the one above it")
+            last = start
+        withdrawn = action["action"] == "withdraw"
+
+
+def read(schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The actions of a schedule in canonical form, with their defaults.
+
+    Raises:
+        ScheduleError: it is none, or a newer one than is known here.
+    """
+    version, actions = schedule.get("format_version"), schedule.get("actions", ())
+    if version != FORMAT_VERSION:
+        raise ScheduleError(f"schedule format {version!r} is not {FORMAT_VERSION}; update the runtime")
+    found = []
+    for number, data in enumerate(actions, 1):
+        name = data.get("action") if isinstance(data, Mapping) else data
+        if name not in words("action"):
+            known = ", ".join(words("action"))
+            raise ScheduleError(f"action {number}: {name!r} is not executable; known: {known}")
+        rest = {key: value for key, value in data.items() if key != "action"}
+        found.append({"action": name, **_read_part(name, rest, f"action {number} ({name})")})
+    check_order(found)
+    return found
+
+
+def _read_part(part: str, data: Any, where: str) -> dict[str, Any]:
+    """What the keys of an action, or those under one of them, hold; defaults where they are not there."""
+    if not isinstance(data, Mapping):
+        raise ScheduleError(f"{where}: must be a mapping of keys to values, not {data!r}")
+    if unknown := sorted(set(data) - KEYS[part].keys()):
+        raise ScheduleError(
+            f"{where}: unknown key {unknown[0]!r}; this runtime may be older than the schedule"
+        )
+    found = {}
+    for name, key in KEYS[part].items():
+        value = data.get(name, key.default)
+        if value is ...:
+            raise ScheduleError(f"{where}: the key {name!r} is required")
+        if key.kind is dict and value is not None:
+            value = _read_part(name, value, f"{where}, {name}")
+        elif key.kind is str and value not in words(name):
+            raise ScheduleError(f"{where}: {name} {value!r} is not one of {', '.join(words(name))}")
+        elif not (value is key.default or (key.auto and value == "auto") or _holds(key, value)):
+            raise ScheduleError(f"{where}: {name} is {value!r}, which it cannot be")
+        if value is not None:
+            found[name] = value
+    try:
+        check_rules(part, found)
+    except ScheduleError as error:
+        raise ScheduleError(f"{where}: {error}") from None
+    return found
+
+
+def _holds(key: Key, value: Any) -> bool:
+    """Whether a value is of the key's kind and within its bounds."""
+    if key.kind is bool or isinstance(value, bool):
+        return key.kind is bool and isinstance(value, bool)
+    kinds = (int, float) if key.kind is float else (key.kind,)
+    if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
+        return False
+    return (key.least is None or value >= key.least) and (key.most is None or value <= key.most)
+
+
+def earliest_starts(actions: Iterable[Mapping[str, Any]]) -> list[int]:
+    """The first layer at which each ``withdraw`` and ``keep`` may start, in their order.
+
+    A condition is first looked at behind ``after`` and once the action above has started, and what it starts begins
+    one layer later.
+    """
+    start, found = 0, []
+    for action in actions:
+        if action["action"] in ("withdraw", "keep"):
+            after = action.get("after")
+            first = (
+                max(-1 if after is None else after, start - 1) + 2 if action["at"] == "auto" else action["at"]
+            )
+            start = max(start, first)
+            found.append(start)
+    return found
+
+
+def check_depth(actions: Sequence[Mapping[str, Any]], layers: int, first_withdrawal: int = 0) -> None:
+    """Hold valid actions against a model.
+
+    Args:
+        layers: number of decoder layers L; a start at L means "never".
+        first_withdrawal: the first layer at which the family's visual tokens may leave.
+
+    Raises:
+        ScheduleError: an action lies outside the model, or takes tokens before they all have come.
+    """
+    for number, action in enumerate(actions, 1):
+        starts = earliest_starts(actions[:number])
+        for name in ("at", "until", "after"):
+            value = action.get(name)
+            if isinstance(value, int) and value > layers:
+                raise ScheduleError(
+                    f"schedule action {number} ({action['action']}): {name} is {value}, "
+                    f"but the model has {layers} layers (0..{layers - 1})"
+                )
+        if starts and starts[-1] < first_withdrawal:
+            raise ScheduleError(
+                f"schedule action {number} ({action['action']}) starts at layer {starts[-1]}, but this family "
+                f"still adds vision in layers 0..{first_withdrawal - 1}",
+                f"start at {first_withdrawal} or later",
+            )

@@ -1,0 +1,197 @@
+"""The words of a schedule: each once, with what it needs and says; and how many tokens they leave.
+
+This file and ``rules`` need Python alone: exported directories carry copies of them.
+
+A schedule is a plain dict, ``{"format_version": 1, "actions": [...]}``; its actions, by layer (0-based):
+
+- ``{"at": K, "action": "withdraw"}``: from layer K on there are no visual tokens.
+- ``{"at": K, "action": "keep", "select": {...}}``: from layer K on only the selected visual tokens exist. ``select``
+  holds a ``score`` (``contribution``, ``attention``, ``random`` with ``seed``, ``uniform``) and one of ``ratio``,
+  ``count`` and ``above``. The two measured scores come from layer K - 1.
+- ``{"at": A, "until": B, "action": "mute"}``: in layers A..B-1 ``readers`` (``text``, ``visual`` or ``all`` rows) do
+  not read visual columns (``columns``: ``all`` or the ``first_half`` of them); their attention mass is renormalised
+  over the rest, moved onto the ``first`` visual token, or set to ``zero`` after the softmax (``sink``). Tokens behind
+  the prompt are text rows too; with ``during`` ``prefill`` instead of ``all`` they read as usual. A row that
+  ``renormalise`` leaves nothing to read reads itself.
+- ``{"at": A, "until": B, "action": "freeze"}``: in layers A..B-1 visual rows are not updated; they still serve as
+  keys and values.
+
+``"at": "auto"`` starts ``withdraw`` or ``keep`` for each sample at its own layer: the condition ``when`` is looked at
+in the layers *after* ``after`` (default: in all), once every action above it in the list has started; when it holds
+in layer d, the action starts at layer d + 1. A later action with a fixed layer makes a waiting one void. Over the
+last row of the prompt, with w_i the attention weight of visual token i and v_i its value in each head, c_i is the
+concatenation over heads of w_i v_i, and o the sum of c over all columns: the attention's output before its output
+projection. ``contribution`` is ||c_i||_2, ``attention`` the mean of w_i over heads, ``cosine_below``: x holds where
+some cos(o - c_i, o) < x, ``cosine_above``: x where all of them are >= x; it must hold in ``layers`` layers,
+``consecutive`` or in total (VisiPruner, arXiv 2510.17205; without ``consecutive`` as its code does). A sample
+without visual tokens meets no condition.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+FORMAT_VERSION: Final = 1
+
+
+class ScheduleError(ValueError):
+    """A schedule that nobody can execute: what is wrong (``message``) and what to do about it (``hint``)."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message if hint is None else f"{message}; {hint}")
+        self.message, self.hint = message, hint
+
+
+LAST_ROW = "last row"
+_DYNAMIC = (
+    "a dynamic schedule cannot be exported to ONNX: where and what is removed depends on the sample, and graphs are "
+    "cut at fixed layers",
+    "run it and put the layer that its trace shows into a static schedule, for example {at: 16, action: withdraw}; or "
+    "export with --format hf",
+)
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word and everything that is to be known of it.
+
+    Attributes:
+        slot: what it is said of.
+        says: its part of a sentence; ``{}`` stands for a value.
+        needs: what must be measured in the layer before: nothing, or the ``last row``'s attention.
+        fixed: whether layer and number of tokens are known before a sample is seen.
+        onnx: why graphs cannot have it, and what to do; None where they have it.
+    """
+
+    slot: str
+    word: str
+    says: str = ""
+    needs: str | None = None
+    fixed: bool = True
+    onnx: tuple[str, str] | None = None
+
+
+def _no_graph(action: str) -> tuple[str, str]:
+    return (
+        f"the action {action} cannot be exported to ONNX",
+        "use a schedule of withdraw and keep, or --format hf",
+    )
+
+
+_LEFT = "there are no visual tokens: not in the hidden states, and not in the KV cache"
+_FROZEN = "visual tokens are not updated; they still serve as keys and values"
+_CHANGES = "some visual token changes the attention output (cosine below {:g})"
+_STILL = "no visual token changes the attention output any more (cosine at least {:g})"
+_CONTRIBUTION = "largest contribution to the last token's attention output"
+_DRAWN = "keep with random scores cannot be exported to ONNX, they are drawn by torch", "use uniform"
+
+WORDS = (
+    Word("action", "withdraw", _LEFT),
+    Word("action", "keep", "only {} remain"),
+    Word("action", "mute", "{} {}; {}", onnx=_no_graph("mute")),
+    Word("action", "freeze", _FROZEN, onnx=_no_graph("freeze")),
+    Word("at", "auto", "the layer after the one where {}", needs=LAST_ROW, fixed=False, onnx=_DYNAMIC),
+    Word("condition", "cosine_below", _CHANGES, needs=LAST_ROW, fixed=False, onnx=_DYNAMIC),
+    Word("condition", "cosine_above", _STILL, needs=LAST_ROW, fixed=False, onnx=_DYNAMIC),
+    Word("score", "contribution", _CONTRIBUTION, needs=LAST_ROW),
+    Word("score", "attention", "most attention from the last token", needs=LAST_ROW),
+    Word("score", "random", "drawn at random", onnx=_DRAWN),
+    Word("score", "uniform", "evenly spaced"),
+    Word("amount", "ratio", "{:.0%} of the visual tokens"),
+    Word("amount", "count", "{} visual tokens"),
+    Word("amount", "above", "the visual tokens above {:g}", fixed=False, onnx=_DYNAMIC),
+    Word("sink", "renormalise", "the attention goes to the other tokens"),
+    Word("sink", "first", "the attention goes to the first visual token"),
+    Word("sink", "zero", "the attention is dropped"),
+    Word("readers", "text", "text does not read"),
+    Word("readers", "visual", "visual tokens do not read"),
+    Word("readers", "all", "nothing reads"),
+    Word("columns", "all", "visual tokens"),
+    Word("columns", "first_half", "the first half of the visual tokens"),
+    Word("during", "all"),
+    Word("during", "prefill", "while the prompt is read"),
+)
+"""Every word; the first of a slot is its default."""
+
+MUTED = ("sink", "readers", "columns", "during")
+"""The slots of ``mute``."""
+
+_ROWS = {(row.slot, row.word): row for row in WORDS}
+
+
+def words(slot: str) -> tuple[str, ...]:
+    """The words of a slot, its default first."""
+    return tuple(row.word for row in WORDS if row.slot == slot)
+
+
+def row(slot: str, word: str) -> Word:
+    """What is known of a word.
+
+    Raises:
+        KeyError: there is none such.
+    """
+    return _ROWS[slot, word]
+
+
+def used(actions: Iterable[Mapping[str, Any]]) -> Iterator[Word]:
+    """The words that valid actions say, in their order; defaults that are left unsaid are not among them."""
+    for action in actions:
+        yield row("action", action["action"])
+        if action["at"] == "auto":
+            yield row("at", "auto")
+        select, when = action.get("select") or {}, action.get("when") or {}
+        if select:
+            yield row("score", select["score"])
+        for slot, data in (("condition", when), ("amount", select)):
+            yield from (row(slot, word) for word in given(slot, data))
+        yield from (row(slot, action[slot]) for slot in MUTED if slot in action)
+
+
+def given(slot: str, data: Mapping[str, Any]) -> list[str]:
+    """The keys that are words of a slot and hold something."""
+    return [word for word in words(slot) if data.get(word) is not None]
+
+
+def is_fixed(actions: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the layer and number of tokens of every action are known before a sample is seen."""
+    return all(word.fixed for word in used(actions))
+
+
+def count_of(ratio: float, present: int) -> int:
+    """How many of ``present`` tokens a ratio is: rounded up."""
+    return math.ceil(ratio * present)
+
+
+def kept_count(select: Mapping[str, Any], present: int) -> int:
+    """How many of ``present`` tokens a selection keeps.
+
+    Raises:
+        ScheduleError: a threshold, which keeps a number that depends on the sample.
+    """
+    if select.get("count") is not None:
+        return min(int(select["count"]), present)
+    if select.get("ratio") is not None:
+        return count_of(select["ratio"], present)
+    raise ScheduleError("a threshold keeps a number of tokens that depends on the sample")
+
+
+def visual_per_layer(actions: Sequence[Mapping[str, Any]], layers: int, visual: int) -> list[int]:
+    """Number of visual tokens present in each layer for a sample that has ``visual`` of them.
+
+    Raises:
+        ScheduleError: the schedule is dynamic, so the numbers are known only after a run.
+    """
+    if not is_fixed(actions):
+        raise ScheduleError("a dynamic schedule has no fixed token counts", "run it and read its trace")
+    counts, present = [], visual
+    for layer in range(layers):
+        for action in actions:
+            if action["at"] == layer and action["action"] == "withdraw":
+                present = 0
+            elif action["at"] == layer and action["action"] == "keep":
+                present = kept_count(action["select"], present)
+        counts.append(present)
+    return counts
