@@ -54,14 +54,6 @@ def test_quiet_silences_notes_but_not_warnings(capsys):
     assert (out, err) == ("", "warning: beware\n")
 
 
-def test_details_need_verbose(capsys):
-    console.detail("inside")
-    assert capsys.readouterr().err == ""
-    console.settings.verbose = True
-    console.detail("inside")
-    assert capsys.readouterr().err == "inside\n"
-
-
 def test_markup_in_messages_is_text(capsys):
     console.error("file [bold]x[/bold]", "hint [red]y")
     assert capsys.readouterr().err == "error: file [bold]x[/bold]\n  hint [red]y\n"

@@ -141,7 +141,7 @@ def test_paths_are_relative_to_the_file(folder, monkeypatch, tmp_path_factory):
     write_lines(folder / "sub" / "qa.jsonl", [{**row, "image": f"../{row['image']}"} for row in qa()])
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     path = folder / "sub" / "qa.jsonl"
-    check_qa(load(str(path)), str(path))
+    check_qa(load(str(path)), "qa.jsonl")
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -622,6 +622,36 @@ def test_a_mix_of_sources(folder):
     assert [entry["source"] for entry in mix.sources] == ["many.jsonl", "qa.jsonl"]
     assert failure(UsageError, "qa.jsonl", "qa.jsonl") == (
         "data source 'qa.jsonl' is in the mix twice: both give 'qa.jsonl:0'"
+    )
+
+
+def test_ids_are_the_same_wherever_the_data_lie(folder):
+    """Two machines, or two users of one, agree on what a sample is called."""
+    for place in ("here", "there/deep"):
+        (folder / place).mkdir(parents=True)
+        for number in range(2):
+            (folder / place / f"{number}.png").write_bytes(encoded(number))
+        write_lines(folder / place / "qa.jsonl", qa(2))
+        write_lines(folder / place / "metadata.jsonl", [{"file_name": "0.png", "question": "Q?"}])
+    one, other = folder / "here", folder / "there/deep"
+    for name, ids in (("qa.jsonl", ["qa.jsonl:0", "qa.jsonl:1"]), ("", ["here:0"])):
+        assert [s.id for s in load(str(one / name)).samples] == ids
+        assert [s.id for s in load(f"./here/{name}").samples] == ids
+    assert [s.id for s in load(str(other / "qa.jsonl")).samples] == ["qa.jsonl:0", "qa.jsonl:1"]
+    assert [s.id for s in load(str(other)).samples] == ["deep:0"]
+    assert load(str(one / "qa.jsonl")).fingerprints == load(str(other / "qa.jsonl")).fingerprints
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(folder):
+    for place in ("a", "b/x", "c/x"):
+        (folder / place).mkdir(parents=True)
+        write_lines(
+            folder / place / "qa.jsonl", [{"image": str(folder / "1.png"), "question": f"In {place}?"}]
+        )
+    mix = load(str(folder / "a/qa.jsonl"), "b/x/qa.jsonl", str(folder / "c/x/qa.jsonl"))
+    assert [s.id for s in mix.samples] == ["a/qa.jsonl:0", "b/x/qa.jsonl:0", "c/x/qa.jsonl:0"]
+    assert failure(UsageError, "a/qa.jsonl", str(folder / "a/qa.jsonl")) == (
+        f"data source {str(folder / 'a/qa.jsonl')!r} is in the mix twice: both give 'qa.jsonl:0'"
     )
 
 

@@ -5,10 +5,11 @@ import pytest
 from tests import hub_layouts
 from tests.hub_layouts import picture
 from vtwcli.data.metrics import METRICS, scores
-from vtwcli.data.sources import default_data, load_data
+from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
 from vtwcli.data.tasks import DEFAULT_MIX, TASKS
 from vtwcli.errors import NotFoundError, UsageError
+from vtwcli.recipe.defaults import default_data
 
 LETTER = "Answer with the option's letter from the given choices directly."
 SHORT = "Answer the question using a single word or phrase."

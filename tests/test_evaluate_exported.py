@@ -13,7 +13,7 @@ import torch
 from tests.test_evaluate import options
 from vtwcli.analyze import analyze
 from vtwcli.calibrate import calibrate
-from vtwcli.data.sources import default_data, load_data
+from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.evaluate import evaluate
@@ -22,6 +22,7 @@ from vtwcli.measure.answers import full_answers, schedule_answers
 from vtwcli.models.generation import plain_generation
 from vtwcli.models.inputs import encode_batch
 from vtwcli.models.loading import load
+from vtwcli.recipe.defaults import default_data
 from vtwcli.recipe.recipe import AnalyzeSection, CalibrateSection, ModelSection
 from vtwcli.report.evaluation import sentences
 from vtwcli.schedule.schedule import Schedule

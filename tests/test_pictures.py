@@ -230,7 +230,7 @@ def test_of_an_animation_the_first_picture_is_shown(kind):
 
 
 def test_the_user_is_told_once(capfd):
-    images._warn_once.cache_clear()
+    images.warn_once.cache_clear()
     clear, _ = made("RGBA")
     for _ in range(3):
         decode_image(saved(clear), "image", None)

@@ -181,7 +181,7 @@ def try_schedule(folder, seed):
     check(done, "(s.yaml|r.yaml)", many=True)
     if done.code == 0:
         schedule = Schedule.from_file(folder / "s.yaml")
-        assert Schedule.from_dict(json.loads(schedule.to_json())) == schedule
+        assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
 
 
 @pytest.fixture(scope="module")

@@ -28,9 +28,8 @@ def read(tmp_path, text, name="s.yaml"):
 def test_yaml_and_json_forms_are_the_same_schedule(tmp_path):
     schedule = read(tmp_path, VISIPRUNER)
     assert not schedule.is_static
-    assert schedule.withdrawal_layer == 16
     assert read(tmp_path, schedule.to_yaml()) == schedule
-    assert read(tmp_path, schedule.to_json(), "s.json") == schedule
+    assert read(tmp_path, json.dumps(schedule.to_dict()), "s.json") == schedule
     assert read(tmp_path, VISIPRUNER.partition("\n")[2], "list.yaml") == schedule
     assert Schedule.from_dict(schedule.to_dict()) == schedule
 
@@ -40,9 +39,6 @@ def test_canonical_form_says_only_what_matters():
         "format_version": 1,
         "actions": [{"at": 3, "action": "withdraw"}],
     }
-    assert (
-        Schedule.withdraw_at(3).to_json() == '{"actions":[{"action":"withdraw","at":3}],"format_version":1}'
-    )
     assert Schedule.withdraw_at(3, model="m").to_dict()["provenance"] == {"model": "m"}
 
 
@@ -162,7 +158,7 @@ def test_any_document_is_a_schedule_or_a_clear_error(data):
     except UsageError as error:
         assert "\n" not in error.message
     else:
-        assert Schedule.from_dict(json.loads(schedule.to_json())) == schedule
+        assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
 
 
 def filled(action):

@@ -20,15 +20,15 @@ from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
-from vtwcli.models.layers import cache_of
 
 from vtwcli.data.sample import Sample
 from vtwcli.data.scenes import examples
-from vtwcli.export.hf import export_hf
+from vtwcli.export.hf.export import export_hf
+from vtwcli.models.generation import cache_of
 from vtwcli.models.inputs import encode
 from vtwcli.models.loading import load
 from vtwcli.runtime import pruned
-from vtwcli.schedule import Schedule
+from vtwcli.schedule.schedule import Schedule
 
 pytestmark = pytest.mark.skipif(
     not all(map(find_spec, ("fastapi", "openai", "uvicorn"))),

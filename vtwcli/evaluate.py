@@ -13,7 +13,7 @@ import numpy as np
 from vtwcli.data import metrics
 from vtwcli.data.drawing import sample_content
 from vtwcli.data.sample import Sample
-from vtwcli.data.sources import DataMix, default_data
+from vtwcli.data.sources import DataMix
 from vtwcli.data.spec import DataSpec
 from vtwcli.io import console, files
 from vtwcli.judge import gates
@@ -38,6 +38,7 @@ from vtwcli.measure.variants import (
 from vtwcli.models.dtypes import name_of
 from vtwcli.models.generation import plain_generation
 from vtwcli.models.loading import LoadedModel
+from vtwcli.recipe.defaults import default_data
 from vtwcli.recipe.recipe import EvalSection, GatesSection, ModelSection
 from vtwcli.results.calibration import CalibratedOn, Calibration
 from vtwcli.results.evaluation import (

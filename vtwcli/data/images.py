@@ -63,12 +63,12 @@ def decode_image(value: Any, column: str, folder: Path | None, within: str | Non
             raise BadRow(f"column {column!r} holds a {type(value).__name__}, not an image or a path")
         image, left_out = read_picture(source)
     for what in left_out:
-        _warn_once(what)
+        warn_once(what)
     return image
 
 
 @cache
-def _warn_once(what: str) -> None:
+def warn_once(what: str) -> None:
     console.warn(f"some pictures: {what}")
 
 

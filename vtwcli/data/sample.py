@@ -14,7 +14,7 @@ class Sample:
     """One question about zero or more images.
 
     Attributes:
-        id: stable within the data source, for example ``"test:17"``.
+        id: source, split and row, the same on every machine, for example ``"rows.jsonl:17"``.
         task: name of the task in the mix; curves, metrics and policies group by it.
         images: RGB images in the order in which the prompt shows them.
         places: how many characters of the prompt stand before each image, ascending; empty where all images come

@@ -16,9 +16,8 @@ from vtwcli.data.images import decode_image
 from vtwcli.data.metrics import METRICS
 from vtwcli.data.rows import SUFFIXES, Rows, joined, open_hub, open_local
 from vtwcli.data.sample import Sample
-from vtwcli.data.spec import Columns, DataSpec
+from vtwcli.data.spec import Columns, DataSpec, source_names
 from vtwcli.data.tasks import (
-    DEFAULT_MIX,
     LETTER_LINE,
     TASKS,
     BadRow,
@@ -35,22 +34,12 @@ from vtwcli.data.tasks import (
     texts,
 )
 from vtwcli.errors import NotFoundError, UsageError
-from vtwcli.export.directory.manifest import exported_from
 from vtwcli.io import console
 from vtwcli.io.documents import nearest
 
 IMAGE_MARK = "<image>"
 Check = Callable[[Sample], None]
 DEMO_SPLITS = ("calibration", "test")
-
-
-def default_data(model: str) -> list[DataSpec]:
-    """What is read for a model when nothing else is asked for: one source per task of the mix.
-
-    The demo data for the demo model and what was exported from it, else ``DEFAULT_MIX`` from the Hub.
-    """
-    demo = model == "demo" or exported_from(Path(model)) == "demo"
-    return [DataSpec(source=name) for name in (("demo",) if demo else DEFAULT_MIX)]
 
 
 @dataclass(frozen=True)
@@ -108,10 +97,10 @@ def load_data(
     sources: list[dict[str, Any]] = []
     excluded = 0
     contents: dict[str, str] = {}
-    for spec in specs:
+    for spec, name in zip(specs, source_names(specs, ("demo", *TASKS)), strict=True):
         first = spec.order == "first"
         drawing = Drawing(spec.limit or limit, seed, first=first, exclude=exclude, known=contents)
-        record = _read(spec, drawing, skip_bad, check)
+        record = _read(spec, name, drawing, skip_bad, check)
         chosen = drawing.chosen()
         contents |= {sample_content(sample, fingerprint): sample.id for _, fingerprint, sample in chosen}
         known = {sample.id for sample in samples}
@@ -140,8 +129,8 @@ def identify(spec: DataSpec, *, limit: int, seed: int, skip_bad: bool = False) -
     return load_data([spec], limit=limit, seed=seed, skip_bad=skip_bad).sources[0]
 
 
-def _read(spec: DataSpec, drawing: Drawing, skip_bad: bool, check: Check | None) -> dict[str, Any]:
-    """Read one source into the drawing; its record for result files."""
+def _read(spec: DataSpec, name: str, drawing: Drawing, skip_bad: bool, check: Check | None) -> dict[str, Any]:
+    """Read one source, which ids call ``name``, into the drawing; its record for result files."""
     if spec.metric is not None and spec.metric not in METRICS:
         close = nearest(spec.metric, METRICS)
         hint = f"did you mean {close!r}?" if close else f"known metrics: {', '.join(METRICS)}"
@@ -164,7 +153,8 @@ def _read(spec: DataSpec, drawing: Drawing, skip_bad: bool, check: Check | None)
                 task = spec.task or _task_of(spec, reading, row)
                 found[task] = None
                 if spec.tasks is None or task in spec.tasks:
-                    drawing.offer(place, task, partial(_sample, spec, reading, rows, check, place, task, row))
+                    make = partial(_sample, spec, name, reading, rows, check, place, task, row)
+                    drawing.offer(place, task, make)
             except BadRow as bad:
                 complaint = NotFoundError(
                     f"{rows.where}, row {place}: {bad.message}", bad.hint or "--skip-bad leaves such rows out"
@@ -327,7 +317,14 @@ def _plain_reading(spec: DataSpec) -> TaskRow:
 
 
 def _sample(
-    spec: DataSpec, reading: TaskRow, rows: Rows, check: Check | None, place: int, task: str, row: Row
+    spec: DataSpec,
+    name: str,
+    reading: TaskRow,
+    rows: Rows,
+    check: Check | None,
+    place: int,
+    task: str,
+    row: Row,
 ) -> Sample:
     """One row as a sample.
 
@@ -358,7 +355,7 @@ def _sample(
     split = rows.record.get("split")
     identity = row["id"] if spec.source == "demo" else place
     sample = Sample(
-        id=":".join(str(part) for part in (spec.source, split, identity) if part is not None),
+        id=":".join(str(part) for part in (name, split, identity) if part is not None),
         task=task,
         images=tuple(images),
         prompt=prompt,

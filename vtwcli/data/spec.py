@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,6 +114,31 @@ def is_path(text: str) -> bool:
         return Path(text).exists()
     except OSError:  # a prompt can be longer than a file name may be
         return False
+
+
+def source_names(specs: Sequence[DataSpec], built_in: Collection[str]) -> list[str]:
+    """What the ids of samples call each source of a mix, the same on every machine.
+
+    A local path goes by its last part, or by as many as tell it from the other sources; any other source by its own
+    name.
+
+    Args:
+        built_in: names of sources that are no paths, whatever is on disk.
+    """
+    paths = {
+        spec.source: Path(os.path.normpath(Path(spec.source).expanduser().absolute())).parts
+        for spec in specs
+        if spec.source not in built_in and is_path(str(Path(spec.source).expanduser()))
+    }
+    every = {paths.get(spec.source, tuple(spec.source.split("/"))) for spec in specs}
+
+    def name(source: str) -> str:
+        own = paths.get(source, ())
+        tails = (own[-n:] for n in range(1, len(own)))
+        told = (tail for tail in tails if all(other[-len(tail) :] != tail for other in every - {own}))
+        return "/".join(next(told, own[1:])) or source
+
+    return [name(spec.source) for spec in specs]
 
 
 _KEYS = tuple(

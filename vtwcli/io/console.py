@@ -137,12 +137,6 @@ def note(text: str) -> None:
         _to_stderr(text)
 
 
-def detail(text: str) -> None:
-    """A word on stderr that only ``--verbose`` shows."""
-    if settings.verbose:
-        _to_stderr(text, "dim")
-
-
 def warn(text: str) -> None:
     """A warning on stderr; shown under ``--quiet`` too."""
     _to_stderr(f"warning: {one_line(text, _LONGEST)}", "yellow")

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from vtwcli.data.sample import Sample
-from vtwcli.data.sources import DataMix, default_data, load_data
+from vtwcli.data.sources import DataMix, load_data
 from vtwcli.data.spec import DataSpec
 from vtwcli.data.tasks import BadRow
 from vtwcli.errors import NotFoundError
@@ -19,6 +19,7 @@ from vtwcli.models.checkpoint import Checkpoint
 from vtwcli.models.hub import resolve
 from vtwcli.models.inputs import UnusableSampleError, answer_ids, encode, end_ids
 from vtwcli.models.loading import LoadedModel, load
+from vtwcli.recipe.defaults import default_data
 from vtwcli.recipe.recipe import ModelSection
 
 

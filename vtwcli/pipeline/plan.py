@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from vtwcli.data.sources import default_data
 from vtwcli.errors import UsageError, VtwError
 from vtwcli.io import console, documents, files, staging
 from vtwcli.io.outputs import Inputs, check_no_input, inputs_of, is_ours, same_file
@@ -34,6 +33,7 @@ from vtwcli.pipeline.run import (
     seen_from,
 )
 from vtwcli.pipeline.steps import STEPS, is_run_file, steps_of
+from vtwcli.recipe.defaults import default_data
 from vtwcli.recipe.recipe import Recipe
 
 

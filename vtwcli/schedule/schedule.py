@@ -7,7 +7,6 @@ form (``to_dict``) is what lands in an exported model's config.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,14 +213,6 @@ class Schedule(Section):
         """Whether the layer and number of tokens of every action are known before a sample is seen."""
         return words.is_fixed(self.plain())
 
-    @property
-    def withdrawal_layer(self) -> int | None:
-        """The layer of the withdrawal, or None when there is none or it is decided per sample."""
-        for action in self.actions:
-            if isinstance(action, Withdraw) and isinstance(action.at, int):
-                return action.at
-        return None
-
     def check_depth(self, layers: int, first_withdrawal: int = 0) -> None:
         """Validate against a model.
 
@@ -261,10 +252,6 @@ class Schedule(Section):
         if self.provenance:
             data["provenance"] = self.provenance
         return data
-
-    def to_json(self) -> str:
-        """The canonical form as one line of JSON, keys sorted."""
-        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
     def to_yaml(self) -> str:
         """The form for people; ``from_file`` reads it back to an equal schedule."""
