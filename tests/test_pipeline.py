@@ -287,7 +287,7 @@ def test_an_interrupted_run_continues(folder, monkeypatch):
         patched.setattr(pipeline.STEPS["export"], "run", None)
         with pytest.raises(KeyboardInterrupt):
             recipe = load_recipe(folder / "recipe.yaml")
-            pipeline.execute(pipeline.prepare(recipe, folder / "out"))
+            pipeline.execute(pipeline.make_plan(recipe, folder / "out"))
     document = json.loads((folder / "out/run.json").read_text())
     assert (document["passed"], document["failure"]) == (False, "eval: interrupted")
     assert runs() == ["eval", "export"]
@@ -341,7 +341,7 @@ def test_summary_is_appended_to_a_file_of_choice(folder):
 def test_an_export_of_the_demo_model_takes_the_demo_data(tmp_path):
     export_hf("demo", Schedule.withdraw_at(9), tmp_path / "model")
     recipe = Recipe(model=str(tmp_path / "model"), analyze={"limit": 1})
-    [step] = pipeline.prepare(recipe, tmp_path / "out").steps  # the public tasks cannot be reached here
+    [step] = pipeline.make_plan(recipe, tmp_path / "out").steps  # the public tasks cannot be reached here
     assert step.runs and step.inputs["data"]
 
 

@@ -32,7 +32,7 @@ from vtwcli.measure.withdrawn import Measured, measured_of
 from vtwcli.methods import METHODS
 from vtwcli.recipe.recipe import CalibrateSection, ModelSection, Policy, ScheduleSection
 from vtwcli.results.calibration import FORMAT, FORMAT_VERSION, Calibration, Cost, VtwCalibration
-from vtwcli.results.resume import Keep, kept, key_of, stamp
+from vtwcli.results.resume import Store, kept, key_of, stamp
 from vtwcli.schedule.schedule import Schedule
 from vtwcli.sweep.sweep import sweep
 
@@ -69,7 +69,7 @@ def calibrate(
     study.check_sweep()
     samples = list(study.samples)
 
-    def work(known: dict[int, Any], keep: Keep) -> dict[int, Measured]:
+    def work(known: dict[int, Any], keep: Store) -> dict[int, Measured]:
         mine = distributed.share(samples)
         done = {place: Measured(**known[place]) for place, _ in mine if place in known}
         missing = [(place, sample) for place, sample in mine if place not in done]

@@ -53,7 +53,7 @@ from vtwcli.results.evaluation import (
     TraceLine,
 )
 from vtwcli.results.provenance import run_of, template_date
-from vtwcli.results.resume import Keep, kept, key_of, stamp
+from vtwcli.results.resume import Store, kept, key_of, stamp
 from vtwcli.schedule.schedule import Schedule
 
 
@@ -167,7 +167,7 @@ def _all_answers(
     options: EvalSection,
     timing: dict[str, float],
     known: dict[int, Any],
-    keep: Keep,
+    keep: Store,
 ) -> dict[int, list[Answer]]:
     """For each sample of this rank's batches the full model's answer and then each variant's.
 

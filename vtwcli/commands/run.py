@@ -50,7 +50,7 @@ def command(**given: Any) -> None:
     """
     begin(given)
     from vtwcli.machine.distributed import finish, is_main
-    from vtwcli.pipeline.plan import execute, prepare
+    from vtwcli.pipeline.plan import execute, make_plan
     from vtwcli.pipeline.run import alone
     from vtwcli.pipeline.summary import check_summary, plan_view, summary_view, write_summary
 
@@ -60,7 +60,7 @@ def command(**given: Any) -> None:
     folder = given["output"] or Path(recipe.output or f"vtw-run-{file.stem}")
     text = file.read_text(encoding="utf-8")
     only, start, force = given["only"] or (), given["start"], given["force"]
-    work = prepare(recipe, folder, text=text, only=only, start=start, force=force, file=file)
+    work = make_plan(recipe, folder, text=text, only=only, start=start, force=force, file=file)
     if summary is not None:
         check_summary(summary, work)
     if given["dry_run"]:

@@ -37,7 +37,7 @@ from vtwcli.recipe.defaults import default_data
 from vtwcli.recipe.recipe import Recipe
 
 
-def prepare(
+def make_plan(
     recipe: Recipe,
     folder: Path,
     *,
@@ -104,7 +104,7 @@ def prepare(
 
 
 def execute(run: Run) -> dict[str, Any]:
-    """Run what ``prepare`` planned and write the results.
+    """Run what ``make_plan`` planned and write the results.
 
     Returns:
         The run's document. ``passed`` is False, and ``failure`` says why, when no layer qualified or a gate failed;

@@ -12,7 +12,7 @@ from typing import Any
 from vtwcli.io import console, files
 from vtwcli.machine import distributed
 
-Keep = Callable[[int, Any], None]
+Store = Callable[[int, Any], None]
 _FORMAT = "entries by content"  # files of another form belong to other inputs
 
 
@@ -28,7 +28,7 @@ def stamp(folder: Path) -> list[tuple[str, int, int]]:
 
 
 @contextmanager
-def kept(state: Path | None, key: str, contents: Sequence[str]) -> Iterator[tuple[dict[int, Any], Keep]]:
+def kept(state: Path | None, key: str, contents: Sequence[str]) -> Iterator[tuple[dict[int, Any], Store]]:
     """Yield what an interrupted run finished, by place, and a function that keeps one more.
 
     Each process writes a file of its own, with one JSON line per sample behind a line with the key; a torn last line

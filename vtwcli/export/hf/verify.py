@@ -35,7 +35,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # of the largest logit;
 
 
 @dataclass(frozen=True)
-class Answer:
+class Generation:
     """One greedy generation.
 
     Attributes:
@@ -186,7 +186,7 @@ def _only_checked(directory: Path, checked: dict[str, bytes] | None) -> Iterator
 
 def _expected(
     loaded: LoadedModel, inputs: dict[str, Tensor], schedule: Schedule, max_new_tokens: int
-) -> Answer:
+) -> Generation:
     from vtwcli.runtime import pruned
 
     with pruned(loaded.model, schedule), console.progress("generating with the runtime"):
@@ -232,7 +232,7 @@ def _load_exported(
 
 
 @torch.no_grad()
-def _generate(model: Any, inputs: dict[str, Tensor], max_new_tokens: int, **settings: Any) -> Answer:
+def _generate(model: Any, inputs: dict[str, Tensor], max_new_tokens: int, **settings: Any) -> Generation:
     with quiet_libraries():
         output = model.generate(
             **inputs,
@@ -244,14 +244,14 @@ def _generate(model: Any, inputs: dict[str, Tensor], max_new_tokens: int, **sett
             use_cache=True,  # also where the settings leave it out: what it holds is looked at
             **settings,
         )
-    return Answer(
+    return Generation(
         tokens=output.sequences[0, inputs["input_ids"].shape[1] :].cpu(),
         logits=torch.cat(output.logits).float().cpu(),
         entries=[int(layer.keys.shape[-2]) for layer in cache_of(output).layers],
     )
 
 
-def _check_gone(got: Answer, present: list[int], schedule: Schedule, text: int, visual: int) -> None:
+def _check_gone(got: Generation, present: list[int], schedule: Schedule, text: int, visual: int) -> None:
     """The caches hold no more than the text, the generated tokens and the visual tokens that are left."""
     if schedule.is_static and present != schedule.visual_per_layer(len(present), visual):
         raise GateError(
@@ -267,7 +267,7 @@ def _check_gone(got: Answer, present: list[int], schedule: Schedule, text: int, 
             )
 
 
-def _check_same(got: Answer, wanted: Answer, dtype: torch.dtype, name: str) -> float:
+def _check_same(got: Generation, wanted: Generation, dtype: torch.dtype, name: str) -> float:
     """The largest difference of a logit while the answers agree."""
     for answer, whose in ((got, "the exported model"), (wanted, name)):
         if not bool(is_distribution(answer.logits).all()):
