@@ -623,3 +623,17 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_dir, tmp_path):
 def test_a_target_that_cannot_be_written(tiny_dir):
     with pytest.raises(VtwError, match=r"/proc/vtw-out: cannot write"):
         export_hf(str(tiny_dir), SCHEDULE, Path("/proc/vtw-out"))
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [("tokenizer_config.json", "tokenizer_class"), ("processor_config.json", "processor_class")],
+)
+def test_a_class_that_the_release_does_not_have_is_refused(exported, tmp_path, file, key):
+    folder = Path(shutil.copytree(exported, tmp_path / "newer"))
+    document = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**document, key: "FromTheFuture"}))
+    with pytest.raises(
+        ValueError, match=r"transformers 5\.\S+ has no FromTheFuture, the class of the stored"
+    ):
+        AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)

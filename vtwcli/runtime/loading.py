@@ -115,7 +115,7 @@ def load(cls: Any, plain: Callable[..., Any], name: Any, *args: Any, **kwargs: A
         del model
         model, info = plain(name, *args, output_loading_info=True, key_mapping=mapping, **kwargs)
     _check_weights(model.config, info)
-    _check_tokenizer(model.config, name, kwargs)
+    _check_processor(model.config, name, kwargs)
     return (model, info) if told else model
 
 
@@ -155,17 +155,19 @@ def _tail(key: str) -> str:
     return ".".join(key.rsplit(".", 2)[-2:])
 
 
-def _check_tokenizer(config: Any, name: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse a tokenizer whose class the release does not have; the library's own message names no remedy."""
+def _check_processor(config: Any, name: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse a tokenizer or processor whose class the release does not have; the library's own message names no
+    remedy."""
     given = ("revision", "cache_dir", "local_files_only", "token", "subfolder")
     options: dict[str, Any] = {key: kwargs[key] for key in given if kwargs.get(key) is not None}
-    try:
-        file = transformers.utils.cached_file(name, "tokenizer_config.json", **options)
-        wanted = json.loads(Path(file or "").read_text(encoding="utf-8")).get("tokenizer_class")
-    except (OSError, ValueError, TypeError, AttributeError):
-        return  # there is none
-    if wanted and not any(hasattr(transformers, kind) for kind in (wanted, f"{wanted}Fast")):
-        raise _refused(config, f"has no {wanted}, the class of the stored tokenizer")
+    for stored, what in (("tokenizer_config.json", "tokenizer"), ("processor_config.json", "processor")):
+        try:
+            file = transformers.utils.cached_file(name, stored, **options)
+            wanted = json.loads(Path(file or "").read_text(encoding="utf-8")).get(f"{what}_class")
+        except (OSError, ValueError, TypeError, AttributeError):
+            continue  # there is none
+        if wanted and not any(hasattr(transformers, kind) for kind in (wanted, f"{wanted}Fast")):
+            raise _refused(config, f"has no {wanted}, the class of the stored {what}")
 
 
 def _refused(config: Any, what: str) -> LoadingError:
