@@ -317,8 +317,11 @@ def fits_together(document: Evaluation) -> Evaluation:
     if latency and (missing := {"full", *schedules} - latency.keys()):
         raise ValueError(f"run.latency has no {min(missing)}")
     for name, timed in (latency or {}).items():
-        if latency and batch_sizes(timed) != batch_sizes(latency["full"]):
-            raise ValueError(f"run.latency.{name}.batches: not the sizes of the full model's")
+        sizes = batch_sizes(timed)
+        if sizes != sorted(set(sizes)) or (latency and sizes != batch_sizes(latency["full"])):
+            raise ValueError(
+                f"run.latency.{name}.batches: not each size once, in order, as for the full model"
+            )
     return document
 
 
