@@ -333,8 +333,8 @@ def test_speed_ups_promised_and_measured(evaluated):
     half = {"median": 0.004, "iqr": [0.004, 0.004]}
     result["run"]["latency"] = {
         "full": {"ttft": second, "tpot": half},
-        "K=3": {"ttft": half, "tpot": half},
-        "never": {"ttft": second, "tpot": half},
+        "K=3": {"ttft": half, "tpot": half, "speed_up": {"ratio": 2.5, "interval": [2.4, 2.625]}},
+        "never": {"ttft": second, "tpot": half, "speed_up": {"ratio": 1.01, "interval": [0.99, 1.04]}},
     }
     result["run"]["memory"] = {
         "full": {"device": None, "resident": 2_000_000},
@@ -344,8 +344,12 @@ def test_speed_ups_promised_and_measured(evaluated):
     share = result["schedules"]["K=3"]["cost"]["flops_ratio"]["flops"]
     assert header[-5:] == ["TTFT ms", "TPOT ms", "memory", "ideal", "speed-up"]
     assert rows[0][3:] == ["10.00 ±1.00", "4.00 ±0.00", "2 MB", "1x", "1x"]
-    assert rows[1][3:] == ["4.00 ±0.00", "4.00 ±0.00", "1.5 kB", f"{1 / share:.2f}x", "2.50x"]
-    assert rows[2][-3:] == ["-", "1.00x", "1.00x"]
+    assert rows[1][3:] == ["4.00 ±0.00", "4.00 ±0.00", "1.5 kB", f"{1 / share:.2f}x", "2.50x [2.40, 2.62]"]
+    assert rows[2][-3:] == ["-", "1.00x", "noise"]
+    for row in result["run"]["latency"].values():
+        row.pop("speed_up", None)  # a document of a release that did not tell noise from a difference
+    assert report_eval.cost_table(result)[0][-1] == "ideal"
+    assert not any("noise" in words or "speed-up:" in words for words in report_eval.sentences(result))
 
 
 def test_no_schedule_takes_the_full_models_name(tiny_dir, data):

@@ -47,13 +47,13 @@ def test_cache_bytes_are_those_of_the_tokens_that_are_left(exports):
     half = onnx.open_exported(exports("full half")[0], CPU)
     one = TextShape.from_config(exports.loaded("full half").model.config)
     assert onnx.cache_bytes(half, batch) == kv_bytes(one, [17], 2)
+    assert onnx.cache_bytes(graphs, batch, 4) == kv_bytes(shape, [20, 11, 11], 4)  # the last token is not fed
 
 
 def test_generation_is_timed_whole(exports):
     graphs, batch = onnx.open_exported(exports("split")[0], CPU), tiny.llava_batch(["t3 i t5"], seed=5)
-    onnx.generation_time(graphs, batch, 1)
-    short, long = (min(onnx.generation_time(graphs, batch, n) for _ in range(3)) for n in (1, 60))
-    assert 0 < short < long
+    first, whole = onnx.generation_times(graphs, batch, 60)
+    assert 0 < first < whole
 
 
 def test_a_device_that_onnx_runtime_lacks(exports, capsys):
@@ -79,7 +79,7 @@ def test_what_the_runtime_refuses_has_an_exit_code(exports):
     for call in (
         lambda: onnx.generated(graphs, batch, 2),
         lambda: onnx.forced_logits(graphs, batch, torch.zeros(1, 2)),
-        lambda: onnx.generation_time(graphs, batch, 2),
+        lambda: onnx.generation_times(graphs, batch, 2),
         lambda: onnx.cache_bytes(graphs, batch),
     ):
         with pytest.raises(UsageError, match="9 visual tokens, the images give 0"):

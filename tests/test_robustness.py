@@ -195,7 +195,7 @@ def documents(tiny_dir, data):
         model,
         [("a", schedule)],
         mix,
-        EvalSection(limit=1, max_new_tokens=2, bootstrap=20, repeats=1, timing_tokens=1),
+        EvalSection(limit=1, max_new_tokens=2, bootstrap=20, repeats=6, timing_tokens=1, timing_batch=(1, 2)),
     )
     return json.loads(json.dumps(found)), json.loads(json.dumps(judged))
 

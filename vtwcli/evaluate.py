@@ -24,14 +24,13 @@ from vtwcli.machine.libraries import versions
 from vtwcli.machine.memory import peak_memory
 from vtwcli.measure.answers import Answer, flops_ratio, full_answers, kv_ratio, spent
 from vtwcli.measure.samples import read_samples
+from vtwcli.measure.timing import Costs, measured_costs
 from vtwcli.measure.variants import (
     FULL,
-    Costs,
     Scheduled,
     Variant,
     batches_of,
     choose,
-    measured_costs,
     open_variants,
     reader_of,
 )
@@ -116,6 +115,8 @@ def evaluate(
         name: max(size, run["peak_memory_bytes"][name]) for name, size in peak.items()
     }
     result["run"] = {**run, "latency": costs.latency, "memory": costs.memory}
+    if costs.left_out:
+        result["run"]["batches_left_out"] = costs.left_out
     return result, mix.samples
 
 

@@ -38,6 +38,7 @@ _METAVARS = {
     "methods": "NAME,NAME,...",
     "ratios": "R,R,...",
     "thresholds": "T,T,...",
+    "timing_batch": "B,B,...",
 }
 
 

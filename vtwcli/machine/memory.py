@@ -47,6 +47,18 @@ def memory_available(device: torch.device, spread: bool = False) -> int:
     return free // distributed.local_size()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, torch or ONNX Runtime says that memory was refused."""
+    words = (
+        "out of memory",
+        "can't allocate memory",
+        "not enough memory",
+        "Failed to allocate memory",
+        "bad_alloc",
+    )
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 def cgroup_available(root: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes left under a control group's memory limit (cgroup v2); huge where there is no limit."""
     try:

@@ -5,51 +5,35 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from statistics import median, quantiles
 
 import torch
 
 from vtwcli.models.generation import cache_of
 from vtwcli.models.loading import LoadedModel
-from vtwcli.results.evaluation import Latency, Memory, Time
-
-Timer = Callable[[int], float]
-"""Seconds of generating so many tokens from one prompt."""
-
-
-def latencies(prompts: Sequence[Mapping[str, Timer]], repeats: int, tokens: int) -> dict[str, Latency]:
-    """TTFT and TPOT of each variant, warm and interleaved.
-
-    TTFT is the wall-clock time of generating one token from inputs on the device (vision tower, prefill, head); TPOT
-    is the additional time per token of generating ``tokens`` more. Each repeat runs every variant once on the same
-    prompt, in turn, so that drifts of the machine meet all of them.
-
-    Args:
-        prompts: for each prompt the variants by name; repeats go round the prompts.
-        repeats: counted runs of each variant, behind one warm-up.
-        tokens: further tokens of the TPOT run.
-    """
-    found: dict[str, dict[str, list[float]]] = {name: {"ttft": [], "tpot": []} for name in prompts[0]}
-    for repeat in range(-1, repeats):
-        for name, timer in prompts[repeat % len(prompts)].items():
-            first, more = timer(1), timer(1 + tokens)
-            if repeat >= 0:
-                found[name]["ttft"].append(first)
-                found[name]["tpot"].append(max(0.0, more - first) / tokens)
-    return {name: {"ttft": _spread(row["ttft"]), "tpot": _spread(row["tpot"])} for name, row in found.items()}
+from vtwcli.results.evaluation import Memory
 
 
 @torch.no_grad()
-def generation_time(loaded: LoadedModel, batch: dict[str, torch.Tensor], tokens: int) -> float:
-    """Wall-clock seconds of generating exactly ``tokens`` tokens."""
+def generation_times(loaded: LoadedModel, batch: dict[str, torch.Tensor], tokens: int) -> tuple[float, float]:
+    """Wall-clock seconds of generating exactly ``tokens`` tokens a row: until the first ones are known, and in all."""
+    first: list[float] = []
+
+    def watch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not first:
+            _wait(loaded.device)
+            first.append(time.perf_counter())
+        return scores
+
     _wait(loaded.device)
     began = time.perf_counter()
-    loaded.model.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    loaded.model.generate(
+        **batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, logits_processor=[watch]
+    )
     _wait(loaded.device)
-    return time.perf_counter() - began
+    return first[0] - began, time.perf_counter() - began
 
 
 def _wait(device: torch.device) -> None:
@@ -57,16 +41,18 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _spread(values: Sequence[float]) -> Time:
-    quartiles = quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
-    return {"median": median(values), "iqr": [quartiles[0], quartiles[2]]}
-
-
 @torch.no_grad()
-def cache_bytes(loaded: LoadedModel, batch: dict[str, torch.Tensor]) -> int:
-    """Bytes of the keys and values that the cache holds after the prompt, read off its tensors."""
-    out = loaded.model.generate(**batch, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
-    tensors = [x for layer in cache_of(out).layers for x in (layer.keys, layer.values)]
+def cache_bytes(loaded: LoadedModel, batch: dict[str, torch.Tensor], tokens: int = 1) -> int:
+    """Bytes of the keys and values that the cache holds when the last of ``tokens`` tokens is known.
+
+    They are read off its tensors. The cache only grows, so it never holds more before; with one token they are those
+    of the prompts.
+    """
+    out = loaded.model.generate(
+        **batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, return_dict_in_generate=True
+    )
+    layers = [part for layer in cache_of(out).layers for part in (layer, getattr(layer, "aside", None))]
+    tensors = [x for layer in layers if layer is not None for x in (layer.keys, layer.values)]
     return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
 

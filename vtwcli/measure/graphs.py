@@ -66,15 +66,19 @@ def forced_logits(
 
 
 @as_vtw_errors()
-def generation_time(exported: OnnxModel, batch: Mapping[str, Tensor], tokens: int) -> float:
-    """Wall-clock seconds of generating ``tokens`` tokens from pixels and ids."""
+def generation_times(exported: OnnxModel, batch: Mapping[str, Tensor], tokens: int) -> tuple[float, float]:
+    """Wall-clock seconds from pixels and ids to the first of ``tokens`` tokens a row, and to the last."""
     inputs = arrays(batch)
+    moments: list[float] = []
     began = time.perf_counter()
-    exported.generate(inputs, tokens, eos_ids=[])
-    return time.perf_counter() - began
+    exported.generate(inputs, tokens, eos_ids=[], on_token=lambda _: moments.append(time.perf_counter()))
+    return moments[0] - began, time.perf_counter() - began
 
 
 @as_vtw_errors()
-def cache_bytes(exported: OnnxModel, batch: Mapping[str, Tensor]) -> int:
-    """Bytes of the keys and values that are held after the prompt, read off the tensors."""
-    return exported.prefill(arrays(batch))[1].cache_bytes()
+def cache_bytes(exported: OnnxModel, batch: Mapping[str, Tensor], tokens: int = 1) -> int:
+    """Bytes of the keys and values that are held when the last of ``tokens`` tokens is known, as of ``costs``."""
+    logits, state = exported.prefill(arrays(batch))
+    for _ in range(tokens - 1):
+        logits = exported.step(logits.argmax(-1), state)
+    return state.cache_bytes()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,7 +16,6 @@ from vtwcli.data.sample import Sample
 from vtwcli.errors import UsageError
 from vtwcli.export.directory.manifest import at_hand, read_manifest
 from vtwcli.export.hf.export import CALIBRATION, baked_schedule
-from vtwcli.io import console
 from vtwcli.machine import distributed
 from vtwcli.measure import costs
 from vtwcli.measure.answers import Answer, Full, compared, schedule_answers
@@ -29,7 +26,6 @@ from vtwcli.models.inputs import encode_batch
 from vtwcli.models.loading import LoadedModel, choose_device
 from vtwcli.recipe.recipe import EvalSection, ModelSection
 from vtwcli.results.calibration import Calibration
-from vtwcli.results.evaluation import Latency, Memory
 from vtwcli.results.reading import read_calibration
 from vtwcli.runtime import pruned
 from vtwcli.schedule.schedule import Schedule
@@ -68,11 +64,11 @@ class Variant(Protocol):
     def answers(self, batch: Batch, full: Full, max_new_tokens: int) -> list[Answer]:
         """What it says to a batch, by row, compared with the full model."""
 
-    def generation_time(self, batch: Batch, tokens: int) -> float:
-        """Wall-clock seconds of generating ``tokens`` tokens."""
+    def generation_times(self, batch: Batch, tokens: int) -> tuple[float, float]:
+        """Wall-clock seconds until the first of ``tokens`` tokens a row is known, and until the last is."""
 
-    def cache_bytes(self, batch: Batch) -> int:
-        """Bytes of the keys and values that are held after the prompt, read off the tensors."""
+    def cache_bytes(self, batch: Batch, tokens: int = 1) -> int:
+        """Bytes of the keys and values that are held when the last of ``tokens`` tokens is known."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +91,13 @@ class Scheduled:
         with plain_generation(self.inputs):
             return schedule_answers(self.inputs, self.name, self.schedule, batch, full, max_new_tokens)
 
-    def generation_time(self, batch: Batch, tokens: int) -> float:
+    def generation_times(self, batch: Batch, tokens: int) -> tuple[float, float]:
         with self._running(), plain_generation(self.inputs):
-            return costs.generation_time(self.inputs, batch, tokens)
+            return costs.generation_times(self.inputs, batch, tokens)
 
-    def cache_bytes(self, batch: Batch) -> int:
+    def cache_bytes(self, batch: Batch, tokens: int = 1) -> int:
         with self._running(), plain_generation(self.inputs):
-            return costs.cache_bytes(self.inputs, batch)
+            return costs.cache_bytes(self.inputs, batch, tokens)
 
     def _running(self) -> AbstractContextManager[object]:
         return pruned(self.inputs.model, self.schedule) if self.schedule.actions else nullcontext()
@@ -140,15 +136,15 @@ class Graphs:
             for one in found
         ]
 
-    def generation_time(self, batch: Batch, tokens: int) -> float:
-        from vtwcli.measure.graphs import generation_time
+    def generation_times(self, batch: Batch, tokens: int) -> tuple[float, float]:
+        from vtwcli.measure.graphs import generation_times
 
-        return generation_time(self.exported, batch, tokens)
+        return generation_times(self.exported, batch, tokens)
 
-    def cache_bytes(self, batch: Batch) -> int:
+    def cache_bytes(self, batch: Batch, tokens: int = 1) -> int:
         from vtwcli.measure.graphs import cache_bytes
 
-        return cache_bytes(self.exported, batch)
+        return cache_bytes(self.exported, batch, tokens)
 
 
 def choose(
@@ -293,49 +289,3 @@ def batches_of(full: LoadedModel, variants: Sequence[Variant], samples: Sequence
             made[id(variant.inputs)] = encode_batch(variant.inputs, samples)
             _check_same_prompts(full, variant, made[id(full)], made[id(variant.inputs)])
     return [made[id(full)], *(made[id(variant.inputs)] for variant in variants)]
-
-
-@dataclass
-class Costs:
-    """What was measured, by variant, full first.
-
-    Attributes:
-        cache: bytes of the KV cache behind the prompt of a sample.
-        sample: the place of that sample.
-        latency, memory: as in the document; None without timing.
-    """
-
-    cache: dict[str, int]
-    sample: int
-    latency: dict[str, Latency] | None = None
-    memory: dict[str, Memory | None] | None = None
-
-
-def measured_costs(
-    full: LoadedModel,
-    variants: Sequence[Variant],
-    samples: Sequence[Sample],
-    answers: Sequence[Sequence[Answer]],
-    options: EvalSection,
-    timing: dict[str, float],
-) -> Costs:
-    everyone = [Scheduled(FULL, Schedule(), full), *variants]
-    seeing = [i for i, row in enumerate(answers) if row[0].visual_per_layer[0]] or [0]
-    prompts = [batches_of(full, variants, [samples[i]]) for i in seeing[:2]]
-    cache = {v.name: v.cache_bytes(batch) for v, batch in zip(everyone, prompts[0], strict=True)}
-    found = Costs(cache, seeing[0])
-    if options.timing and distributed.is_main():
-        began = time.perf_counter()
-        console.note("timing prefill and decode")
-        found.memory = {
-            v.name: costs.peak_of(partial(v.cache_bytes, batch), full.device)
-            for v, batch in zip(everyone, prompts[0], strict=True)
-            if isinstance(v, Scheduled)  # ONNX Runtime keeps what it once took, so a second run shows nothing
-        }
-        timers = [
-            {v.name: partial(v.generation_time, batch) for v, batch in zip(everyone, prompt, strict=True)}
-            for prompt in prompts
-        ]
-        found.latency = costs.latencies(timers, options.repeats, options.timing_tokens)
-        timing["latency"] = time.perf_counter() - began
-    return found

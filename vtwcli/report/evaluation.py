@@ -12,8 +12,9 @@ from vtwcli.io.outputs import FOOTER, Outputs
 from vtwcli.judge import gates
 from vtwcli.report import pages
 from vtwcli.report.plots import BLUE, GREY, new_panels, save_figure
-from vtwcli.report.tables import html_table, markdown_table, terminal_table
-from vtwcli.results.evaluation import Evaluation, EvaluationRun, Time
+from vtwcli.report.speed import latency_of, milliseconds, ratio, speed_sentences, throughput_table
+from vtwcli.report.tables import Table, amount, html_table, markdown_table, terminal_table
+from vtwcli.results.evaluation import Evaluation
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -24,13 +25,9 @@ _MOST_SAMPLES = 60  # differing answers that the HTML report shows for each sche
 _LEAST_KL = 1e-9  # a schedule that changes nothing has a place on the log scale too
 
 
-Table = tuple[list[str], list[list[str]]]
-"""A header and rows, as text."""
-
-
 def tables(result: Evaluation) -> list[Table]:
-    """What every view shows: quality by task, closeness to the full model, and cost; the last two by schedule."""
-    found = [quality_table(result), closeness_table(result), cost_table(result)]
+    """What every view shows: quality by task, closeness to the full model, and cost; all but quality by schedule."""
+    found = [quality_table(result), closeness_table(result), cost_table(result), throughput_table(result)]
     return [table for table in found if table[1]]
 
 
@@ -79,11 +76,11 @@ def closeness_table(result: Evaluation) -> Table:
 
 def cost_table(result: Evaluation) -> Table:
     """The full model's cost, and each schedule's: work promised, and what this machine makes of it."""
-    run: EvaluationRun | Mapping[str, Any] = result.get("run", {})
-    latency, memory = run.get("latency"), run.get("memory")
+    latency, memory = latency_of(result), result.get("run", {}).get("memory")
+    compared = any("speed_up" in row for row in latency.values())
     header = ["schedule", "FLOPs", "KV cache"]
     if latency:
-        header += ["TTFT ms", "TPOT ms", "memory", "ideal", "speed-up"]
+        header += ["TTFT ms", "TPOT ms", "memory", "ideal"] + ["speed-up"] * compared
 
     def measured(name: str) -> list[str]:
         if not latency:
@@ -91,41 +88,25 @@ def cost_table(result: Evaluation) -> Table:
         held = (memory or {}).get(name) or {}
         size = held.get("device") if held.get("device") is not None else held.get("resident")
         return [
-            _milliseconds(latency[name]["ttft"]),
-            _milliseconds(latency[name]["tpot"]),
-            "-" if size is None else _amount(size, "B"),
+            milliseconds(latency[name]["ttft"]),
+            milliseconds(latency[name]["tpot"]),
+            "-" if size is None else amount(size, "B"),
         ]
 
     cost = next(iter(result["schedules"].values()))["cost"]
     full = [
         "full",
-        _amount(cost["flops_full"][cost["convention"]], ""),
-        _amount(cost["kv_bytes"]["full_measured"], "B"),
+        amount(cost["flops_full"][cost["convention"]], ""),
+        amount(cost["kv_bytes"]["full_measured"], "B"),
     ]
-    rows = [[*full, *measured("full"), *(["1x", "1x"] if latency else [])]]
+    rows = [[*full, *measured("full"), *["1x"] * (bool(latency) + compared)]]
     for name, one in result["schedules"].items():
         share = one["cost"]["flops_ratio"][one["cost"]["convention"]]
         row = [name, f"{share:.1%}", f"{one['cost']['kv_ratio']:.1%}", *measured(name)]
         if latency:
-            gained = latency["full"]["ttft"]["median"] / latency[name]["ttft"]["median"]
-            row += [f"{1 / share:.2f}x", f"{gained:.2f}x"]
+            row += [f"{1 / share:.2f}x", *[ratio(latency[name].get("speed_up"))] * compared]
         rows.append(row)
     return header, rows
-
-
-def _amount(value: float, unit: str) -> str:
-    """A number with a decimal prefix, three digits."""
-    for prefix in ("", "k", "M", "G"):
-        if abs(value) < 999.5:
-            return f"{value:.3g} {prefix}{unit}".rstrip()
-        value /= 1000
-    return f"{value:.3g} T{unit}"
-
-
-def _milliseconds(row: Time) -> str:
-    """Median and half the interquartile range."""
-    low, high = row["iqr"]
-    return f"{row['median'] * 1e3:.2f} ±{(high - low) / 2 * 1e3:.2f}"
 
 
 def evaluation_view(result: Evaluation) -> Group:
@@ -161,11 +142,7 @@ def sentences(result: Evaluation) -> list[str]:
         f"{cost['text_tokens']:.0f} text tokens ({shares}). KV cache: behind the prompt."
     )
     found += [meaning, work]
-    if result.get("run", {}).get("latency"):
-        found.append(
-            "TTFT, TPOT: median ± half the interquartile range, interleaved. memory: the prefill's peak above what is "
-            "held before. ideal: the speed-up that FLOPs promise; speed-up: TTFT's, which includes the vision tower."
-        )
+    found += speed_sentences(result)
     return found + [gates.sentence(gate) for gate in result["gates"]]
 
 

@@ -9,7 +9,19 @@ from vtwcli.io.text import markdown
 from vtwcli.report import pages
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich import table
+
+Table = tuple[list[str], list[list[str]]]
+"""A header and rows, as text."""
+
+
+def amount(value: float, unit: str) -> str:
+    """A number with a decimal prefix, three digits."""
+    for prefix in ("", "k", "M", "G"):
+        if abs(value) < 999.5:
+            return f"{value:.3g} {prefix}{unit}".rstrip()
+        value /= 1000
+    return f"{value:.3g} T{unit}"
 
 
 def terminal_table(
@@ -18,7 +30,7 @@ def terminal_table(
     left: Collection[str],
     styles: Iterable[str] = (),
     wrap: bool = False,
-) -> Table:
+) -> table.Table:
     """A table for the terminal.
 
     Args:
@@ -28,15 +40,15 @@ def terminal_table(
         styles: of each row, where rows have one.
         wrap: cells may break where the terminal is too narrow.
     """
-    from rich.table import Table
+    from rich.table import Table as Drawn
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    drawn = Drawn(box=None, pad_edge=False, header_style="bold")
     for name in header:
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=not wrap)
+        drawn.add_column(name, justify="left" if name in left else "right", no_wrap=not wrap)
     given = iter(styles)
     for row in rows:
-        table.add_row(*row, style=next(given, None))
-    return table
+        drawn.add_row(*row, style=next(given, None))
+    return drawn
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:

@@ -14,6 +14,7 @@ from vtwcli.results.document import (
     STRICT,
     Count,
     Dated,
+    Depth,
     Files,
     Origin,
     Pair,
@@ -180,13 +181,51 @@ class TimePerToken(TypedDict):
     """First and third quartile."""
 
 
+class Rate(TypedDict):
+    """Tokens a second, all rows of a batch together, of several repeats."""
+
+    median: Annotated[float, Field(gt=0)]
+    iqr: Pair
+    """First and third quartile."""
+
+
+class SpeedUp(TypedDict):
+    """The full model's time over a schedule's; see ``judge.statistics.speed_up``."""
+
+    ratio: Annotated[float, Field(gt=0)]
+    """Median over the rounds."""
+    interval: Pair | None
+    """95 %; None where rounds are too few."""
+
+
+class BatchTiming(TypedDict):
+    """Answers of one length to a batch; see ``measure.timing``."""
+
+    batch: Depth
+    """Prompts at once."""
+    tokens_per_second: Rate
+    """Of the whole generation, prompts included."""
+    decode_tokens_per_second: Rate
+    """Behind the first token of each row."""
+    cache_bytes: Count
+    """Of keys and values behind prompts and answers, when there are most of them."""
+    speed_up: NotRequired[SpeedUp]
+    """Of the whole generation; not of the full model, nor where another engine than the full model's ran."""
+    decode_speed_up: NotRequired[SpeedUp]
+    """Behind the first token, as above."""
+
+
 class Latency(TypedDict):
-    """See ``measure.costs.latencies``."""
+    """Of one prompt at a time; see ``measure.timing``."""
 
     ttft: Time
     """To the first token."""
     tpot: TimePerToken
     """For each further one."""
+    speed_up: NotRequired[SpeedUp]
+    """Of ``ttft``; not of the full model, nor where another engine than the full model's ran."""
+    batches: NotRequired[list[BatchTiming]]
+    """By size."""
 
 
 class Memory(TypedDict):
@@ -205,6 +244,8 @@ class EvaluationRun(RunRecord):
     """By schedule and ``full``."""
     memory: NotRequired[dict[str, Memory | None] | None]
     """By schedule and ``full``; not of ONNX graphs."""
+    batches_left_out: NotRequired[list[Depth]]
+    """Sizes that were to be timed and do not fit in memory."""
 
 
 class PrunedAnswer(TypedDict):
@@ -311,4 +352,15 @@ def fits_together(document: Evaluation) -> Evaluation:
     latency = document.get("run", {}).get("latency")
     if latency and (missing := {"full", *schedules} - latency.keys()):
         raise ValueError(f"run.latency has no {min(missing)}")
+    for name, timed in (latency or {}).items():
+        sizes = batch_sizes(timed)
+        if sizes != sorted(set(sizes)) or (latency and sizes != batch_sizes(latency["full"])):
+            raise ValueError(
+                f"run.latency.{name}.batches: not each size once, in order, as for the full model"
+            )
     return document
+
+
+def batch_sizes(timed: Latency) -> list[int]:
+    """The batches that a variant was timed at; none in a document that knows no batches."""
+    return [row["batch"] for row in timed.get("batches", ())]
