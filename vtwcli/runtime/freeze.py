@@ -62,7 +62,7 @@ def part(layer: torch.nn.Module, name: str, kwargs: dict[str, Any], split: Split
     given = {**kwargs, "hidden_states": take(hidden, split.read_at, 1), "attention_mask": None, name: handed}
     take_positions(given, split.read_at, hidden.shape[1], attention)
     with suppress(_Enough):
-        _without_query(layer, attention).forward(**given)
+        without_query(layer).forward(**given)
     if handed.entries is None:
         raise strange(f"{type(layer).__name__} does not hand its keys to the cache")
     kwargs["hidden_states"] = take(hidden, split.run_at, 1)
@@ -70,9 +70,10 @@ def part(layer: torch.nn.Module, name: str, kwargs: dict[str, Any], split: Split
     return Frozen(split, hidden, handed.entries)
 
 
-def _without_query(layer: Any, attention: Any) -> Any:
+def without_query(layer: Any) -> Any:
     """A copy of the layer, sharing its weights, that computes no queries; itself where these are not computed apart,
     or where forward was wrapped (accelerate), since the wrapper runs the original."""
+    attention = getattr(layer, "self_attn", None)
     query = getattr(attention, "q_proj", None)
     width = getattr(query, "out_features", None)
     if not isinstance(width, int) or any("forward" in x.__dict__ for x in (layer, attention, query)):
