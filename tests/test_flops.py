@@ -56,3 +56,25 @@ def test_kv_cache():
 @pytest.mark.parametrize("convention", flops.CONVENTIONS)
 def test_no_withdrawal_costs_everything(convention):
     assert flops.prefill_ratio(LLAVA_7B, 64, 576, 32, convention) == 1
+
+
+SHORTV_7B = [0, 2, 3, 12, *range(17, 32)]
+"""The layers of LLaVA-1.5-7B in which ShortV (arXiv 2504.00502) freezes visual tokens."""
+
+
+def test_shortv_prints_55_percent_for_19_frozen_layers():
+    frozen = [576 if layer in SHORTV_7B else 0 for layer in range(32)]
+    assert len(SHORTV_7B) == 19
+    full = flops.prefill_cost(LLAVA_7B, [640] * 32)
+    assert 100 * flops.prefill_cost(LLAVA_7B, [640] * 32, frozen_per_layer=frozen) / full == pytest.approx(
+        55, abs=0.5
+    )
+
+
+def test_a_frozen_token_costs_its_keys_and_values():
+    t, v, d, g, m = 10, 30, 64, 16, 128
+    grouped = TextShape(layers=1, hidden=d, intermediate=m, heads=8, kv_heads=2, head_dim=8)
+    attention, projections = t * (t + v) * d, t * 2 * d * d + (t + v) * 2 * d * g
+    assert flops.layer_cost(grouped, t + v, "macs-2mlp", v) == projections + 2 * attention + 2 * t * d * m
+    assert flops.layer_cost(grouped, t + v, "macs-3mlp", v) == projections + 2 * attention + 3 * t * d * m
+    assert flops.layer_cost(grouped, t + v, "flops", v) == 2 * (projections + 2 * attention + 3 * t * d * m)

@@ -1,6 +1,6 @@
 """What each method costs and changes on one model: withdrawal, VisiPruner, kept subsets, and controls.
 
-Muted columns and frozen rows are not compared: alone they save no FLOPs in this runtime.
+Muted columns are not compared: alone they save no FLOPs in this runtime. Nor are frozen rows.
 """
 
 from __future__ import annotations

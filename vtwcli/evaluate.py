@@ -18,7 +18,7 @@ from vtwcli.data.spec import DataSpec
 from vtwcli.io import console, files
 from vtwcli.judge import gates
 from vtwcli.judge import statistics as judge
-from vtwcli.judge.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape, kv_bytes, prefill_cost
+from vtwcli.judge.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape, kv_bytes
 from vtwcli.machine import distributed
 from vtwcli.machine.libraries import versions
 from vtwcli.machine.memory import peak_memory
@@ -346,10 +346,7 @@ def _schedule_row(
     shape = TextShape.from_config(full.model.config)
 
     def mean_flops(rows: Sequence[Answer]) -> dict[str, float]:
-        return {
-            c: sum(prefill_cost(shape, row.tokens_per_layer, c) for row in rows) / len(rows)
-            for c in CONVENTIONS
-        }
+        return {c: sum(row.prefill_cost(shape, c) for row in rows) / len(rows) for c in CONVENTIONS}
 
     cost: EvaluatedCost = {
         "convention": DEFAULT_CONVENTION,

@@ -11,7 +11,8 @@ convention      formula                                       used by
 ``flops``       2n(2da + 2dg + 3dm) + 4n²a                    ShortV; the default here
 ==============  ============================================  ==========================================
 
-Without grouped queries a = g = d, and the first formula is the well-known 4nd² + 2n²d + 2ndm.
+Without grouped queries a = g = d, and the first formula is the well-known 4nd² + 2n²d + 2ndm. Of n tokens f may be
+frozen: they cost their keys and values alone, 2dg each, and n² becomes (n - f)n, since the others still read all.
 """
 
 from __future__ import annotations
@@ -52,23 +53,34 @@ class TextShape:
         )
 
 
-def layer_cost(shape: TextShape, tokens: int, convention: Convention = DEFAULT_CONVENTION) -> int:
-    """Operations of one decoder layer over ``tokens`` tokens, by ``convention``."""
-    n, d, m = tokens, shape.hidden, shape.intermediate
+def layer_cost(
+    shape: TextShape, tokens: int, convention: Convention = DEFAULT_CONVENTION, frozen: int = 0
+) -> int:
+    """Operations of one decoder layer over ``tokens`` tokens, ``frozen`` ones among them, by ``convention``."""
+    n, d, m = tokens - frozen, shape.hidden, shape.intermediate
     a, g = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    projections = 2 * d * a + 2 * d * g
+    projections = n * 2 * d * a + tokens * 2 * d * g
     if convention == "macs-2mlp":
-        return n * projections + 2 * n * n * a + 2 * n * d * m
+        return projections + 2 * n * tokens * a + 2 * n * d * m
     if convention == "macs-3mlp":
-        return n * projections + 2 * n * n * a + 3 * n * d * m
-    return 2 * n * (projections + 3 * d * m) + 4 * n * n * a
+        return projections + 2 * n * tokens * a + 3 * n * d * m
+    return 2 * projections + 2 * n * 3 * d * m + 4 * n * tokens * a
 
 
 def prefill_cost(
-    shape: TextShape, tokens_per_layer: Sequence[int], convention: Convention = DEFAULT_CONVENTION
+    shape: TextShape,
+    tokens_per_layer: Sequence[int],
+    convention: Convention = DEFAULT_CONVENTION,
+    frozen_per_layer: Sequence[int] | None = None,
 ) -> int:
-    """Operations of the decoder layers when layer l runs over ``tokens_per_layer[l]`` tokens."""
-    return sum(layer_cost(shape, tokens, convention) for tokens in tokens_per_layer)
+    """Operations of the decoder layers when layer l runs over ``tokens_per_layer[l]`` tokens.
+
+    Args:
+        frozen_per_layer: how many of them are not updated; None: all are.
+    """
+    frozen = [0] * len(tokens_per_layer) if frozen_per_layer is None else frozen_per_layer
+    layers = zip(tokens_per_layer, frozen, strict=True)
+    return sum(layer_cost(shape, tokens, convention, still) for tokens, still in layers)
 
 
 def kv_bytes(shape: TextShape, tokens_per_layer: Sequence[int], bytes_per_value: int = 2) -> int:

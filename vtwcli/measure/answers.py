@@ -33,6 +33,7 @@ class Answer:
         visual_per_layer: visual tokens present in each layer.
         text_tokens: other tokens of the prompt.
         actions: what the schedule's ``withdraw`` and ``keep`` actions did, in order.
+        frozen: whether the visual tokens of each layer are not updated; empty: all are.
     """
 
     text: str
@@ -42,11 +43,18 @@ class Answer:
     visual_per_layer: list[int]
     text_tokens: int
     actions: list[ActionTaken] = field(default_factory=list)
+    frozen: list[bool] = field(default_factory=list)
 
     @property
     def tokens_per_layer(self) -> list[int]:
         """Tokens of the prompt in each layer, text and visual."""
         return [self.text_tokens + visual for visual in self.visual_per_layer]
+
+    def prefill_cost(self, shape: TextShape, convention: Convention = DEFAULT_CONVENTION) -> int:
+        """Operations of the prompt's prefill."""
+        still = zip(self.visual_per_layer, self.frozen, strict=True)
+        frozen = [visual * stays for visual, stays in still] if self.frozen else None
+        return prefill_cost(shape, self.tokens_per_layer, convention, frozen)
 
 
 def flops_ratio(
@@ -55,10 +63,10 @@ def flops_ratio(
     full: Sequence[Answer],
     convention: Convention = DEFAULT_CONVENTION,
 ) -> float:
-    """Cost of all prompts' prefill over the full model's; rows that are computed and put back count in full."""
+    """Cost of all prompts' prefill over the full model's."""
 
     def total(answers: Sequence[Answer]) -> int:
-        return sum(prefill_cost(shape, answer.tokens_per_layer, convention) for answer in answers)
+        return sum(answer.prefill_cost(shape, convention) for answer in answers)
 
     return total(pruned) / total(full)
 
@@ -80,8 +88,8 @@ def spent(shape: TextShape, answer: Answer, full: Answer, bytes_per_value: int) 
         "actions": answer.actions,
         "visual_per_layer": answer.visual_per_layer,
         "convention": DEFAULT_CONVENTION,
-        "flops": prefill_cost(shape, answer.tokens_per_layer),
-        "full_flops": prefill_cost(shape, full.tokens_per_layer),
+        "flops": answer.prefill_cost(shape),
+        "full_flops": full.prefill_cost(shape),
         "kv_bytes": kv_bytes(shape, answer.tokens_per_layer, bytes_per_value),
         "full_kv_bytes": kv_bytes(shape, full.tokens_per_layer, bytes_per_value),
     }
@@ -158,6 +166,7 @@ def schedule_answers(
             answer,
             visual_per_layer=[int(n) for n in layers],
             actions=_actions(schedule, trace, b),
+            frozen=schedule.frozen_layers(len(layers)),
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Hooks behind a layer and its attention: what muted rows read, frozen rows, the last row's attention."""
+"""The hook behind a layer's attention: what muted rows read, the last row's attention."""
 
 from __future__ import annotations
 
@@ -36,24 +36,6 @@ class _Fixed:
 
 
 not_compiled = torch.compiler.disable  # hooks decide by values, so under torch.compile they run as they are
-
-
-@not_compiled
-def leave_layer(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """Put back the visual rows of a frozen layer."""
-    tap = given_cache(kwargs)
-    if not isinstance(tap, Tap) or tap.call.visual is None:
-        return output
-    if not tap.call.plan.frozen(tap.layer):
-        return output
-    before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    after = output[0] if isinstance(output, tuple) else output
-    if not isinstance(after, torch.Tensor) or after.shape != before.shape:
-        raise strange(f"layer {tap.layer} does not return hidden states of the shape it is given")
-    visual = tap.call.kinds(tap.rows, before.device)[:, :, None] != TEXT
-    if isinstance(output, tuple):
-        return (torch.where(visual, before, output[0]), *output[1:])
-    return torch.where(visual, before, output)
 
 
 @not_compiled
@@ -109,7 +91,8 @@ def _text_again(module: Any, given: dict[str, Any], tap: Tap) -> tuple[Rows, Ten
             call.memo[memo] = only, columns.gather(only), columns
         only, columns, _ = call.memo[memo]
         keys, values = take(keys, only.index, 2), take(values, only.index, 2)
-    mask = call.mask(tap.given, tokens, columns, tap.past, [], given["hidden_states"], module)
+    muted = [] if tap.skips else call.plan.masks(tap.layer, prefill=True)
+    mask = call.mask(tap.given, tokens, columns, tap.past, muted, given["hidden_states"], module)
     return here, _attend(module, given, here.index, mask, keys, values)[0]
 
 

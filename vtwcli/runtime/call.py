@@ -11,8 +11,23 @@ from vtwcli.runtime.cache import Columns
 from vtwcli.runtime.contract import attention_kind, strange
 from vtwcli.runtime.masks import check_mask, flash_mask, gathered, sunk
 from vtwcli.runtime.plan import Plan, PlannedAction
-from vtwcli.runtime.rows import Rows, Tensor, compact
+from vtwcli.runtime.rows import TEXT, Rows, Split, Tensor, compact, split
 from vtwcli.schedule.words import kept_count
+
+
+@dataclass(eq=False)
+class Frozen:
+    """What of a frozen layer does not run.
+
+    Attributes:
+        split: its rows.
+        hidden: their hidden states, [B, S, D].
+        entries: keys and values of those that only have these.
+    """
+
+    split: Split
+    hidden: Tensor
+    entries: tuple[Tensor, Tensor]
 
 
 @dataclass(eq=False)
@@ -28,6 +43,7 @@ class Tap:
         given: the mask that the model made.
         probes: whether the last row is to be looked at.
         due: whether the attention's hook still has something to do.
+        frozen: what of a frozen layer does not run, or None.
     """
 
     cache: Any
@@ -42,11 +58,16 @@ class Tap:
     given: Tensor | None
     probes: bool
     due: bool
+    frozen: Frozen | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As a cache's."""
+        if self.frozen is not None:
+            keys, values = (
+                torch.cat(two, 2) for two in zip(self.frozen.entries, (keys, values), strict=True)
+            )
         if self.cache is not None:
             keys, values = self.cache.update(keys, values, *args, **kwargs)
         self.keys, self.values = keys, values
@@ -196,6 +217,16 @@ class Call:
         if self.visual is None:
             return torch.zeros_like(index, dtype=torch.int8)
         return self.kind.to(device).gather(1, index)
+
+    def split(self, rows: Rows, device: torch.device) -> Split | None:
+        """The rows of a layer in which visual ones are not updated; None if there is none."""
+        key = ("split", id(rows))
+        if key not in self.memo:
+            visual, index = self.kinds(rows, device) != TEXT, self.index(rows, device)
+            some = self.visual is not None and bool((visual & rows.query.to(device)).any())
+            last = self.is_last.to(device).gather(1, index) if some else visual
+            self.memo[key] = split(rows, index, visual, last) if some else None, rows
+        return self.memo[key][0]
 
     def _decide(self, layer: int, before: Rows) -> Rows:
         """Let start what starts in ``layer``: ``stage`` counts the actions each sample has behind it."""

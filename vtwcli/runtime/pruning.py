@@ -16,7 +16,8 @@ only, fillers included, from the first layer at which some left.
 
 What it saves. ``withdraw`` and ``keep`` save the rows and cache entries of the tokens that left. ``mute`` saves next
 to nothing in prefill, where text's reading of vision is a small part; under ``renormalise`` decode steps do not
-touch the muted entries. ``freeze`` saves nothing yet: the rows are computed and put back.
+touch the muted entries. ``freeze`` saves all of its visual rows but their keys and values; with flash attention,
+whose causal alignment needs a row for each entry, nothing: rows are computed and put back.
 
 Limits. Flash attention gets two-dimensional masks; that path was tested with plain stand-ins for its kernels, not on
 a GPU. Under gradient checkpointing, actions that look inside attention are refused. When ``generate`` runs with
@@ -35,7 +36,7 @@ from typing import Any
 
 import torch
 
-from vtwcli.runtime.attention import leave_attention, leave_layer, not_compiled
+from vtwcli.runtime.attention import leave_attention, not_compiled
 from vtwcli.runtime.cache import PrunedLayer, cache_layer
 from vtwcli.runtime.call import Call, Tap
 from vtwcli.runtime.contract import (
@@ -48,6 +49,7 @@ from vtwcli.runtime.contract import (
     given_cache,
     strange,
 )
+from vtwcli.runtime.freeze import leave_layer, part
 from vtwcli.runtime.masks import not_padding, split_sinks
 from vtwcli.runtime.plan import Plan
 from vtwcli.runtime.rows import Rows, Tensor, take, take_positions
@@ -105,7 +107,8 @@ class Pruning:
         for index, layer in enumerate(layers):
             add(layer.register_forward_pre_hook(partial(self._enter_layer, index), with_kwargs=True))
             if self.plan.frozen(index):
-                add(layer.register_forward_hook(leave_layer, with_kwargs=True))
+                # before other hooks, which may record what comes out
+                add(layer.register_forward_hook(leave_layer, with_kwargs=True, prepend=True))
             if self.plan.may_probe(index) or self.plan.mutes_in(index):
                 attention = getattr(layer, "self_attn", None)
                 try:
@@ -243,8 +246,7 @@ class Pruning:
         probes = call.visual is not None and call.probes(index)
         held = getattr(cache, "layers", [])[index : index + 1]
         if rows.index is not None or acts or probes or (held and isinstance(held[0], PrunedLayer)):
-            attention: Any = getattr(module, "self_attn", None)
-            self._change(index, attention, call, before, rows, acts, probes, kwargs)
+            self._change(index, module, call, before, rows, acts, probes, kwargs)
             training = getattr(module, "gradient_checkpointing", False) and module.training
             if training and isinstance(kwargs[name], Tap):
                 raise PruningError(
@@ -271,7 +273,7 @@ class Pruning:
     def _change(
         self,
         index: int,
-        attention: Any,
+        module: torch.nn.Module,
         call: Call,
         before: Rows | None,
         rows: Rows,
@@ -280,12 +282,16 @@ class Pruning:
         kwargs: dict[str, Any],
     ) -> None:
         """Change a layer's arguments into those of the rows that run in it."""
-        name = self._caches[index]
+        name, attention = self._caches[index], getattr(module, "self_attn", None)
         hidden, cache, length = kwargs["hidden_states"], kwargs[name], call.shape[1]
         columns, past, skips, given = None, 0, False, kwargs.get("attention_mask")
         prefill = call.visual is not None
+        split = None
+        if prefill and self.plan.frozen(index) and "flash" not in attention_kind(attention):
+            split = call.split(rows, hidden.device)
+        added = rows if split is None else split.joined
         if cache is None:
-            columns = call.columns(None, rows, 0, hidden.device)
+            columns = call.columns(None, added, 0, hidden.device)
         else:
             layer = cache_layer(cache, index)
             past = layer.get_seq_length()
@@ -296,24 +302,30 @@ class Pruning:
                     layer.recall()
                 elif self.plan.text_skips(index, prefill):
                     layer.set_aside(call.memo)
-                columns = call.columns(layer.columns, rows, past, hidden.device)
+                columns = call.columns(layer.columns, added, past, hidden.device)
                 layer.expect(columns, length)
         check_arguments(kwargs, {length, past + length} - {1})
+        runs = rows if split is None else split.run
         if columns is not None:
-            skips = call.visual is not None and columns.visual and self.plan.text_skips(index, prefill)
+            skips = split is None and prefill and columns.visual and self.plan.text_skips(index, prefill)
             muted = self.plan.masks(index, prefill) if columns.visual else []
             if skips:  # text rows get a pass of their own over text, which spares all others a mask
                 muted = [a for a in muted if a.readers != "text"]
-            kwargs["attention_mask"] = call.mask(given, rows, columns, past, muted, hidden, attention)
+            kwargs["attention_mask"] = call.mask(given, runs, columns, past, muted, hidden, attention)
         if rows.index is not None:
             self._gather(call, before, rows, attention, kwargs)
+        frozen = None if split is None else part(module, name, kwargs, split)
+        if split is not None:
+            call.rows_at[index] = split.run_at.shape[1]
         sinks = self.plan.sinks(index, prefill) if columns is not None and columns.visual else []
         text, visual = split_sinks(sinks)
-        second = None if call.visual is None or text == visual or skips else text
-        base = text if call.visual is None else visual
+        alike = not prefill or split is not None or text == visual
+        second = None if alike or skips else text
+        base = text if not prefill or split is not None else visual
         due = probes or skips or second is not None
         if base or due or (acts and self.plan.frozen(index)):
-            call.tap = Tap(cache, call, index, rows, columns, past, base, second, skips, given, probes, due)
+            at = (columns, past, base, second, skips, given, probes, due, frozen)
+            call.tap = Tap(cache, call, index, runs, *at)
             kwargs[name] = call.tap
 
     def _gather(

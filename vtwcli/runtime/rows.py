@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,41 @@ def compact(stay: Tensor, readable: Tensor | None = None) -> Rows:
     key = query if readable is None else (stay & readable).gather(1, index)
     ragged = not bool(key.all())
     return Rows(index, query, key, ragged, ragged and key is not query and bool((query & ~key).any()))
+
+
+@dataclass(eq=False)
+class Split:
+    """The rows of a layer that does not update visual ones: some only have keys and values, the others run.
+
+    Attributes:
+        read, run: the parts' tokens, [B, V] and [B, T]; the last token's row runs whatever its kind.
+        read_at, run_at: where they lie among the layer's rows.
+        written: which of the rows that run are updated, [B, T].
+        joined: the layer's entries in the order in which it gets them, first those of ``read``.
+    """
+
+    read: Rows
+    run: Rows
+    read_at: Tensor
+    run_at: Tensor
+    written: Tensor
+    joined: Rows
+
+
+def split(rows: Rows, index: Tensor, visual: Tensor, last: Tensor) -> Split:
+    """Part ``rows``, which are those of the tokens ``index``, into ``visual`` ones and others, all [B, T].
+
+    Args:
+        last: the rows of last tokens, which run in any case.
+    """
+    query, key = rows.query.to(index.device), rows.key.to(index.device)
+    text = query & ~visual
+    parts = compact(query & key & visual & ~last), compact(text | (query & last), key)
+    at = [part.index for part in parts if part.index is not None]
+    read, run = (replace(part, index=index.gather(1, i)) for part, i in zip(parts, at, strict=True))
+    both = [torch.cat(two, 1) for two in zip(*((x.index, x.query, x.key) for x in (read, run)), strict=True)]
+    joined = Rows(*both, ragged=read.ragged or run.ragged)
+    return Split(read, run, *at, text.gather(1, at[1]), joined)
 
 
 def take(x: Tensor, index: Tensor | None, dim: int, batch: int = 0) -> Tensor:

@@ -239,6 +239,10 @@ class Schedule(Section):
         except words.ScheduleError as error:
             raise UsageError(error.message, error.hint) from None
 
+    def frozen_layers(self, layers: int) -> list[bool]:
+        """Whether the visual tokens of each layer are not updated."""
+        return words.frozen_layers(self.plain(), layers)
+
     def plain(self) -> list[dict[str, Any]]:
         """The actions in canonical form, as ``words`` takes them."""
         return [_lean(action) for action in self.actions]

@@ -195,3 +195,9 @@ def visual_per_layer(actions: Sequence[Mapping[str, Any]], layers: int, visual: 
                 present = kept_count(action["select"], present)
         counts.append(present)
     return counts
+
+
+def frozen_layers(actions: Sequence[Mapping[str, Any]], layers: int) -> list[bool]:
+    """Whether the visual tokens of each layer are not updated."""
+    ranges = [range(a["at"], a["until"]) for a in actions if a["action"] == "freeze"]
+    return [any(layer in frozen for frozen in ranges) for layer in range(layers)]

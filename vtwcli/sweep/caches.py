@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vtwcli.errors import VtwError
+from vtwcli.runtime.freeze import without_query
 from vtwcli.sweep.layers import cache_argument
 
 KeysValues = tuple[Tensor, Tensor]
@@ -54,7 +55,7 @@ def keys_values(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Key
         raise Enough
 
     try:
-        layer(hidden, **{**kwargs, cache_argument(layer): Cache(keep)})
+        without_query(layer)(hidden, **{**kwargs, cache_argument(layer): Cache(keep)})
     except Enough:
         return kept[0], kept[1]
     raise VtwError(f"{type(layer).__name__} did not ask its cache")

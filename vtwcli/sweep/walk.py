@@ -18,7 +18,7 @@ and values, E their width.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class Group:
         begun: how many have begun.
         rows: positions of the reached rows, [B, Q]; a batch row with fewer is filled up with other positions.
         valid: which entries of ``rows`` are reached, [B, Q].
+        updated: where text rows are among the reached ones, [B, T], and whether it is one, for fillers.
         hidden: their streams, [B, M, Q, D]; behind the last layer [B, M, R, D] at the compared rows.
     """
 
@@ -77,9 +78,14 @@ class Group:
         self.rows = rows.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : self.count]
         self.valid = torch.arange(self.count, device=rows.device) < counts[:, None]
         self.visual_rows = capture.visual.gather(1, self.rows)
+        text = self.valid & ~self.visual_rows
+        place = text.to(torch.int8).argsort(dim=1, descending=True, stable=True)[
+            :, : max(int(text.sum(1).max()), 1)
+        ]
+        self.updated = place, text.gather(1, place)
         batch, _, width = capture.hidden.shape
         self.hidden = capture.hidden.new_empty(batch, len(members), self.count, width)
-        self.patterns: dict[tuple[int, bool], tuple[Pattern, Pattern]] = {}
+        self.patterns: dict[tuple[int, int | None], tuple[Pattern, Pattern]] = {}
 
     def find(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Where ``positions`` [B, R] are among the reached rows: index [B, R], and whether they are there at all."""
@@ -242,7 +248,7 @@ class Walk:
 
     def _patterns(self, group: Group, d: int, query: Tensor | None) -> tuple[Pattern, Pattern]:
         """What a stream of the group may read in layer ``d`` where its intervention is not active, and where it is."""
-        key = (id(self.capture.kwargs[d].get("attention_mask")), query is None)
+        key = (id(self.capture.kwargs[d].get("attention_mask")), None if query is None else id(query))
         if key not in group.patterns:
             visual, length = self.capture.visual, self.capture.hidden.shape[1]
             rows = group.rows if query is None else group.rows.gather(1, query)
@@ -276,33 +282,44 @@ class Walk:
             query: which of the reached rows to compute, [B, R] indices into them; None means all.
         """
         batch, _, count, width = group.hidden.shape
-        patterns = self._patterns(group, d, query)
         active = [one.active(d) for one in group.members[: group.begun]]
         chunk = max(1, min(group.begun, _CHUNK_ROWS // (batch * count)))
+        froze = group.kind == "freeze" and query is None  # compared rows are text
+        queries = (query, group.updated[0] if froze and any(active) else query)
+        patterns = [self._patterns(group, d, rows)[a] for a, rows in enumerate(queries)]
         reach = max((patterns[a].reach for a in active), default=0)
         shared = Shared(chunk * count, keys[:, :, :reach], values[:, :, :reach])
         results = group.hidden
         if query is not None:
             results = group.hidden.new_empty(batch, len(group.members), query.shape[1], width)
-        for start in range(0, group.begun, chunk):
-            part = slice(start, min(start + chunk, group.begun))
-            entry, streams = group.hidden[:, part], part.stop - start
+        for part in _chunks(active, chunk, froze):
+            entry, streams = group.hidden[:, part], part.stop - part.start
             read = [patterns[a] for a in active[part]]
             reach = max(pattern.reach for pattern in read)
             mask = diagonal([p.own for p in read], [p.full[:, :, :reach] for p in read])
             folded = entry.reshape(batch, streams * count, width)
-            rows, own = group.rows, None
-            if query is not None:
+            rows, own, asked = group.rows, None, queries[active[part.start]]
+            if asked is not None:
                 own = keys_values(layer, folded, self._row_kwargs(d, rows, streams, mask[:, :0]))
-                rows = rows.gather(1, query)
-                folded = entry.gather(2, query[:, None, :, None].expand(-1, streams, -1, width)).flatten(1, 2)
+                rows = rows.gather(1, asked)
+                place = asked[:, None, :, None].expand(-1, streams, -1, width)
+                before = entry.gather(2, place)
+                folded = before.flatten(1, 2)
             out = run(layer, folded, self._row_kwargs(d, rows, streams, mask), shared.reader(reach, own))
             out = out.view(batch, streams, -1, width)
-            if group.kind == "freeze" and query is None:  # compared rows are text
-                frozen = torch.tensor(active[part], device=out.device)[:, None, None]
-                out = torch.where(frozen & group.visual_rows[:, None, :, None], entry, out)
+            if froze and asked is not None:
+                out = entry.scatter(2, place, torch.where(group.updated[1][:, None, :, None], out, before))
             results[:, part] = out
         group.hidden = results
+
+
+def _chunks(active: Sequence[bool], size: int, apart: bool) -> Iterator[slice]:
+    """Slices of at most ``size`` streams; where ``apart``, of those that are ``active`` or of those that are not."""
+    start = 0
+    for at in range(1, len(active) + 1):
+        if at == len(active) or at - start == size or (apart and active[at] != active[start]):
+            yield slice(start, at)
+            start = at
 
 
 def _check_arguments(capture: Capture) -> None:

@@ -149,7 +149,9 @@ def _pruned(subject: Subject, layers: int) -> str:
 
 
 def _savings(schedule: Schedule, shape: TextShape) -> str:
-    pruned = [_TEXT + visual for visual in schedule.visual_per_layer(shape.layers, _VISUAL)]
+    visual = schedule.visual_per_layer(shape.layers, _VISUAL)
+    pruned = [_TEXT + n for n in visual]
+    frozen = [n * still for n, still in zip(visual, schedule.frozen_layers(shape.layers), strict=True)]
     full = [_TEXT + _VISUAL] * shape.layers
     rows = [
         f"What that saves with {_VISUAL} visual and {_TEXT} text tokens, computed; three conventions are in use.\n",
@@ -157,7 +159,8 @@ def _savings(schedule: Schedule, shape: TextShape) -> str:
         "|---|---:|",
     ]
     for convention in CONVENTIONS:
-        ratio = prefill_cost(shape, pruned, convention) / prefill_cost(shape, full, convention)
+        cost = prefill_cost(shape, pruned, convention, frozen)
+        ratio = cost / prefill_cost(shape, full, convention)
         rows.append(f"| prefill operations of the language model (`{convention}`) | {ratio:.1%} |")
     rows.append(f"| KV cache after the prefill | {kv_bytes(shape, pruned) / kv_bytes(shape, full):.1%} |")
     return "\n".join(rows)
