@@ -25,12 +25,29 @@ def keep(k: int, **select: Any) -> dict[str, Any]:
     return {"at": k, "action": "keep", "select": select}
 
 
+def freeze(at: int, until: int) -> dict[str, Any]:
+    return {"at": at, "until": until, "action": "freeze"}
+
+
 # name -> layers of the model, actions, options, roles of the decoder graphs
 EXPORTS: dict[str, tuple[int, list[dict[str, Any]], dict[str, Any], list[str]]] = {
     "split": (3, [withdraw(1)], {}, ["decoder_lower", "decoder_upper"]),
     "full half": (1, [withdraw(1)], {"dtype": "fp16"}, ["decoder"]),
     "none": (1, [withdraw(0)], {}, ["decoder_upper"]),
     "merged int4": (2, [withdraw(1)], {"merged": True, "quantize": "int4"}, ["decoder_merged"]),
+    "freeze": (
+        4,
+        [freeze(0, 1), keep(1, score="attention", ratio=0.6), freeze(1, 3), withdraw(3)],
+        {},
+        ["decoder_lower", "decoder_middle_1", "decoder_upper"],
+    ),
+    "freeze merged": (
+        3,
+        [freeze(0, 2), keep(1, score="uniform", ratio=0.6)],
+        {"merged": True},
+        ["decoder_merged"],
+    ),
+    "freeze whole": (2, [freeze(1, 2)], {"opset": 23}, ["decoder"]),
     "keep": (
         3,
         [

@@ -1,11 +1,13 @@
 """Real prefill and decode time against FLOPs, by method and keep ratio. Run by hand; prints a Markdown table.
 
-    python tests/benchmarks/bench_methods.py [--layers 16] [--width 768] [--repeat 3] [--threads 1] [--device cuda]
+    python tests/benchmarks/bench_methods.py [--layers 16] [--width 768] [--repeat 5] [--threads 1] [--device cuda]
+        [--only freeze]
 
 A LLaVA-shaped model with random weights, 576 visual tokens, 35 text tokens before and 29 behind them. The vision tower
 is small and runs in all variants alike. All variants take turns on the same prompt, in one process; medians. Prefill
-is one forward of the prompt into an empty cache, decode the mean of the steps behind it. FLOPs (convention ``flops``)
-and KV entries are those of the tokens that the runtime's trace reports.
+is one forward of the prompt into an empty cache, decode the mean of the steps behind it. Time is that of the process on
+a CPU, of the wall on a GPU. FLOPs (convention ``flops``) and KV entries are those of the tokens that the runtime's
+trace reports; the last column is the prefill's time over them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 from vtwcli.judge.flops import TextShape, prefill_cost
 from vtwcli.methods.visipruner import VisiPruner
 from vtwcli.runtime import pruned
-from vtwcli.schedule.schedule import Freeze, Keep, Mute, Schedule, Select
+from vtwcli.schedule.schedule import Freeze, Keep, Mute, Schedule, Select, Withdraw
 
 PREFIX, SUFFIX = 35, 29
 STEPS = 8
@@ -83,6 +85,13 @@ def variants(model: torch.nn.Module, inputs: dict, depth: int) -> dict[str, Sche
         actions=(Mute(at=0, until=half, action="mute", sink="zero"),)
     )
     found[f"freeze {half}..{depth - 1}"] = Schedule(actions=(Freeze(at=half, until=depth, action="freeze"),))
+    quarter = depth // 4
+    found[f"freeze {quarter}..{3 * quarter - 1}, VTW K={3 * quarter}"] = Schedule(
+        actions=(
+            Freeze(at=quarter, until=3 * quarter, action="freeze"),
+            Withdraw(at=3 * quarter, action="withdraw"),
+        )
+    )
     return found
 
 
@@ -91,8 +100,9 @@ def timed(model: torch.nn.Module, inputs: dict, schedule: Schedule | None) -> tu
     """Seconds of the prefill and of one decode step, and the visual tokens present in each layer."""
 
     def now() -> float:
-        if inputs["input_ids"].is_cuda:
-            torch.cuda.synchronize()
+        if not inputs["input_ids"].is_cuda:
+            return time.process_time()
+        torch.cuda.synchronize()
         return time.perf_counter()
 
     with nullcontext() if schedule is None else pruned(model, schedule) as running:
@@ -116,16 +126,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", default="", help="part of the names of the schedules to run")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = build(options.layers, options.width, options.device)
     shape = TextShape.from_config(model.config)
     inputs = shapes.inputs(PREFIX, SUFFIX, torch.float32, options.device)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    chosen = variants(model, inputs, options.layers)
+    chosen = {
+        name: schedule
+        for name, schedule in variants(model, inputs, options.layers).items()
+        if name == "full" or options.only in name
+    }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
     tokens = {}
     for repeat in range(-1, options.repeat):
@@ -144,12 +159,19 @@ def main() -> None:
         f"{options.layers} layers x {options.width}, float32, {options.device}, {options.threads} threads; full: "
         f"prefill {full[0]:.2f} s, decode {full[1] * 1e3:.0f} ms a token. All else relative to it.\n"
     )
-    print("| schedule | FLOPs | prefill time | KV entries | decode time |\n|---|---|---|---|---|")
+    print("| schedule | FLOPs | prefill time | KV entries | decode time | prefill time / FLOPs |")
+    print("|---|---|---|---|---|---|")
     for name, (prefill, decode) in middle.items():
-        cost = prefill_cost(shape, tokens[name]) / prefill_cost(shape, tokens["full"])
+        schedule = chosen[name] or Schedule()
+        still = zip(tokens[name], schedule.frozen_layers(options.layers), strict=True)
+        frozen = [(n - PREFIX - SUFFIX) * stays for n, stays in still]
+        cost = prefill_cost(shape, tokens[name], frozen_per_layer=frozen) / prefill_cost(
+            shape, tokens["full"]
+        )
         entries = sum(tokens[name]) / sum(tokens["full"])
         print(
-            f"| {name} | {cost:.1%} | {prefill / full[0]:.1%} | {entries:.1%} | {decode / full[1]:.1%} |",
+            f"| {name} | {cost:.1%} | {prefill / full[0]:.1%} | {entries:.1%} | {decode / full[1]:.1%} "
+            f"| {prefill / full[0] / cost:.2f} |",
             flush=True,
         )
 

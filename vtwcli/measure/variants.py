@@ -132,6 +132,7 @@ class Graphs:
                 visual_per_layer=self.schedule.visual_per_layer(
                     len(one.visual_per_layer), one.visual_per_layer[0]
                 ),
+                frozen=self.schedule.frozen_layers(len(one.visual_per_layer)),
             )
             for one in found
         ]

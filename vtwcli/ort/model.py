@@ -11,7 +11,7 @@ import numpy as np
 
 from .errors import NotFinite, UsageError
 from .images import image_features
-from .removal import remove
+from .removal import parts, remove
 from .sampling import sample
 from .sessions import Sessions
 from .tokens import State, Tokens, grid_positions, last_places
@@ -77,7 +77,8 @@ class OnnxModel(Sessions):
             raise UsageError("a row of the batch has no tokens")
         visual = np.isin(input_ids, self.manifest["tokens"]["placeholder_ids"]) & attended
         if visual[np.arange(len(visual)), last_places(attended)].any() and any(
-            graph["removal"] for graph in self.decoders
+            graph["removal"] or any(port["name"].endswith("text_index") for port in graph["inputs"])
+            for graph in self.decoders
         ):
             raise UsageError(
                 "a prompt ends with a visual token, which leaves no token to predict the next one"
@@ -173,6 +174,9 @@ class OnnxModel(Sessions):
         for name, part in (("attention_mask", inside), ("kept_attention_mask", after)):
             if name in names:
                 offered[name] = state.attend(graph["role"] + name, part.attended)
+        for prefix, part in (("", inside), ("kept_", after)):
+            if f"{prefix}text_index" in names:
+                offered[f"{prefix}text_index"], offered[f"{prefix}visual_index"] = parts(part)
         offered["logits_index"] = offered["score_index"] = after.last()[:, None]
         return {name: value for name, value in offered.items() if name in names}, after
 

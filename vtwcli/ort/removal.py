@@ -48,6 +48,15 @@ def remove(
     return index, Tokens(mask, tokens.visual[rows, index] & mask, tokens.positions[..., rows, index])
 
 
+def parts(tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    """Where text and visual tokens are, [B, T] and [B, V]; rows with fewer begin with the place of their last token."""
+    found = []
+    for which in (tokens.attended & ~tokens.visual, tokens.attended & tokens.visual):
+        index, there = compact(which)
+        found.append(np.where(there, index, tokens.last()[:, None]))
+    return found[0], found[1]
+
+
 def chosen(visual: np.ndarray, select: Mapping[str, Any], scores: np.ndarray | None) -> np.ndarray:
     """The visual tokens that ``keep`` keeps, bool [B, S].
 

@@ -317,13 +317,15 @@ class Call:
 
     def columns(self, old: Columns | None, rows: Rows, past: int, device: torch.device) -> Columns:
         """The entries of a cache layer once ``rows`` are added to the ``old`` ones."""
+        if old is not None and not old.position.shape[1]:
+            old = None  # layers that hold nothing yet get the same
         key = ("columns", id(old), id(rows), past)
         if key not in self.memo:
             index = self.index(rows, device)
             position = (index + past).masked_fill(~rows.key.to(device), -1)
             kind = self.kinds(rows, device)
             ragged, visual = rows.ragged, self.visual is not None
-            if old is not None and old.position.shape[1]:
+            if old is not None:
                 position = torch.cat([old.position, position], 1)
                 kind = torch.cat([old.kind, kind], 1)
                 ragged, visual = ragged or old.ragged, visual or old.visual

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from vtwcli.runtime.contract import given_cache, strange
 from vtwcli.runtime.rows import TEXT, Split, Tensor, take, take_positions
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """A layer has shown what was wanted of it; the rest of it need not run."""
 
 
@@ -28,14 +27,18 @@ class _Handed:
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As a cache's."""
         self.entries = keys, values
-        raise _Enough
+        raise Enough
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+        """As the cache's."""
+        return 0 if self.cache is None else self.cache.get_seq_length(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["cache"], name)
 
 
 class _NoQuery(torch.nn.Module):
-    """Stands where the projection of queries stands, for rows that ask nothing."""
+    """Stands where the projection of queries stands, for rows that ask nothing: one head of zeros."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -58,25 +61,47 @@ def part(layer: torch.nn.Module, name: str, kwargs: dict[str, Any], split: Split
         PruningError: a layer that does not hand its keys and values to the cache.
     """
     hidden, attention = kwargs["hidden_states"], getattr(layer, "self_attn", None)
-    handed = _Handed(kwargs[name])
-    given = {**kwargs, "hidden_states": take(hidden, split.read_at, 1), "attention_mask": None, name: handed}
+    given = {**kwargs, "hidden_states": take(hidden, split.read_at, 1), "attention_mask": None}
     take_positions(given, split.read_at, hidden.shape[1], attention)
-    with suppress(_Enough):
-        without_query(layer).forward(**given)
-    if handed.entries is None:
+    entries = entries_of(layer, name, given)
+    if entries is None:
         raise strange(f"{type(layer).__name__} does not hand its keys to the cache")
     kwargs["hidden_states"] = take(hidden, split.run_at, 1)
     take_positions(kwargs, split.run_at, hidden.shape[1], attention)
-    return Frozen(split, hidden, handed.entries)
+    return Frozen(split, hidden, entries)
 
 
-def without_query(layer: Any) -> Any:
+def entries_of(layer: Any, name: str, given: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Keys and values of the rows that a layer is given; it runs no further than it must for them.
+
+    Args:
+        layer: of a model.
+        name: by which it takes its cache.
+        given: its arguments by name.
+
+    Returns:
+        What it hands to its cache; None if that is nothing.
+    """
+    handed = _Handed(given.get(name))
+    for one in (_without_query(layer), layer):
+        try:
+            one.forward(**{**given, name: handed})
+            break
+        except Enough:
+            return handed.entries
+        except RuntimeError:
+            if one is layer:
+                raise  # else the stand-in does not fit
+    return None
+
+
+def _without_query(layer: Any) -> Any:
     """A copy of the layer, sharing its weights, that computes no queries; itself where these are not computed apart,
     or where forward was wrapped (accelerate), since the wrapper runs the original."""
     attention = getattr(layer, "self_attn", None)
-    query = getattr(attention, "q_proj", None)
-    width = getattr(query, "out_features", None)
-    if not isinstance(width, int) or any("forward" in x.__dict__ for x in (layer, attention, query)):
+    query, width = getattr(attention, "q_proj", None), getattr(attention, "head_dim", None)
+    wrapped = any("forward" in x.__dict__ for x in (layer, attention, query) if x is not None)
+    if not isinstance(query, torch.nn.Module) or not isinstance(width, int) or wrapped:
         return layer
     layer, attention = copy.copy(layer), copy.copy(attention)
     attention._modules = {**attention._modules, "q_proj": _NoQuery(width)}

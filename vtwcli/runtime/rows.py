@@ -83,6 +83,8 @@ def take(x: Tensor, index: Tensor | None, dim: int, batch: int = 0) -> Tensor:
     """Gather ``index`` [B, T] along ``dim`` of ``x``, whose dimension ``batch`` has size B or 1; None: all."""
     if index is None:
         return x
+    if index.shape[0] == 1 and x.shape[batch] == 1:
+        return x.index_select(dim, index[0].to(x.device))
     sizes, shape = list(x.shape), [1] * x.ndim
     sizes[batch], shape[batch], shape[dim] = index.shape[0], *index.shape
     x, sizes[dim] = x.expand(sizes), index.shape[1]

@@ -74,13 +74,10 @@ class Word:
     onnx: tuple[str, str] | None = None
 
 
-def _no_graph(action: str) -> tuple[str, str]:
-    return (
-        f"the action {action} cannot be exported to ONNX",
-        "use a schedule of withdraw and keep, or --format hf",
-    )
-
-
+_NO_GRAPH = (
+    "the action mute cannot be exported to ONNX",
+    "use a schedule of withdraw, keep and freeze, or --format hf",
+)
 _LEFT = "there are no visual tokens: not in the hidden states, and not in the KV cache"
 _FROZEN = "visual tokens are not updated; they still serve as keys and values"
 _CHANGES = "some visual token changes the attention output (cosine below {:g})"
@@ -91,8 +88,8 @@ _DRAWN = "keep with random scores cannot be exported to ONNX, they are drawn by 
 WORDS = (
     Word("action", "withdraw", _LEFT),
     Word("action", "keep", "only {} remain"),
-    Word("action", "mute", "{} {}; {}", onnx=_no_graph("mute")),
-    Word("action", "freeze", _FROZEN, onnx=_no_graph("freeze")),
+    Word("action", "mute", "{} {}; {}", onnx=_NO_GRAPH),
+    Word("action", "freeze", _FROZEN),
     Word("at", "auto", "the layer after the one where {}", needs=LAST_ROW, fixed=False, onnx=_DYNAMIC),
     Word("condition", "cosine_below", _CHANGES, needs=LAST_ROW, fixed=False, onnx=_DYNAMIC),
     Word("condition", "cosine_above", _STILL, needs=LAST_ROW, fixed=False, onnx=_DYNAMIC),

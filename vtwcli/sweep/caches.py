@@ -9,14 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from vtwcli.errors import VtwError
-from vtwcli.runtime.freeze import without_query
+from vtwcli.runtime.freeze import entries_of
 from vtwcli.sweep.layers import cache_argument
 
 KeysValues = tuple[Tensor, Tensor]
-
-
-class Enough(Exception):
-    """A layer has shown what was wanted of it; the rest of it need not run."""
 
 
 class Cache:
@@ -48,17 +44,10 @@ def run(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], read: Callable
 
 def keys_values(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> KeysValues:
     """Only the keys and values of the rows: the layer is left as soon as it has computed them."""
-    kept: list[Tensor] = []
-
-    def keep(keys: Tensor, values: Tensor) -> KeysValues:
-        kept.extend((keys, values))
-        raise Enough
-
-    try:
-        without_query(layer)(hidden, **{**kwargs, cache_argument(layer): Cache(keep)})
-    except Enough:
-        return kept[0], kept[1]
-    raise VtwError(f"{type(layer).__name__} did not ask its cache")
+    entries = entries_of(layer, cache_argument(layer), {**kwargs, "hidden_states": hidden})
+    if entries is None:
+        raise VtwError(f"{type(layer).__name__} did not ask its cache")
+    return entries
 
 
 class Shared:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from vtwcli.errors import VtwError
 from vtwcli.runtime import attention
 from vtwcli.runtime.contract import PruningError
-from vtwcli.sweep.caches import Cache, Enough
+from vtwcli.runtime.freeze import Enough
+from vtwcli.sweep.caches import Cache
 from vtwcli.sweep.layers import cache_argument
 from vtwcli.sweep.reach import take
 

@@ -195,6 +195,13 @@ def _how_to(manifest: Mapping[str, Any]) -> list[str]:
             steps.append(
                 "attention_mask, position_ids and logits_index of a graph with keep_index are those of the T places"
             )
+    for prefix, which in (("", "new"), ("kept_", "kept")):
+        if f"{prefix}text_index" in inputs:
+            steps.append(
+                f"{prefix}text_index [B, T] and {prefix}visual_index [B, V]: the places of text and of visual tokens "
+                f"among the {which} ones, padding apart; rows with fewer of a kind, or none, begin with the place of "
+                "their last token. In a step with one new token both are [[0]]"
+            )
     if "score_index" in inputs:
         steps.append(
             "score_index [B, 1]: the last token of each row; the scores are for the choice of the next graph's "

@@ -66,7 +66,7 @@ def export_onnx(
 
     Args:
         model: what to export.
-        schedule: static: ``withdraw`` at one layer, or nothing.
+        schedule: static, without ``mute``.
         output: directory to make; nothing is there before everything is checked.
         dtype: ``fp32`` or ``fp16``, of weights and activations.
         opset: 18 to 24; from 23 on attention and norms are single operators.
@@ -91,10 +91,10 @@ def export_onnx(
         own_files(source.checkpoint, COMPANIONS)  # what is refused must not take the time of an export
     plan = as_schedule(schedule)
     plan.check_depth(source.depth, source.family.first_withdrawal)
-    cuts = removals(plan, source.depth)
+    cuts, frozen = removals(plan, source.depth), frozen_layers(plan, source.depth)
     began = time.perf_counter()
     with publish(output, force, source_of(model)) as folder:
-        manifest = write_graphs(source, cuts, folder, dtype=dtype, opset=opset, merged=merged)
+        manifest = write_graphs(source, cuts, frozen, folder, dtype=dtype, opset=opset, merged=merged)
         manifest["schedule"] = plan.to_dict()
         write_companions(source, manifest, folder)
         written = time.perf_counter()
@@ -135,14 +135,29 @@ def removals(schedule: Schedule, depth: int) -> list[dict[str, Any]]:
     for word in words.used(kept):
         if word.onnx is not None:
             raise UsageError(*word.onnx)
+    kept = [action for action in kept if action["action"] != "freeze"]
     layers = [action["at"] for action in kept]
     if len(set(layers)) < len(layers):
         raise UsageError("two actions at one layer cannot be exported to ONNX", "give them different layers")
     return kept
 
 
+def frozen_layers(schedule: Schedule, depth: int) -> list[int]:
+    """The layers in which visual tokens are there and not updated."""
+    plain = schedule.plain()
+    end = next((action["at"] for action in plain if action["action"] == "withdraw"), depth)
+    return [d for d, still in enumerate(schedule.frozen_layers(depth)) if still and d < end]
+
+
 def write_graphs(
-    source: Source, cuts: Sequence[Mapping[str, Any]], folder: Path, *, dtype: str, opset: int, merged: bool
+    source: Source,
+    cuts: Sequence[Mapping[str, Any]],
+    frozen: Sequence[int],
+    folder: Path,
+    *,
+    dtype: str,
+    opset: int,
+    merged: bool,
 ) -> dict[str, Any]:
     """Write the graphs and return what a manifest says of them; see ``export_onnx``."""
     from vtwcli.export.onnx import graphs as onnx_graphs
@@ -153,7 +168,7 @@ def write_graphs(
     model.get_submodule(source.family.text_model).config._attn_implementation = onnx_modules.ATTENTION
     mode = onnx_trace.fake_parameters(model)  # before the wrappers, which hold some parameters themselves
     names = onnx_trace.parameter_names(model)
-    graphs = onnx_graphs.all_graphs(model, source.family, cuts, merged, torch_type(LONG[dtype]))
+    graphs = onnx_graphs.all_graphs(model, source.family, cuts, merged, torch_type(LONG[dtype]), frozen)
     attention = onnx_modules.fused_attention if opset >= FUSED_OPSET else onnx_modules.attention
     with (
         console.progress("export", total=len(graphs)) as task,
@@ -272,7 +287,7 @@ def check(
         path, trust = str(source.checkpoint.path), source.checkpoint.trust_remote_code
         whole = memory_needed(source.checkpoint, torch.float32) * 2 <= memory_available(torch.device("cpu"))
         if not whole:
-            _check_layers_will_do(cuts, quantize)
+            _check_layers_will_do(schedule.plain(), quantize)
             console.note("the model does not fit in memory: comparing layer by layer")
         loaded = load(path, device="cpu", dtype="float32", trust_remote_code=trust, weights=whole)
         if not whole:
@@ -282,7 +297,7 @@ def check(
             if manifest["quantize"] is None:
                 onnx_parity.gate(result, manifest["dtype"])
             return {"method": "layer by layer", **facts, **result}
-    plan = schedule.to_dict() if cuts else None
+    plan = schedule.to_dict() if cuts or frozen_layers(schedule, source.depth) else None
     references = []
     for at in range(0, len(chosen), 4):
         part = chosen[at : at + 4]
@@ -312,10 +327,10 @@ def _tell(kind: str, result: Mapping[str, Any]) -> None:
     )
 
 
-def _check_layers_will_do(cuts: Sequence[Mapping[str, Any]], quantize: str | None) -> None:
-    if any(cut["action"] != "withdraw" for cut in cuts):
+def _check_layers_will_do(actions: Sequence[Mapping[str, Any]], quantize: str | None) -> None:
+    if other := next((a["action"] for a in actions if a["action"] != "withdraw"), None):
         raise UsageError(
-            "a schedule with keep is checked by generation, for which the model does not fit in memory",
+            f"a schedule with {other} is checked by generation, for which the model does not fit in memory",
             "use a schedule of withdraw",
         )
     if quantize is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,15 +10,8 @@ import torch
 from torch import nn
 
 from vtwcli.errors import UsageError
-from vtwcli.export.onnx.modules import (
-    Decoder,
-    Embedding,
-    Layers,
-    MaskedTower,
-    MergedDecoder,
-    PatchTower,
-    TowerAndProjector,
-)
+from vtwcli.export.onnx.decoder import Decoder, Layers, MergedDecoder
+from vtwcli.export.onnx.modules import Embedding, MaskedTower, PatchTower, TowerAndProjector
 from vtwcli.models.families import Family
 from vtwcli.schedule import words
 
@@ -90,7 +83,12 @@ VISION: dict[str, Vision] = {
 
 
 def all_graphs(
-    model: Any, family: Family, removals: Sequence[Mapping[str, Any]], merged: bool, dtype: torch.dtype
+    model: Any,
+    family: Family,
+    removals: Sequence[Mapping[str, Any]],
+    merged: bool,
+    dtype: torch.dtype,
+    frozen: Collection[int] = (),
 ) -> list[Graph]:
     """Every graph of an export.
 
@@ -100,6 +98,7 @@ def all_graphs(
         removals: the actions of a schedule that remove visual tokens, in canonical form, layers rising and below L.
         merged: one decoder graph in place of several.
         dtype: of the weights.
+        frozen: the layers in which visual tokens are there and not updated.
 
     Raises:
         UsageError: the family, or something in its text config, has no export, or ``merged`` cannot be had.
@@ -121,14 +120,15 @@ def all_graphs(
                 "one merged graph holds one removal whose tokens are known beforehand",
                 "export without --merged",
             )
-        return [*graphs, merged_graph(model, family, inner[0], dtype)]
+        return [*graphs, merged_graph(model, family, inner[0], dtype, frozen)]
     first = next((removal for removal in removals if removal["at"] == 0), None)
     starts = [0, *(removal["at"] for removal in inner), depth]
     before: list[Mapping[str, Any] | None] = [first, *inner]
     for i, removal in enumerate(before):
         role = _role(i, len(before), removal)
         score = measured(before[i + 1]) if i + 1 < len(before) else None
-        graphs.append(decoder_graph(model, family, role, (starts[i], starts[i + 1]), removal, score, dtype))
+        layers = starts[i], starts[i + 1]
+        graphs.append(decoder_graph(model, family, role, layers, removal, score, dtype, frozen))
     return graphs
 
 
@@ -254,6 +254,7 @@ def decoder_graph(
     removal: Mapping[str, Any] | None,
     score: str | None,
     dtype: torch.dtype,
+    frozen: Collection[int] = (),
 ) -> Graph:
     """A range of layers; behind the model's last layer the norm and the head.
 
@@ -265,13 +266,14 @@ def decoder_graph(
         removal: what leaves before these layers.
         score: kind of the scores that come out of the last layer.
         dtype: of the weights.
+        frozen: the layers in which visual tokens are not updated.
     """
     text_model = model.get_submodule(family.text_model)
     width = model.config.get_text_config().hidden_size
     (lo, hi), gathers = layers, removal is not None
     last = hi == len(text_model.layers)
     tapped = range(lo, hi if last else hi - 1)  # without a head the last border is the output itself
-    inner = Layers(text_model, lo, hi, last, tapped, score)
+    inner = Layers(text_model, lo, hi, last, tapped, score, frozen)
     module = Decoder(inner, model.get_submodule(family.head) if last else None, gathers)
     length, prefix = ("kept_length", "kept_") if gathers else ("sequence_length", "")
     past = f"{prefix}past_length"
@@ -280,6 +282,7 @@ def decoder_graph(
     inputs = [Port(stream, dtype, ("batch_size", "sequence_length", width))]
     if gathers:
         inputs.append(Port("keep_index", torch.int64, ("batch_size", length)))
+    inputs += part_ports("", inner)
     if last:
         inputs.append(Port("logits_index", torch.int64, ("batch_size", "num_logits")))
     if score:
@@ -302,15 +305,21 @@ def decoder_graph(
     )
 
 
-def merged_graph(model: Any, family: Family, removal: Mapping[str, Any], dtype: torch.dtype) -> Graph:
+def merged_graph(
+    model: Any,
+    family: Family,
+    removal: Mapping[str, Any],
+    dtype: torch.dtype,
+    frozen: Collection[int] = (),
+) -> Graph:
     """All layers, with visual tokens leaving between two of them."""
     text_model, cut = model.get_submodule(family.text_model), removal["at"]
     width, depth = model.config.get_text_config().hidden_size, len(text_model.layers)
     head = model.get_submodule(family.head)
     below, above = range(cut), range(cut, depth)
-    module = MergedDecoder(
-        Layers(text_model, 0, cut, False, below), Layers(text_model, cut, depth, True, above), head
-    )
+    lower = Layers(text_model, 0, cut, False, below, None, frozen)
+    upper = Layers(text_model, cut, depth, True, above, None, frozen)
+    module = MergedDecoder(lower, upper, head)
     full, kept = "past_length + sequence_length", "kept_past_length + kept_length"
     inputs = (
         Port("inputs_embeds", dtype, ("batch_size", "sequence_length", width)),
@@ -319,6 +328,8 @@ def merged_graph(model: Any, family: Family, removal: Mapping[str, Any], dtype: 
         Port("keep_index", torch.int64, ("batch_size", "kept_length")),
         Port("kept_attention_mask", torch.int64, ("batch_size", kept)),
         Port("logits_index", torch.int64, ("batch_size", "num_logits")),
+        *part_ports("", lower),
+        *part_ports("kept_", upper),
         *cache_ports(model, "past_key_values", 0, cut, "past_length", dtype),
         *cache_ports(model, "past_key_values", cut, depth, "kept_past_length", dtype),
     )
@@ -332,6 +343,14 @@ def merged_graph(model: Any, family: Family, removal: Mapping[str, Any], dtype: 
         *tap_ports(above, "kept_length", width, dtype),
     )
     return Graph("decoder_merged", module, inputs, outputs, (0, depth), removal, taps)
+
+
+def part_ports(prefix: str, layers: Layers) -> list[Port]:
+    """Where text and visual rows are, if some layer is frozen."""
+    kinds = ("text", "visual") if layers.frozen else ()
+    return [
+        Port(f"{prefix}{kind}_index", torch.int64, ("batch_size", f"{prefix}{kind}_length")) for kind in kinds
+    ]
 
 
 def cache_ports(model: Any, name: str, lo: int, hi: int, length: str, dtype: torch.dtype) -> list[Port]:

@@ -109,7 +109,7 @@ def trace(graph: Graph, mode: FakeTensorMode, opset: int) -> ir.Model:
 class _Sizes:
     """Example sizes for named dimensions: different ones, none of them 0 or 1, which torch would take for fixed."""
 
-    _CHOICES = (2, 5, 3, 7, 11, 13, 17, 19)
+    _CHOICES = (2, 5, 3, 7, 11, 13, 17, 19, 23, 29, 31)
 
     def __init__(self, graph: Graph) -> None:
         self.scale = graph.scale
