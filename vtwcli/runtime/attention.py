@@ -109,7 +109,8 @@ def _text_again(module: Any, given: dict[str, Any], tap: Tap) -> tuple[Rows, Ten
             call.memo[memo] = only, columns.gather(only), columns
         only, columns, _ = call.memo[memo]
         keys, values = take(keys, only.index, 2), take(values, only.index, 2)
-    mask = call.mask(tap.given, tokens, columns, tap.past, [], given["hidden_states"], module)
+    muted = [] if tap.skips else call.plan.masks(tap.layer, True)
+    mask = call.mask(tap.given, tokens, columns, tap.past, muted, given["hidden_states"], module)
     return here, _attend(module, given, here.index, mask, keys, values)[0]
 
 
