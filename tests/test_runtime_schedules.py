@@ -57,6 +57,10 @@ SCHEDULES: dict[str, list[dict]] = {
         {"at": 1, "until": 3, **MUTE, "columns": "first_half"},
         {"at": 1, "until": 3, **MUTE, "sink": "first"},
     ],
+    "mute half, the rest to the first": [
+        {"at": 0, "until": 2, **MUTE, "columns": "first_half"},
+        {"at": 1, "until": 3, **MUTE, "sink": "first"},
+    ],
     "7b": SEVEN_B,
     "13b": THIRTEEN_B,
     "mute, then withdraw": [{"at": 0, "until": 3, **MUTE}, {"at": 3, "action": "withdraw"}],

@@ -215,7 +215,7 @@ def test_chunks_change_nothing(rows_at_once, monkeypatch):
     batch = tiny.llava_batch(["t3 i t5", "i t9 i t2"], dtype=torch.float64)
     want = check(llava(), batch, MIXED, 2)
     monkeypatch.setattr(walk, "_CHUNK_ROWS", rows_at_once)
-    monkeypatch.setattr(sweep_module, "_CHUNK_LOGITS", rows_at_once)
+    monkeypatch.setattr(sweep_module, "CHUNK_LOGITS", rows_at_once)
     assert torch.equal(check(llava(), batch, MIXED, 2), want)
 
 

@@ -19,6 +19,7 @@ from vtwcli.models.loading import LoadedModel
 from vtwcli.results.evaluation import ActionTaken, Spent
 from vtwcli.runtime import ActionTrace, PruningError, Trace, pruned
 from vtwcli.schedule.schedule import Keep, Schedule, Withdraw
+from vtwcli.sweep.schedules import Followed
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,16 @@ def schedule_answers(
     return found
 
 
+def followed_answers(full: Answer, found: Followed, schedules: Sequence[Schedule]) -> list[Answer]:
+    """What schedules do to one sample, forced along the full model's answer, from one pass over the layers."""
+    answers = []
+    for number, (schedule, trace) in enumerate(zip(schedules, found.traces, strict=True)):
+        actions = _actions(schedule, Trace([trace]), 0)
+        kl, agree = _digits(found.kl[number].tolist()), found.agree[number].tolist()
+        answers.append(Answer("", [], kl, agree, trace.visual_per_layer, trace.text, actions))
+    return answers
+
+
 def compared(
     loaded: LoadedModel, full: Full, forced: Tensor, said: list[list[int]] | None = None
 ) -> list[Answer]:
@@ -225,4 +236,8 @@ def _answer(
     text: int,
 ) -> Answer:
     said = loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return Answer(said, ids, [float(f"{x:.9g}") for x in kl], agree, layers, text)
+    return Answer(said, ids, _digits(kl), agree, layers, text)
+
+
+def _digits(kl: list[float]) -> list[float]:
+    return [float(f"{x:.9g}") for x in kl]

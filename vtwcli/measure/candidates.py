@@ -1,4 +1,4 @@
-"""Schedules tried on the same samples by the real runtime: how far each is from the full model, and its cost."""
+"""Schedules tried on the same samples: how far each is from the full model, and what it costs."""
 
 from __future__ import annotations
 
@@ -7,20 +7,33 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from vtwcli.data.sample import Sample
-from vtwcli.errors import NotFoundError
+from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io import console
 from vtwcli.judge.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape
 from vtwcli.machine import distributed
-from vtwcli.measure.answers import Answer, flops_ratio, full_answers, kv_ratio, schedule_answers
+from vtwcli.measure.answers import (
+    Answer,
+    flops_ratio,
+    followed_answers,
+    full_answers,
+    kv_ratio,
+    schedule_answers,
+)
 from vtwcli.methods.method import Candidate
 from vtwcli.models.generation import plain_generation
-from vtwcli.models.inputs import encode_batch
+from vtwcli.models.inputs import encode, encode_batch
 from vtwcli.models.loading import LoadedModel
 from vtwcli.results.comparison import ComparedRow, TaskCount, TriedRow
 from vtwcli.results.document import TokenCounts
+from vtwcli.runtime import PruningError
+from vtwcli.runtime.plan import Plan
+from vtwcli.sweep.layers import LayerSource
+from vtwcli.sweep.schedules import can_follow, follow, plan_of
+from vtwcli.sweep.sweep import SweepItem
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,7 @@ class Tried:
 
 def tried(
     loaded: LoadedModel,
+    source: LayerSource | None,
     candidates: Sequence[Candidate],
     samples: Sequence[Sample],
     max_new_tokens: int,
@@ -70,11 +84,16 @@ def tried(
 ) -> Tried:
     """Force every candidate along the full model's own greedy answers; with several processes each takes its share.
 
+    Args:
+        source: the model as layers, so that one pass over them serves all candidates; None: the runtime executes
+            them one by one, as it does those that a pass does not know.
+
     Raises:
         NotFoundError: no sample has a visual token.
         UsageError: a candidate that cannot be executed on this model.
     """
-    found = distributed.gathered(partial(_mine, loaded, candidates, samples, max_new_tokens, batch_size))
+    work = partial(_mine, loaded, source, candidates, samples, max_new_tokens, batch_size)
+    found = distributed.gathered(work)
     seeing = [i for i, row in enumerate(found) if row[0].visual_per_layer[0]]
     if not seeing:
         raise NotFoundError("no sample has a visual token, so there is nothing to prune", "add images")
@@ -89,6 +108,7 @@ def tried(
 
 def _mine(
     loaded: LoadedModel,
+    source: LayerSource | None,
     candidates: Sequence[Candidate],
     samples: Sequence[Sample],
     max_new_tokens: int,
@@ -97,24 +117,51 @@ def _mine(
     """By place of this process's samples: the full model's answer, then each candidate's."""
     mine = distributed.share(samples)
     done: dict[int, list[Answer]] = {}
-    total = -(-len(mine) // batch_size) * len(candidates)
-    with (
-        console.progress(f"{len(candidates)} schedules x {len(mine)} samples", total) as bar,
-        plain_generation(loaded),
-    ):
+    plans = {} if source is None else _plans(loaded, candidates)
+    depth = len(loaded.layers)
+    alone = len(candidates) - len(plans)
+    total = len(mine) * (depth if plans else 0) + -(-len(mine) // batch_size) * alone
+    words = f"{len(candidates)} schedules x {depth} layers x {len(mine)} samples"
+    with console.progress(words, total) as bar, plain_generation(loaded):
         for at in range(0, len(mine), batch_size):
-            part = mine[at : at + batch_size]
-            batch = encode_batch(loaded, [sample for _, sample in part])
-            full = full_answers(loaded, batch, max_new_tokens, [sample.id for _, sample in part])
-            columns = [full.answers]
-            for one in candidates:
-                columns.append(
-                    schedule_answers(loaded, one.name, one.schedule, batch, full, max_new_tokens, free=False)
-                )
-                bar.advance()
-            for (place, _), row in zip(part, zip(*columns, strict=True), strict=True):
-                done[place] = list(row)
+            places, part = zip(*mine[at : at + batch_size], strict=True)
+            batch = encode_batch(loaded, part)
+            full = full_answers(loaded, batch, max_new_tokens, [sample.id for sample in part])
+            columns: dict[int, Sequence[Answer]] = {}
+            if source is not None and plans:
+                items = [_item(loaded, *pair) for pair in zip(part, full.answers, strict=True)]
+                found = follow(source, items, list(plans.values()), progress=bar)
+                schedules = [candidates[c].schedule for c in plans]
+                rows = [followed_answers(*pair, schedules) for pair in zip(full.answers, found, strict=True)]
+                columns.update(zip(plans, zip(*rows, strict=True), strict=True))
+            for c, one in enumerate(candidates):
+                if c not in plans:
+                    columns[c] = schedule_answers(
+                        loaded, one.name, one.schedule, batch, full, max_new_tokens, free=False
+                    )
+                    bar.advance()
+            for b, place in enumerate(places):
+                done[place] = [full.answers[b], *(columns[c][b] for c in range(len(candidates)))]
     return done
+
+
+def _plans(loaded: LoadedModel, candidates: Sequence[Candidate]) -> dict[int, Plan]:
+    """The candidates that one pass over the layers can follow, by place."""
+    found: dict[int, Plan] = {}
+    for c, one in enumerate(candidates):
+        try:
+            plan = plan_of(one.schedule, len(loaded.layers), loaded.family)
+        except PruningError as error:
+            raise UsageError(f"schedule {one.name}: {error}") from None
+        if can_follow(plan, loaded.layers):
+            found[c] = plan
+    return found
+
+
+def _item(loaded: LoadedModel, sample: Sample, full: Answer) -> SweepItem:
+    """A sample with the answer that is forced; its last token is compared but never read."""
+    encoded = encode(loaded, sample, torch.tensor(full.ids[:-1], dtype=torch.long))
+    return SweepItem(encoded.inputs, encoded.rows, name=f"sample {sample.id!r}")
 
 
 def compared(

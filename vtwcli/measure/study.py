@@ -28,7 +28,7 @@ from vtwcli.models.loading import LoadedModel, fits
 from vtwcli.recipe.recipe import ModelSection
 from vtwcli.results.document import ModelRecord, Origin, RunRecord
 from vtwcli.results.provenance import model_of, origin_of, provenance_of, run_of
-from vtwcli.sweep.layers import LayerSource, Resident
+from vtwcli.sweep.layers import LayerSource, Resident, takes_masks
 from vtwcli.sweep.streaming import Streamed
 from vtwcli.sweep.sweep import SweepItem
 
@@ -160,7 +160,7 @@ class Study(Generic[Options]):
             for sample, ids in zip(samples, answers, strict=True)
         ]
         items = [
-            SweepItem(one.inputs, _rows(one), name=f"sample {sample.id!r}")
+            SweepItem(one.inputs, one.rows, name=f"sample {sample.id!r}")
             for one, sample in zip(encoded, samples, strict=True)
         ]
         return encoded, items
@@ -168,7 +168,8 @@ class Study(Generic[Options]):
     def try_(self, candidates: Sequence[Candidate], max_new_tokens: int, batch_size: int) -> Tried:
         """Force every candidate along the full model's own answers; see ``candidates.tried``."""
         with self.part("schedules"):
-            return tried(self.loaded, candidates, self.samples, max_new_tokens, batch_size)
+            source = self.source if takes_masks(self.loaded.model, self.loaded.family) else None
+            return tried(self.loaded, source, candidates, self.samples, max_new_tokens, batch_size)
 
     def provenance(self, **found: Any) -> dict[str, Any]:
         """Where a schedule of this study comes from."""
@@ -224,8 +225,3 @@ def _forced(loaded: LoadedModel, sample: Sample) -> torch.Tensor | None:
         return answer_ids(loaded, sample.references[0])
     except UnusableSampleError as error:
         raise UnusableSampleError(f"sample {sample.id!r}: {error.message}", error.hint) from None
-
-
-def _rows(encoded: Encoded) -> torch.Tensor:
-    """Positions whose next token is compared, [1, R]: the prompt's last and those of the answer behind it."""
-    return torch.arange(encoded.prompt_length - 1, encoded.inputs["input_ids"].shape[1])[None]

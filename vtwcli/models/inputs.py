@@ -52,6 +52,11 @@ class Encoded:
         """S + A."""
         return int(self.visual.shape[0])
 
+    @property
+    def rows(self) -> Tensor:
+        """Positions whose next token is compared, [1, 1 + A]: the prompt's last and those of the answer behind it."""
+        return torch.arange(self.prompt_length - 1, self.length)[None]
+
 
 def visual_mask(input_ids: Tensor, ids: Sequence[int]) -> Tensor:
     """Which positions of ``input_ids`` are visual tokens; same shape, bool."""

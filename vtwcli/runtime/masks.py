@@ -17,18 +17,18 @@ def _muted_pairs(muted: list[PlannedAction], reader: Tensor, kind: Tensor) -> Te
     """Which columns [B, T] of ``kind`` are muted for which rows [B, Q] of kind ``reader``: [B, Q, T]."""
     pairs = torch.zeros(*reader.shape, kind.shape[1], dtype=torch.bool, device=kind.device)
     for action in muted:
-        pairs |= _concerned_rows(action, reader)[:, :, None] & _muted_columns(action, kind)[:, None, :]
+        pairs |= concerned_rows(action, reader)[:, :, None] & muted_columns(action, kind)[:, None, :]
     return pairs
 
 
-def _concerned_rows(action: PlannedAction, kind: Tensor) -> Tensor:
+def concerned_rows(action: PlannedAction, kind: Tensor) -> Tensor:
     """Which rows of ``kind`` an action concerns."""
     if action.readers == "all":
         return torch.ones_like(kind, dtype=torch.bool)
     return (kind == TEXT) if action.readers == "text" else (kind != TEXT)
 
 
-def _muted_columns(action: PlannedAction, kind: Tensor) -> Tensor:
+def muted_columns(action: PlannedAction, kind: Tensor) -> Tensor:
     """Which columns of ``kind`` an action mutes."""
     return kind != TEXT if action.columns == "all" else kind == FIRST_HALF
 
@@ -47,7 +47,7 @@ def sunk(values: Tensor, columns: Columns, sinks: list[PlannedAction]) -> Tensor
     first = visual.int().argmax(1)
     out = values
     for action in sinks:
-        muted = (_muted_columns(action, kind) & visual)[:, None, :, None]
+        muted = (muted_columns(action, kind) & visual)[:, None, :, None]
         if action.sink == "zero":
             out = out.masked_fill(muted, 0)
         else:

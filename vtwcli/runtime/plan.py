@@ -20,8 +20,8 @@ class PlannedAction:
     at: int | None
     until: int | None = None
     after: int = -1
-    when: Mapping[str, Any] = field(default_factory=dict)
-    select: Mapping[str, Any] = field(default_factory=dict)
+    when: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    select: Mapping[str, Any] = field(default_factory=dict, hash=False)
     sink: str = "renormalise"
     readers: str = "text"
     columns: str = "all"
@@ -96,6 +96,10 @@ class Plan:
     def _mutes(self, layer: int, prefill: bool) -> list[PlannedAction]:
         """Mutes in ``layer``, in a forward pass with visual tokens of its own (``prefill``) or behind it."""
         return [a for a in self.mutes if a.covers(layer) and (prefill or a.during == "all")]
+
+    def muted_as(self, layer: int) -> tuple[PlannedAction, ...]:
+        """Mutes in ``layer``, in order, without their layers: equal where they do the same."""
+        return tuple(replace(a, at=None, until=None) for a in self.mutes if a.covers(layer))
 
     def mutes_in(self, layer: int) -> bool:
         """Whether anything is muted in ``layer``."""

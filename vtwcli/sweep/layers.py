@@ -231,12 +231,21 @@ def check_attention(model: nn.Module, family: Family) -> bool:
     Raises:
         UsageError: another implementation, or a model in training mode (dropout would be in every number).
     """
-    text_model: Any = model.get_submodule(family.text_model)
-    name = text_model.config._attn_implementation
-    if name not in ("sdpa", "eager"):
+    name = _attention_of(model, family)
+    if not takes_masks(model, family):
         raise UsageError(
             f"{name} attention takes no explicit masks", "load the model with sdpa or eager attention"
         )
     if model.training:
         raise UsageError("the model is in training mode", "call model.eval() first")
     return bool(name == "eager")
+
+
+def takes_masks(model: nn.Module, family: Family) -> bool:
+    """Whether the text model's attention takes the masks that a sweep hands it."""
+    return _attention_of(model, family) in ("sdpa", "eager")
+
+
+def _attention_of(model: nn.Module, family: Family) -> str:
+    text_model: Any = model.get_submodule(family.text_model)
+    return str(text_model.config._attn_implementation)

@@ -64,6 +64,12 @@ def reached(kind: str, masks: Sequence[Tensor | None], visual: Tensor, attended:
     else:
         # Nobody reads withdrawn tokens, so what becomes of them does not matter.
         rows, living = text & readers(masks, visual), text if kind == "withdraw" else attended
+    return closure(masks, rows, living)
+
+
+def closure(masks: Iterable[Tensor | None], rows: Tensor, living: Tensor) -> Tensor:
+    """``rows`` with all ``living`` ones that read them, those that read these, and so on, [B, S]."""
+    masks = list(masks)
     while True:
         more = rows | (living & readers(masks, rows))
         if torch.equal(more, rows):

@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtwcli.errors import UsageError
 from vtwcli.io.console import Task
@@ -22,7 +23,7 @@ from vtwcli.sweep.layers import Capture, LayerSource
 from vtwcli.sweep.views import Probe
 from vtwcli.sweep.walk import Walk
 
-_CHUNK_LOGITS = 1 << 23  # float64 logits compared at once
+CHUNK_LOGITS = 1 << 23  # float64 logits compared at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,16 +113,53 @@ def sweep(
         NotFoundError: hidden states, logits or a KL that are not finite; names the sample, the layer and the type.
     """
     _check(interventions, source.depth)
+    results: list[ItemResult] = []
+
+    def start(i: int, seen: Capture) -> Walk:
+        return Walk(i, seen, items[i].rows, interventions, probes, source.eager, items[i].name)
+
+    for walk, head in through_layers(source, items, start, progress):
+        for result in _results(walk, items[walk.number], len(interventions), head):
+            results.append(result)
+            if on_result is not None:
+                on_result(result)
+    return results
+
+
+class Walker(Protocol):
+    """An item on its way through the layers."""
+
+    def step(self, d: int, layer: nn.Module) -> None:
+        """Run layer ``d``."""
+
+
+Walking = TypeVar("Walking", bound=Walker)
+
+
+def through_layers(
+    source: LayerSource,
+    items: Sequence[SweepItem],
+    start: Callable[[int, Capture], Walking],
+    progress: Task | None = None,
+) -> Iterator[tuple[Walking, Callable[[Tensor], Tensor]]]:
+    """Items that came through all layers, in order, each with the head; one after the other where the model is
+    resident, together where every pass over its layers is dear.
+
+    Args:
+        start: makes what walks, from an item's number and what the model hands its layers.
+        progress: advanced by one for every item and layer.
+
+    Raises:
+        UsageError: a compared row that is no text token, or a family that cannot be swept.
+    """
     if source.family.no_withdraw:
         raise UsageError(f"{source.family.title} cannot be swept: {source.family.no_withdraw}")
-    results: list[ItemResult] = []
     everything = range(len(items))
     for numbers in [everything] if source.together else [range(i, i + 1) for i in everything]:
-        walks: list[Walk] = []
+        walks: list[Walking] = []
         for i, seen in zip(numbers, source.captures([items[i].inputs for i in numbers]), strict=True):
-            item = items[i]
-            _check_rows(item, seen)
-            walks.append(Walk(i, seen, item.rows, interventions, probes, source.eager, item.name))
+            _check_rows(items[i], seen)
+            walks.append(start(i, seen))
         for d, layer in enumerate(source.layers()):
             for walk in walks:
                 walk.step(d, layer)
@@ -129,11 +167,7 @@ def sweep(
                     progress.advance()
         with source.head() as head:
             for walk in walks:
-                for result in _results(walk, items[walk.number], len(interventions), head):
-                    results.append(result)
-                    if on_result is not None:
-                        on_result(result)
-    return results
+                yield walk, head
 
 
 def _check(interventions: Sequence[Intervention], depth: int) -> None:
@@ -166,7 +200,7 @@ def _results(
         full = log_probabilities(head(walk.hidden[b, keep]), item.name)  # [R, V]
         kl = torch.zeros(interventions, len(full), dtype=torch.float64)
         agree = torch.ones(interventions, len(full), dtype=torch.bool)
-        chunk = max(1, _CHUNK_LOGITS // max(1, full.numel()))
+        chunk = max(1, CHUNK_LOGITS // max(1, full.numel()))
         for group in walk.groups:
             there = group.find(walk.rows)[1][b, keep]  # rows that were not reached are the full model's
             for start in range(0, group.begun, chunk):

@@ -55,14 +55,14 @@ class LayerView:
         """
         rows = self.rows if rows is None else rows
         hidden = take(self.hidden_in, rows)
-        weights = _row_weights(self.layer, hidden, self._arguments(rows), self.keys, self.values)
+        weights = row_weights(self.layer, hidden, self._arguments(rows), self.keys, self.values)
         return weights.to(torch.promote_types(weights.dtype, torch.float32))
 
 
 Probe = Callable[[LayerView], None]
 
 
-def _row_weights(
+def row_weights(
     layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], keys: Tensor, values: Tensor
 ) -> Tensor:
     """Attention weights [B, heads, R, S] of the rows ``hidden`` [B, R, D], as the pruned model computes them.

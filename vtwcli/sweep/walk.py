@@ -19,18 +19,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vtwcli.errors import VtwError
-from vtwcli.judge.kl import check_hidden
 from vtwcli.schedule.intervention import Intervention
-from vtwcli.sweep.caches import KeysValues, Shared, keys_values, run
+from vtwcli.sweep.caches import Shared, keys_values, run
 from vtwcli.sweep.layers import Capture
-from vtwcli.sweep.reach import Pattern, as_bool, diagonal, explicit, reach_of, reached, readable, rotary, take
-from vtwcli.sweep.views import LayerView, Probe
+from vtwcli.sweep.reach import Pattern, diagonal, reach_of, reached, readable, take
+from vtwcli.sweep.stream import Stream
+from vtwcli.sweep.views import Probe
 
 _CHUNK_ROWS = 384  # rows of begun streams that run as one sequence
 
@@ -93,20 +91,14 @@ class Group:
         return same.long().argmax(-1), same.any(-1)
 
 
-class Walk:
+class Walk(Stream):
     """One batch between the layers. Call ``step`` for each layer in order, then read ``hidden`` and ``groups``.
 
     Args:
-        number: the batch's number, for probes.
-        capture: what the model hands its layers.
-        rows: positions to be compared, [B, R].
         interventions: what to try.
-        probes: called with a ``LayerView`` at every layer.
-        eager: whether the layers' attention takes additive masks only.
-        name: what the batch is called in messages.
+        number, capture, rows, probes, eager, name: see ``Stream``.
 
     Attributes:
-        hidden: the full stream, [B, S, D]; behind the last layer [B, R, D] at the compared rows.
         groups: the streams of the interventions, for kinds that reach any row.
         seconds: time spent here.
 
@@ -125,19 +117,10 @@ class Walk:
         name: str = "the batch",
     ) -> None:
         began = time.perf_counter()
-        _check_arguments(capture)
-        self.name = name
-        check_hidden(capture.hidden, capture.attended, name, "the embeddings of text and images are")
-        self.number, self.capture, self.probes, self.eager = number, capture, probes, eager
-        self.hidden = capture.hidden
-        self.rows = rows.to(self.hidden.device)
-        self.depth = len(capture.kwargs)
-        # Layers share their mask objects, so there are few different ones.
-        given = {id(kwargs.get("attention_mask")): kwargs.get("attention_mask") for kwargs in capture.kwargs}
-        self._masks = {key: as_bool(mask) for key, mask in given.items()}
+        super().__init__(number, capture, rows, probes, eager, name)
         self.groups: list[Group] = []
         for kind in dict.fromkeys(one.kind for one in interventions):
-            touched = reached(kind, list(self._masks.values()), capture.visual, capture.attended)
+            touched = reached(kind, list(self.masks.values()), capture.visual, capture.attended)
             if touched.any():
                 members = [(i, one) for i, one in enumerate(interventions) if one.kind == kind]
                 self.groups.append(Group(members, capture, touched))
@@ -146,20 +129,18 @@ class Walk:
     def step(self, d: int, layer: nn.Module) -> None:
         """Advance all streams through layer ``d``; of the last layer's output only the compared rows are computed."""
         began = time.perf_counter()
-        added = self.capture.added.get(d)
-        if added is not None:
-            self.hidden = self.hidden + added
-            where = f"what the model adds before layer {d} is"
-            check_hidden(self.hidden, self.capture.attended, self.name, where)
+        added, last = self.enter(d), d == self.depth - 1
         for group in self.groups:
             self._begin(group, d, added)
-        if d == self.depth - 1:
-            self._last(d, layer)
-        else:
-            keys, values = self._full(d, layer)
-            for group in self.groups:
-                self._advance(group, d, layer, keys, values)
-                self._check(group.hidden[:, : group.begun], group.valid[:, None], d, group)
+        keys, values = self.end(d, layer) if last else self.through(d, layer)
+        for group in self.groups:
+            place, read = None, group.valid
+            if last:
+                place, there = group.find(self.rows)
+                read = there & self.capture.attended.gather(1, self.rows)
+            self._advance(group, d, layer, keys, values, place)
+            what = f", with visual tokens changed ({group.kind}),"
+            self.check(group.hidden[:, : group.begun], read[:, None], d, what)
         self.seconds += time.perf_counter() - began
 
     def _begin(self, group: Group, d: int, added: Tensor | None) -> None:
@@ -172,87 +153,13 @@ class Walk:
             group.hidden[:, group.begun] = entry
             group.begun += 1
 
-    def _check(self, hidden: Tensor, read: Tensor, d: int, group: Group | None = None) -> None:
-        """See ``finite.check_hidden``; ``hidden`` is the output of layer ``d``, of the full stream or of a group."""
-        stream = "" if group is None else f", with visual tokens changed ({group.kind}),"
-        check_hidden(hidden, read, self.name, f"the output of layer {d}{stream} is")
-
-    def _mask(self, d: int) -> Tensor | None:
-        return self._masks[id(self.capture.kwargs[d].get("attention_mask"))]
-
-    def _full(self, d: int, layer: nn.Module) -> KeysValues:
-        """Run the full stream through the layer and return the keys and values its attention read."""
-        kept: list[Tensor] = []
-        entry = self.hidden
-
-        def keep(keys: Tensor, values: Tensor) -> KeysValues:
-            kept.extend((keys, values))
-            return keys, values
-
-        self.hidden = run(layer, entry, self.capture.kwargs[d], keep)
-        self._check(self.hidden, self.capture.attended, d)
-        keys, values = kept
-        if self.probes:
-            self._probe(d, layer, entry, take(self.hidden, self.rows), keys, values)
-        return keys, values
-
-    def _probe(
-        self, d: int, layer: nn.Module, entry: Tensor, out: Tensor, keys: Tensor, values: Tensor
-    ) -> None:
-        """Show layer ``d`` to the probes; arguments as the fields of ``LayerView``."""
-        seen, length = self.capture, entry.shape[1]
-
-        def arguments(rows: Tensor) -> dict[str, Any]:
-            return self._row_kwargs(d, rows, 1, readable(self._mask(d), rows, length), eager=True)
-
-        at = (self.number, d, layer, seen.visual, seen.attended, self.rows)
-        view = LayerView(*at, entry, out, keys, values, arguments)
-        for probe in self.probes:
-            probe(view)
-
-    def _last(self, d: int, layer: nn.Module) -> None:
-        """The last layer: keys and values of all rows, all the rest for the compared rows only."""
-        entry = self.hidden
-        keys, values = keys_values(layer, entry, self.capture.kwargs[d])
-        allowed = readable(self._mask(d), self.rows, entry.shape[1])
-        kwargs = self._row_kwargs(d, self.rows, 1, allowed)
-        self.hidden = run(layer, take(entry, self.rows), kwargs, lambda *_: (keys, values))
-        attended = self.capture.attended.gather(1, self.rows)
-        self._check(self.hidden, attended, d)
-        self._probe(d, layer, entry, self.hidden, keys, values)
-        for group in self.groups:
-            place, there = group.find(self.rows)
-            self._advance(group, d, layer, keys, values, place)
-            self._check(group.hidden[:, : group.begun], (there & attended)[:, None], d, group)
-
-    def _row_kwargs(
-        self, d: int, rows: Tensor, times: int, allowed: Tensor, eager: bool | None = None
-    ) -> dict[str, Any]:
-        """The layer's arguments for ``times`` copies of ``rows`` [B, Q] under a bool mask [B, times*Q, n].
-
-        Args:
-            eager: whether the mask is to be additive; by default as the layers' own attention takes it.
-        """
-        kwargs = dict(self.capture.kwargs[d])
-        embeddings, positions = kwargs.get("position_embeddings"), kwargs.get("position_ids")
-        if isinstance(embeddings, Tensor):
-            kwargs["position_embeddings"] = rotary(embeddings, rows, times)
-        elif embeddings is not None:
-            kwargs["position_embeddings"] = tuple(rotary(x, rows, times) for x in embeddings)
-        if positions is not None:
-            index = rows[(None,) * (positions.ndim - 2)]
-            kwargs["position_ids"] = torch.cat([positions.take_along_dim(index, -1)] * times, dim=-1)
-        additive = self.eager if eager is None else eager
-        kwargs["attention_mask"] = explicit(allowed[:, None], additive, self.hidden.dtype)
-        return kwargs
-
     def _patterns(self, group: Group, d: int, query: Tensor | None) -> tuple[Pattern, Pattern]:
         """What a stream of the group may read in layer ``d`` where its intervention is not active, and where it is."""
         key = (id(self.capture.kwargs[d].get("attention_mask")), None if query is None else id(query))
         if key not in group.patterns:
             visual, length = self.capture.visual, self.capture.hidden.shape[1]
             rows = group.rows if query is None else group.rows.gather(1, query)
-            base = readable(self._mask(d), rows, length)
+            base = readable(self.mask(d), rows, length)
             columns = group.rows[:, None, :].expand(-1, rows.shape[1], -1)
             own = base.gather(2, columns) & group.valid[:, None, :]
             full = base & ~group.reached[:, None, :]
@@ -300,12 +207,12 @@ class Walk:
             folded = entry.reshape(batch, streams * count, width)
             rows, own, asked = group.rows, None, queries[active[part.start]]
             if asked is not None:
-                own = keys_values(layer, folded, self._row_kwargs(d, rows, streams, mask[:, :0]))
+                own = keys_values(layer, folded, self.arguments(d, rows, mask[:, :0], streams))
                 rows = rows.gather(1, asked)
                 place = asked[:, None, :, None].expand(-1, streams, -1, width)
                 before = entry.gather(2, place)
                 folded = before.flatten(1, 2)
-            out = run(layer, folded, self._row_kwargs(d, rows, streams, mask), shared.reader(reach, own))
+            out = run(layer, folded, self.arguments(d, rows, mask, streams), shared.reader(reach, own))
             out = out.view(batch, streams, -1, width)
             if froze and asked is not None:
                 out = entry.scatter(2, place, torch.where(group.updated[1][:, None, :, None], out, before))
@@ -320,15 +227,3 @@ def _chunks(active: Sequence[bool], size: int, apart: bool) -> Iterator[slice]:
         if at == len(active) or at - start == size or (apart and active[at] != active[start]):
             yield slice(start, at)
             start = at
-
-
-def _check_arguments(capture: Capture) -> None:
-    """Refuse layers that are handed something per position which the walk would not cut to the rows it runs."""
-    length = capture.hidden.shape[1]
-    for kwargs in capture.kwargs:
-        for name, value in kwargs.items():
-            if name in ("attention_mask", "position_embeddings", "position_ids"):
-                continue
-            for x in value if isinstance(value, (tuple, list)) else (value,):
-                if isinstance(x, Tensor) and length > 1 and length in x.shape:
-                    raise VtwError(f"the sweep does not understand the layer argument {name!r}")
