@@ -98,7 +98,7 @@ def entries_of(layer: Any, name: str, given: dict[str, Any]) -> tuple[Tensor, Te
 def _without_query(layer: Any) -> Any:
     """A copy of the layer, sharing its weights, that computes no queries; itself where these are not computed apart,
     or where forward was wrapped (accelerate), since the wrapper runs the original."""
-    attention = getattr(layer, "self_attn", None)
+    attention: Any = getattr(layer, "self_attn", None)
     query, width = getattr(attention, "q_proj", None), getattr(attention, "head_dim", None)
     wrapped = any("forward" in x.__dict__ for x in (layer, attention, query) if x is not None)
     if not isinstance(query, torch.nn.Module) or not isinstance(width, int) or wrapped:
