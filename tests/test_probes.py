@@ -175,7 +175,7 @@ def test_the_numbers_are_those_by_which_a_schedule_decides(dtype):
             actions = [{"at": d + 1, "action": "keep", "select": select}]
             with pruned(model, {"format_version": 1, "actions": actions}) as handle, torch.no_grad():
                 model(**batch, use_cache=False)
-            assert handle.trace.samples[b]["kept"] == {0: (sizes > bound).nonzero()[:, 0].tolist()}
+            assert handle.trace.samples[b].actions[0].kept == (sizes > bound).nonzero()[:, 0].tolist()
 
 
 def test_the_librarys_attention_functions_stay_as_they_are():
