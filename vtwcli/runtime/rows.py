@@ -72,15 +72,15 @@ def split(rows: Rows, index: Tensor, visual: Tensor, last: Tensor) -> Split:
     query, key = rows.query.to(index.device), rows.key.to(index.device)
     text = query & ~visual
     read, run = compact(query & key & visual & ~last), compact(text | (query & last), key)
-    assert read.index is not None and run.index is not None
     read_at, run_at = read.index, run.index
-    read, run = replace(read, index=index.gather(1, read_at)), replace(run, index=index.gather(1, run_at))
+    assert read_at is not None and run_at is not None
     joined = Rows(
-        torch.cat([index.gather(1, read_at), index.gather(1, run_at)], 1),
+        index.gather(1, torch.cat([read_at, run_at], 1)),
         torch.cat([read.query, run.query], 1),
         torch.cat([read.key, run.key], 1),
-        ragged=read.ragged or run.ragged,
+        read.ragged or run.ragged,
     )
+    read, run = (replace(part, index=index.gather(1, at)) for part, at in ((read, read_at), (run, run_at)))
     return Split(read, run, read_at, run_at, text.gather(1, run_at), joined)
 
 
