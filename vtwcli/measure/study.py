@@ -19,11 +19,12 @@ from vtwcli.io import console
 from vtwcli.judge import policies
 from vtwcli.judge.flops import TextShape
 from vtwcli.machine import distributed
+from vtwcli.measure.answers import reference_answers
 from vtwcli.measure.candidates import Tried, tried
 from vtwcli.measure.samples import SampleOptions, check_model, load_model, read_samples
 from vtwcli.methods.method import Candidate, Shape
 from vtwcli.models.generation import generate_answers
-from vtwcli.models.inputs import Encoded, UnusableSampleError, answer_ids, encode
+from vtwcli.models.inputs import Encoded, encode
 from vtwcli.models.loading import LoadedModel, fits
 from vtwcli.recipe.recipe import ModelSection
 from vtwcli.results.document import ModelRecord, Origin, RunRecord
@@ -211,17 +212,4 @@ def forced_answers(
         kind = "reference" if source.together else "generated"
     if kind == "generated":
         return [ids for _, ids in generate_answers(loaded, samples, options.max_new_tokens)]
-    without = sum(not sample.references for sample in samples)
-    if without:
-        console.warn(f"{without} samples have no reference answer; only their first position is compared")
-    forced = [_forced(loaded, sample) for sample in samples]
-    return [None if ids is None else ids[: options.max_new_tokens] for ids in forced]
-
-
-def _forced(loaded: LoadedModel, sample: Sample) -> torch.Tensor | None:
-    if not sample.references:
-        return None
-    try:
-        return answer_ids(loaded, sample.references[0])
-    except UnusableSampleError as error:
-        raise UnusableSampleError(f"sample {sample.id!r}: {error.message}", error.hint) from None
+    return reference_answers(loaded, samples, options.max_new_tokens)
