@@ -137,18 +137,18 @@ class _Interpreter:
         active = [
             m for m in self.mutes if m["at"] <= self.layer < m["until"] and m.get("sink") in ("zero", "first")
         ]
-        for mute in active:
-            pairs = self.pairs(mute)
-            for b in range(len(self.ids)):
-                present = (self.visual[b] & self.present[b]).nonzero()[:, 0].tolist()
-                for row in range(self.ids.shape[1]):
-                    columns = pairs[b, row].nonzero()[:, 0]
-                    if not len(columns):
-                        continue
-                    mass = original[b, :, row, columns].sum(-1)
-                    weights[b, :, row, columns] = 0
-                    if mute["sink"] == "first":
-                        weights[b, :, row, present[0]] += mass
+        pairs = [self.pairs(mute) for mute in active]
+        for b in range(len(self.ids)):
+            present = (self.visual[b] & self.present[b]).nonzero()[:, 0].tolist()
+            for row in range(self.ids.shape[1]):
+                sinks = {  # of each column; where mutes overlap, the last one counts
+                    int(column): mute["sink"]
+                    for mute, muted in zip(active, pairs, strict=True)
+                    for column in muted[b, row].nonzero()[:, 0]
+                }
+                weights[b, :, row, list(sinks)] = 0
+                if moved := [column for column, sink in sinks.items() if sink == "first"]:
+                    weights[b, :, row, present[0]] += original[b, :, row, moved].sum(-1)
         if self.decided is None:
             self.scores = [self.score(weights[b], values[b], b) for b in range(len(self.ids))]
         return weights
