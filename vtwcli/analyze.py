@@ -259,12 +259,7 @@ def _result(
         None if f is None else one.layers["critical"][f - 1] for one, (f, _) in zip(seeing, ends, strict=True)
     ]
     provenance = study.provenance(eta=options.eta, positions=options.positions)
-    rule = visipruner.VisiPruner(
-        tokens_threshold=options.tokens_threshold,
-        layer_threshold=options.layer_threshold,
-        exit_threshold=options.exit_threshold,
-        exit_layers=options.exit_layers,
-    )
+    rule = visipruner.VisiPruner.of(options)
     dynamic = visipruner.behind(len(found.shallow), study.shape, rule, provenance)
     result: AnalysisDocument = {
         "format": FORMAT,

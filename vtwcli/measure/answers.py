@@ -16,6 +16,7 @@ from vtwcli.errors import UsageError
 from vtwcli.io import console
 from vtwcli.judge.flops import DEFAULT_CONVENTION, Convention, TextShape, kv_bytes, prefill_cost
 from vtwcli.judge.kl import distance, log_probabilities, sample_name
+from vtwcli.measure.withdrawn import exact
 from vtwcli.models.generation import answer_of, greedy
 from vtwcli.models.inputs import Encoded, UnusableSampleError, answer_ids
 from vtwcli.models.loading import LoadedModel
@@ -211,7 +212,7 @@ def followed_answers(found: Followed, schedules: Sequence[Schedule]) -> list[Ans
     answers = []
     for number, (schedule, trace) in enumerate(zip(schedules, found.traces, strict=True)):
         actions = _actions(schedule, Trace([trace]), 0)
-        kl, agree = _digits(found.kl[number].tolist()), found.agree[number].tolist()
+        kl, agree = exact(found.kl[number].tolist()), found.agree[number].tolist()
         answers.append(Answer("", [], kl, agree, trace.visual_per_layer, trace.text, actions))
     return answers
 
@@ -270,8 +271,4 @@ def _answer(
     text: int,
 ) -> Answer:
     said = loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return Answer(said, ids, _digits(kl), agree, layers, text)
-
-
-def _digits(kl: list[float]) -> list[float]:
-    return [float(f"{x:.9g}") for x in kl]
+    return Answer(said, ids, exact(kl), agree, layers, text)

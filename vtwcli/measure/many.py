@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from vtwcli.data.sample import Sample
 from vtwcli.errors import UsageError
 from vtwcli.io.console import Task
 from vtwcli.measure.answers import Answer, followed_answers, forced_answer, reference_answers
+from vtwcli.measure.samples import swept
 from vtwcli.methods.method import Candidate
-from vtwcli.models.inputs import Encoded, encode
+from vtwcli.models.inputs import Encoded
 from vtwcli.models.loading import LoadedModel
 from vtwcli.runtime import PruningError
 from vtwcli.runtime.plan import Plan
@@ -73,33 +73,26 @@ class Many:
     ) -> list[list[Answer]]:
         """What each candidate says to each sample along the full model's answers; by sample."""
         ids = [torch.tensor(one.ids, dtype=torch.long) for one in full]
-        return self._follow(
-            samples, [self._encoded(*pair) for pair in zip(samples, ids, strict=True)], progress
-        )
+        return self._follow(*swept(self.loaded, samples, ids), progress)
 
     def along_references(
         self, samples: Sequence[Sample], max_new_tokens: int, progress: Task | None = None
     ) -> list[list[Answer]]:
         """As ``along``, with the samples' references as the answers; the full model's stands before the others."""
         ids = reference_answers(self.loaded, samples, max_new_tokens)
-        encoded = [self._encoded(*pair) for pair in zip(samples, ids, strict=True)]
-        rows = self._follow(samples, encoded, progress)
+        encoded, items = swept(self.loaded, samples, ids)
+        rows = self._follow(encoded, items, progress)
         full = [forced_answer(self.loaded, *pair) for pair in zip(encoded, ids, strict=True)]
         return [[one, *row] for one, row in zip(full, rows, strict=True)]
 
-    def _encoded(self, sample: Sample, ids: Tensor | None) -> Encoded:
-        # the last answer token is compared but never read, so it is not part of the input
-        return encode(self.loaded, sample, None if ids is None else ids[:-1])
-
     def _follow(
-        self, samples: Sequence[Sample], encoded: Sequence[Encoded], progress: Task | None
+        self, encoded: Sequence[Encoded], items: Sequence[SweepItem], progress: Task | None
     ) -> list[list[Answer]]:
         rows = []
         for part in together(self.source, [self._needed(one) for one in encoded]):
-            items = [
-                SweepItem(encoded[i].inputs, encoded[i].rows, name=f"sample {samples[i].id!r}") for i in part
-            ]
-            found = follow(self.source, items, list(self.plans.values()), progress=progress)
+            found = follow(
+                self.source, [items[i] for i in part], list(self.plans.values()), progress=progress
+            )
             rows += [followed_answers(one, self._schedules) for one in found]
         return rows
 

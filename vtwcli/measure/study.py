@@ -21,10 +21,10 @@ from vtwcli.judge.flops import TextShape
 from vtwcli.machine import distributed
 from vtwcli.measure.answers import reference_answers
 from vtwcli.measure.candidates import Tried, tried
-from vtwcli.measure.samples import SampleOptions, check_model, load_model, read_samples
+from vtwcli.measure.samples import SampleOptions, check_model, load_model, read_samples, swept
 from vtwcli.methods.method import Candidate, Shape
 from vtwcli.models.generation import generate_answers
-from vtwcli.models.inputs import Encoded, encode
+from vtwcli.models.inputs import Encoded
 from vtwcli.models.loading import LoadedModel, fits
 from vtwcli.recipe.recipe import ModelSection
 from vtwcli.results.document import ModelRecord, Origin, RunRecord
@@ -139,7 +139,7 @@ class Study(Generic[Options]):
         depth, first = self.shape.depth, self.shape.first_withdrawal
         return max(policies.default_min_layer(depth) if min_layer is None else min_layer, first)
 
-    @property
+    @cached_property
     def text(self) -> TextShape:
         """The sizes that FLOPs are counted from."""
         return TextShape.from_config(self.loaded.model.config)
@@ -155,16 +155,7 @@ class Study(Generic[Options]):
         """Samples as the sweep's items, each with the answer that is forced."""
         with self.part("answers"):
             answers = forced_answers(self.loaded, self.source, samples, self.options)
-        # the last answer token is compared but never read, so it is not part of the input
-        encoded = [
-            encode(self.loaded, sample, None if ids is None else ids[:-1])
-            for sample, ids in zip(samples, answers, strict=True)
-        ]
-        items = [
-            SweepItem(one.inputs, one.rows, name=f"sample {sample.id!r}")
-            for one, sample in zip(encoded, samples, strict=True)
-        ]
-        return encoded, items
+        return swept(self.loaded, samples, answers)
 
     def try_(self, candidates: Sequence[Candidate], max_new_tokens: int, batch_size: int) -> Tried:
         """Force every candidate along the full model's own answers; see ``candidates.tried``."""
