@@ -36,8 +36,12 @@ from vtwcli.sweep.reach import readable
 from vtwcli.sweep.stream import Stream
 from vtwcli.sweep.views import Probe, row_weights
 
-_CHUNK_ROWS = 384  # rows of states that run as one sequence
+# Rows of states that run as one sequence: wide layers are read less often, narrow ones spend less on the mask.
+_CHUNK_ROWS = {0: 384, 2048: 768}
 _CHUNK_STATES = 8  # states whose last rows are looked at together
+_CHUNK_VALUES = (
+    1 << 22
+)  # values that are scored at once: larger buffers come fresh from the system, page by page
 
 
 @dataclass(eq=False)
@@ -173,8 +177,9 @@ class Trie(Stream):
             if len(state.layout.rows):
                 pattern = self.layouts.pattern(state.layout, state.effects, mask, last)
                 ready[pattern.query is not None].append((state, pattern))
+        most = max(rows for width, rows in _CHUNK_ROWS.items() if width <= self.hidden.shape[-1])
         for part in ready.values():
-            for chunk in _chunks(part):
+            for chunk in _chunks(part, most):
                 self._run(d, layer, chunk, keys, values, last)
 
     def _run(
@@ -245,6 +250,7 @@ class Trie(Stream):
         asked = [state for state in self._different() if state.asked]
         last = torch.tensor([[self.prompt - 1]], device=entry.device)
         allowed = readable(self.mask(d), last, keys.shape[2])[0]
+        few = max(1, _CHUNK_VALUES // values[:, :, : self.prompt].numel())
         for at in range(0, len(asked), _CHUNK_STATES):
             part = asked[at : at + _CHUNK_STATES]
             read = [
@@ -258,9 +264,11 @@ class Trie(Stream):
             hidden = torch.stack([entry if state.last is None else state.last for state in part])[:, None]
             mask = (allowed & present)[:, :, : self.prompt]
             kwargs = self.arguments(d, last, mask, eager=True)
-            numbers = last_row_numbers(row_weights(layer, hidden, kwargs, *read)[:, :, 0], read[1])
+            weights = row_weights(layer, hidden, kwargs, *read)[:, :, 0]
+            scored = [last_row_numbers(*x) for x in zip(weights.split(few), read[1].split(few), strict=True)]
             for m, state in enumerate(part):
-                state.numbers = {name: x[m : m + 1].cpu() for name, x in numbers.items()}
+                here = slice(m % few, m % few + 1)
+                state.numbers = {name: x[here].cpu() for name, x in scored[m // few].items()}
 
 
 class _Joined:
@@ -299,13 +307,13 @@ class _Joined:
         )
 
 
-def _chunks(states: Sequence[tuple[State, Pattern]]) -> Iterator[list[tuple[State, Pattern]]]:
-    """States in order, as many together as have few enough rows."""
+def _chunks(states: Sequence[tuple[State, Pattern]], most: int) -> Iterator[list[tuple[State, Pattern]]]:
+    """States in order, as many together as have at most so many rows."""
     chunk: list[tuple[State, Pattern]] = []
     total = 0
     for pair in states:
         count = len(pair[0].layout.rows)
-        if chunk and total + count > _CHUNK_ROWS:
+        if chunk and total + count > most:
             yield chunk
             chunk, total = [], 0
         chunk.append(pair)
