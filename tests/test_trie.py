@@ -82,7 +82,6 @@ def check(model, batch: dict, actions: list[list[dict]], count: int = 3) -> Foll
             assert found.traces[m].visual_per_layer == trace.samples[0].visual_per_layer
             assert found.traces[m].actions == trace.samples[0].actions
             assert found.traces[m].text == trace.samples[0].text
-    assert torch.equal(found.top1, full.argmax(-1))
     return found
 
 
@@ -132,8 +131,9 @@ def test_any_schedules_on_any_layout(actions, row, count):
 
 @pytest.mark.parametrize("rows", [1, 30, 10_000])
 def test_chunks_change_nothing(rows, monkeypatch):
-    monkeypatch.setattr(trie, "_CHUNK_ROWS", rows)
+    monkeypatch.setattr(trie, "_CHUNK_ROWS", {0: rows})
     monkeypatch.setattr(trie, "_CHUNK_STATES", min(rows, 3))
+    monkeypatch.setattr(trie, "_CHUNK_VALUES", 100 * rows)
     monkeypatch.setattr(engine, "CHUNK_LOGITS", rows)
     check(model_of(), tiny.llava_batch(["t2 i t3 i t4"], dtype=torch.float64), ALL)
 

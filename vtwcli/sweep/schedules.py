@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -28,17 +27,13 @@ class Followed:
         item: which item of the call.
         kl: KL(P_pruned ‖ P_full) in nats from float64 logits, float64 [C, R].
         agree: whether the most likely token is the full model's, bool [C, R].
-        top1: the full model's most likely token, long [R].
         traces: what each schedule did, [C].
-        seconds: computing time spent on the sample.
     """
 
     item: int
     kl: Tensor
     agree: Tensor
-    top1: Tensor
     traces: list[SampleTrace]
-    seconds: float
 
 
 def plan_of(schedule: Schedule, depth: int, family: Family) -> Plan:
@@ -89,14 +84,13 @@ def follow(
     """
 
     def start(i: int, seen: Capture) -> Trie:
-        return Trie(i, seen, items[i].rows, plans, (), source.eager, items[i].name)
+        return Trie(i, seen, items[i].rows, plans, source.eager, items[i].name)
 
     return [_result(walk, head) for walk, head in through_layers(source, items, start, progress)]
 
 
 def _result(walk: Trie, head: Callable[[Tensor], Tensor]) -> Followed:
     """Compare the distributions of every state that came through the layers with the full stream's."""
-    began = time.perf_counter()
     full_hidden = walk.hidden[0]  # [R, D]
     full = log_probabilities(head(full_hidden), walk.name)
     states = list(dict.fromkeys(walk.states))
@@ -114,5 +108,4 @@ def _result(walk: Trie, head: Callable[[Tensor], Tensor]) -> Followed:
         kl[part] = torch.where(reached, apart.cpu(), 0.0)
         agree[part] = same.cpu() | ~reached
     places = [states.index(state) for state in walk.states]
-    seconds = walk.seconds + time.perf_counter() - began
-    return Followed(walk.number, kl[places], agree[places], full.argmax(-1).cpu(), walk.traces(), seconds)
+    return Followed(walk.number, kl[places], agree[places], walk.traces())

@@ -18,7 +18,6 @@ keys and values, E their width.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,14 +33,12 @@ from vtwcli.sweep.layers import Capture
 from vtwcli.sweep.layouts import NOTHING, Effects, Layout, Layouts, Pattern, effects_of
 from vtwcli.sweep.reach import readable
 from vtwcli.sweep.stream import Stream
-from vtwcli.sweep.views import Probe, row_weights
+from vtwcli.sweep.views import row_weights
 
-# Rows of states that run as one sequence: wide layers are read less often, narrow ones spend less on the mask.
+# Rows of states that run as one sequence, by width: reading wide layers' weights costs more than a larger mask.
 _CHUNK_ROWS = {0: 384, 2048: 768}
 _CHUNK_STATES = 8  # states whose last rows are looked at together
-_CHUNK_VALUES = (
-    1 << 22
-)  # values that are scored at once: larger buffers come fresh from the system, page by page
+_CHUNK_VALUES = 1 << 22  # values that are scored together: larger buffers come page by page from the system
 
 
 @dataclass(eq=False)
@@ -74,11 +71,10 @@ class Trie(Stream):
         capture: of a batch of one.
         rows: positions to be compared, [1, R]; the first is the prompt's last.
         plans: the schedules.
-        number, probes, eager, name: see ``Stream``.
+        number, eager, name: see ``Stream``.
 
     Attributes:
         states: that of each schedule.
-        seconds: time spent here.
 
     Raises:
         NotFoundError: hidden states that are not finite; names the sample, the layer and the type.
@@ -90,12 +86,10 @@ class Trie(Stream):
         capture: Capture,
         rows: Tensor,
         plans: Sequence[Plan],
-        probes: Sequence[Probe],
         eager: bool,
         name: str = "the sample",
     ) -> None:
-        began = time.perf_counter()
-        super().__init__(number, capture, rows, probes, eager, name)
+        super().__init__(number, capture, rows, eager, name)
         self.prompt = int(rows[0, 0]) + 1
         visual, attended = capture.visual[0], capture.attended[0]
         asks, real = (x[None, : self.prompt].cpu() for x in (visual, attended))
@@ -108,11 +102,9 @@ class Trie(Stream):
         self.layouts = Layouts(self.masks, attended, visual, kind, self.prompt, self.rows[0])
         root = State(self.layouts.root, NOTHING, self.hidden[0, :0])
         self.states = [root] * len(plans)
-        self.seconds = time.perf_counter() - began
 
     def step(self, d: int, layer: nn.Module) -> None:
         """Advance all states through layer ``d``; of the last layer's output only the compared rows are computed."""
-        began = time.perf_counter()
         added, last = self.enter(d), d == self.depth - 1
         if added is not None:
             for state in self._different():
@@ -122,7 +114,6 @@ class Trie(Stream):
         keys, values = self.end(d, layer) if last else self.through(d, layer)
         self._advance(d, layer, keys, values, last)
         self._look(d, layer, entry, keys, values)
-        self.seconds += time.perf_counter() - began
 
     def traces(self) -> list[SampleTrace]:
         """What each schedule did; behind the last layer."""
