@@ -40,7 +40,7 @@ def budget(
     """
     study = Study.open(model, data, options, whole=True)
     chosen = candidates(study.shape, options, rule)
-    found = study.try_(chosen, options.max_new_tokens, options.batch_size)
+    found = study.try_(chosen, options.max_new_tokens)
     rows, front = compared(chosen, found, study.text)
     return {
         "format": FORMAT,
