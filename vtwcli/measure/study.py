@@ -184,7 +184,7 @@ class Study(Generic[Options]):
         return sorted(place for _, part in distributed.share(self._parts) for place in part)
 
     def contents(self: Study[SweepOptions]) -> list[str]:
-        """By place, a digest of what is kept of a sample depends on.
+        """By place, a digest of what the sample's kept entry depends on.
 
         In float32 that is the sample; in shorter types its answer depends on those that it is generated with.
         """
