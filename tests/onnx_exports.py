@@ -38,16 +38,16 @@ EXPORTS: dict[str, tuple[int, list[dict[str, Any]], dict[str, Any], list[str]]] 
     "freeze": (
         4,
         [freeze(0, 1), keep(1, score="attention", ratio=0.6), freeze(1, 3), withdraw(3)],
-        {},
+        {"opset": 23},
         ["decoder_lower", "decoder_middle_1", "decoder_upper"],
     ),
-    "freeze merged": (
+    "freeze merged int4": (
         3,
         [freeze(0, 2), keep(1, score="uniform", ratio=0.6)],
-        {"merged": True},
+        {"merged": True, "quantize": "int4"},
         ["decoder_merged"],
     ),
-    "freeze whole": (2, [freeze(1, 2)], {"opset": 23}, ["decoder"]),
+    "freeze whole": (2, [freeze(1, 2)], {}, ["decoder"]),
     "keep": (
         3,
         [

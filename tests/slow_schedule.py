@@ -137,18 +137,15 @@ class _Interpreter:
         active = [
             m for m in self.mutes if m["at"] <= self.layer < m["until"] and m.get("sink") in ("zero", "first")
         ]
-        for mute in active:
+        moved, gone = torch.zeros(2, *original.shape[:1], *original.shape[2:], dtype=torch.bool)
+        for mute in active:  # where mutes overlap, the last one counts
             pairs = self.pairs(mute)
-            for b in range(len(self.ids)):
-                present = (self.visual[b] & self.present[b]).nonzero()[:, 0].tolist()
-                for row in range(self.ids.shape[1]):
-                    columns = pairs[b, row].nonzero()[:, 0]
-                    if not len(columns):
-                        continue
-                    mass = original[b, :, row, columns].sum(-1)
-                    weights[b, :, row, columns] = 0
-                    if mute["sink"] == "first":
-                        weights[b, :, row, present[0]] += mass
+            gone |= pairs
+            moved = torch.where(pairs, torch.tensor(mute["sink"] == "first"), moved)
+        for b in range(len(self.ids)):
+            weights[b] = original[b].masked_fill(gone[b], 0)
+            for first in (self.visual[b] & self.present[b]).nonzero()[:1, 0].tolist():
+                weights[b, :, :, first] += (original[b] * moved[b]).sum(-1)
         if self.decided is None:
             self.scores = [self.score(weights[b], values[b], b) for b in range(len(self.ids))]
         return weights

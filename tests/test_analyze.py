@@ -24,6 +24,7 @@ from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.judge.stages import boundaries
+from vtwcli.measure import many
 from vtwcli.measure.profile import interventions
 from vtwcli.methods.visipruner import filter_and_exit
 from vtwcli.models.generation import generate_answers
@@ -309,7 +310,7 @@ def test_streamed_layers_give_the_same_profile(tiny_dir, data, monkeypatch, caps
         return sweep(source, items, *given, **kwargs)
 
     monkeypatch.setattr(module, "sweep", counting)
-    monkeypatch.setattr(module, "_STREAM_BYTES", 200_000)
+    monkeypatch.setattr(many, "_STREAM_BYTES", 200_000)
     streamed = run(tiny_dir, data, stream=True, answers="reference", freeze=True).result
     assert sum(counts) == 5 and 1 < len(counts) < 5  # several samples walk together, not all
     assert streamed["run"]["streamed"]

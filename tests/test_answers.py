@@ -20,7 +20,7 @@ from vtwcli.io.console import Task
 from vtwcli.machine import distributed
 from vtwcli.measure import batches as module
 from vtwcli.measure.batches import answer_bytes, by_length
-from vtwcli.measure.forced import streamed_answers
+from vtwcli.measure.streamed import streamed_answers
 from vtwcli.measure.study import Study
 from vtwcli.models.generation import generate_answers, generate_batches, greedy, plain_generation
 from vtwcli.models.inputs import encode

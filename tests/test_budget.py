@@ -15,12 +15,13 @@ from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io.outputs import Outputs
 from vtwcli.judge.flops import CONVENTIONS, TextShape, prefill_cost
+from vtwcli.measure import many
 from vtwcli.measure.candidates import pareto
 from vtwcli.measure.search import accepted, choice
 from vtwcli.methods.method import Answers, Shape
 from vtwcli.methods.visipruner import shallow_boundary
 from vtwcli.models.generation import generate_answers
-from vtwcli.models.inputs import encode
+from vtwcli.models.inputs import answer_ids, encode
 from vtwcli.models.loading import load
 from vtwcli.recipe.recipe import BudgetSection, CalibrateSection, ModelSection, Recipe
 from vtwcli.report import budget as report_budget
@@ -367,3 +368,43 @@ def test_sections_in_a_recipe():
     )
     assert recipe.budget.methods == ("vtw", "random")
     assert recipe.budget.ratios == (0.5, 0.1)
+
+
+def test_streamed_layers_give_the_same_comparison(tiny_dir, data, monkeypatch):
+    """Along references, where the model's own answers would read every layer once a token; in parts too."""
+    specs, options = [DataSpec(source=str(data))], section(max_new_tokens=2)
+    streamed = budget(ModelSection(name=str(tiny_dir), stream=True), specs, options)
+    monkeypatch.setattr(many, "_STREAM_BYTES", 1)
+    alone = budget(ModelSection(name=str(tiny_dir), stream=True), specs, options)
+    assert {**alone, "run": None} == {**streamed, "run": None}
+    assert streamed["run"]["streamed"]
+
+    loaded = load(str(tiny_dir))
+    samples = load_data(specs, limit=LIMIT, seed=0).samples
+    ids = [answer_ids(loaded, sample.references[0])[:2] for sample in samples]
+    found = [(encode(loaded, one, x[:-1]), len(x)) for one, x in zip(samples, ids, strict=True)]
+    rows = [row for row in streamed["candidates"] if row["method"] in ("vtw", "random", "uniform")]
+    for row in rows:
+        kl, agree, _ = slow_numbers(loaded, found, row["schedule"]["actions"])
+        assert row["kl"] == pytest.approx(kl.mean(), rel=1e-3, abs=1e-6)
+        assert row["agreement"] == pytest.approx(agree.mean())
+
+
+def test_the_pass_gives_what_the_runtime_gives(tiny_dir, data):
+    """The same candidates on the same samples, once all together and once one by one."""
+    from vtwcli.measure.candidates import tried
+    from vtwcli.sweep.layers import Resident
+
+    loaded = load(str(tiny_dir))
+    samples = load_data([DataSpec(source=str(data))], limit=LIMIT, seed=0).samples
+    chosen = candidates(Shape(6), section())
+    one, other = (
+        tried(loaded, source, chosen, samples, TOKENS, 3)
+        for source in (Resident(loaded.model, loaded.family), None)
+    )
+    for c in range(len(chosen)):
+        np.testing.assert_allclose(one.kl(c), other.kl(c), rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(one.agreement(c), other.agreement(c))
+        for mine, its in zip(one.rows[c], other.rows[c], strict=True):
+            assert (mine.actions, mine.visual_per_layer) == (its.actions, its.visual_per_layer)
+            assert mine.text_tokens == its.text_tokens

@@ -73,17 +73,19 @@ def test_every_export_computes_what_the_slow_reference_computes(name, exports):
         assert result["agreement"] == 1.0 and result["max_logit_difference"] < 1e-4
 
 
-def test_weights_of_eight_bits(exports, tmp_path):
-    directory = shutil.copytree(exports("none")[0], tmp_path / "none")
-    before = (directory / "decoder_upper.onnx.data").stat().st_size
-    source, manifest = export.Source.of(exports.loaded("none")), OnnxModel(directory).manifest
-    report = export.check(source, Schedule.withdraw_at(0), directory, manifest, None, 4, "int8")
+@pytest.mark.parametrize("name", ["none", "freeze whole"])
+def test_weights_of_eight_bits(name, exports, tmp_path):
+    _, actions, _, [role] = EXPORTS[name]
+    directory = shutil.copytree(exports(name)[0], tmp_path / "copy")
+    before = (directory / f"{role}.onnx.data").stat().st_size
+    source, manifest = export.Source.of(exports.loaded(name)), OnnxModel(directory).manifest
+    report = export.check(source, Schedule.from_dict(actions), directory, manifest, None, 4, "int8")
     assert report["agreement"] == 1.0 and manifest["quantize"] == report["quantized"]["kind"] == "int8"
     assert 1e-6 < report["quantized"]["mean_kl"] < 0.1
-    result = compared(directory, exports.loaded("none").model, [withdraw(0)])
+    result = compared(directory, exports.loaded(name).model, actions)
     assert 1e-6 < result["mean_kl"] < 0.1
-    kinds = {node.op_type for node in onnx.load(directory / "decoder_upper.onnx").graph.node}
-    assert "MatMulInteger" in kinds and (directory / "decoder_upper.onnx.data").stat().st_size < before
+    kinds = {node.op_type for node in onnx.load(directory / f"{role}.onnx").graph.node}
+    assert "MatMulInteger" in kinds and (directory / f"{role}.onnx.data").stat().st_size < before
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -100,8 +100,6 @@ def test_every_family_freezes_among_other_actions(name):
 def with_freezes(draw) -> list[dict]:
     """``any_actions`` with one or two freezes anywhere among them."""
     actions = draw(any_actions())
-    if [a["action"] for a in actions[:2]] == ["mute", "mute"]:
-        del actions[0]  # what two sinks on one column mean is another matter
     for _ in range(draw(st.integers(1, 2))):
         at = draw(st.integers(0, LAYERS - 1))
         freeze = {"at": at, "until": draw(st.integers(at + 1, LAYERS)), "action": "freeze"}

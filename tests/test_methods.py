@@ -265,7 +265,13 @@ def test_trace_tells_what_the_runtime_did(tiny_dir, data, tmp_path):
     schedule = VisiPruner(
         shallow_mid_layer=1, layer_threshold=0.99, tokens_threshold=0.5, exit_threshold=-1.0
     ).schedule()
-    named = [("visipruner", schedule), ("K=2", Schedule.withdraw_at(2)), ("never", Schedule.withdraw_at(6))]
+    still = Schedule.from_dict([{"at": 1, "until": 4, "action": "freeze"}, {"at": 3, "action": "withdraw"}])
+    named = [
+        ("visipruner", schedule),
+        ("K=2", Schedule.withdraw_at(2)),
+        ("never", Schedule.withdraw_at(6)),
+        ("frozen", still),
+    ]
     options = EvalSection(limit=2, max_new_tokens=2, timing=False, bootstrap=0, batch_size=3)
     specs = [DataSpec(source=str(data))]
     evaluate(ModelSection(name=str(tiny_dir)), named, specs, options, trace=tmp_path / "trace.jsonl")
@@ -277,7 +283,7 @@ def test_trace_tells_what_the_runtime_did(tiny_dir, data, tmp_path):
     loaded = load(str(tiny_dir))
     shape = TextShape.from_config(loaded.model.config)
     fired = set()
-    for sample, line, fixed, never in zip(mix.samples, lines[::3], lines[1::3], lines[2::3], strict=True):
+    for sample, line, fixed, never, frozen in zip(mix.samples, *(lines[i::4] for i in range(4)), strict=True):
         batch = encode(loaded, sample).inputs
         _, decided = slow_schedule.logits(loaded.model, batch, schedule.to_dict()["actions"])
         keep, leave = line["actions"]
@@ -295,4 +301,7 @@ def test_trace_tells_what_the_runtime_did(tiny_dir, data, tmp_path):
         assert fixed["flops"] < fixed["full_flops"] == never["flops"] == never["full_flops"]
         assert fixed["kv_bytes"] < fixed["full_kv_bytes"] == never["kv_bytes"]
         assert never["actions"] == [{"action": "withdraw", "layer": None}]
+        tokens = [text + 9] * 3 + [text] * 3
+        assert frozen["flops"] == prefill_cost(shape, tokens, frozen_per_layer=[0, 9, 9, 0, 0, 0])
+        assert frozen["kv_bytes"] == kv_bytes(shape, tokens, 4)
     assert True in fired

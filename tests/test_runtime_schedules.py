@@ -61,6 +61,14 @@ SCHEDULES: dict[str, list[dict]] = {
         {"at": 0, "until": 2, **MUTE, "columns": "first_half"},
         {"at": 1, "until": 3, **MUTE, "sink": "first"},
     ],
+    "mute twice to the first": [
+        {"at": 0, "until": 3, **MUTE, "sink": "first"},
+        {"at": 1, "until": 4, **MUTE, "sink": "first", "columns": "first_half", "readers": "all"},
+    ],
+    "mute to the first, half of it to zero": [
+        {"at": 1, "until": 4, **MUTE, "sink": "first"},
+        {"at": 1, "until": 4, **MUTE, "sink": "zero", "columns": "first_half"},
+    ],
     "7b": SEVEN_B,
     "13b": THIRTEEN_B,
     "mute, then withdraw": [{"at": 0, "until": 3, **MUTE}, {"at": 3, "action": "withdraw"}],

@@ -24,6 +24,7 @@ from vtwcli.io import console
 from vtwcli.judge import stages
 from vtwcli.judge.kl import is_distribution, not_finite
 from vtwcli.machine import distributed
+from vtwcli.measure.many import together
 from vtwcli.measure.profile import Profile, interventions, map_of, profile_of
 from vtwcli.measure.study import Study
 from vtwcli.methods import visipruner
@@ -45,7 +46,6 @@ from vtwcli.sweep.probes import LastRowProbe
 from vtwcli.sweep.sweep import sweep
 
 _SHARED = ("limit", "seed", "skip_bad", "positions", "answers", "max_new_tokens", "batch_size")
-_STREAM_BYTES = 2 << 30  # of the interventions' hidden states that walk together when layers are streamed
 
 # each measure of the document, one number per layer, and what it is
 MEASURES = {
@@ -183,22 +183,16 @@ def _parts(
     encoded: Sequence[Encoded],
     curves: dict[str, list[Intervention]],
 ) -> Iterator[range]:
-    """Samples that walk together: one, or when layers are streamed as many as keep the streams within bounds."""
+    """Samples that walk together."""
     text = loaded.model.config.get_text_config()
     size = text.hidden_size * loaded.dtype.itemsize
     kinds = [one.kind for curve in curves.values() for one in curve]
     frozen = kinds.count("freeze")
-    start, room = 0, _STREAM_BYTES
-    for i, one in enumerate(encoded):
+    needed = []
+    for one in encoded:
         seen = int(one.visual.sum())
-        suffix = one.length - int(one.visual.int().argmax()) - seen if seen else 0
-        needed = size * ((len(kinds) - frozen) * suffix + frozen * (suffix + seen))
-        if i > start and (not source.together or needed > room):
-            yield range(start, i)
-            start, room = i, _STREAM_BYTES
-        room -= needed
-    if len(encoded) > start:
-        yield range(start, len(encoded))
+        needed.append(size * ((len(kinds) - frozen) * one.suffix + frozen * (one.suffix + seen)))
+    return together(source, needed)
 
 
 def _shown(mix: DataMix, count: int) -> set[int]:
@@ -267,12 +261,7 @@ def _result(
         None if f is None else one.layers["critical"][f - 1] for one, (f, _) in zip(seeing, ends, strict=True)
     ]
     provenance = study.provenance(eta=options.eta, positions=options.positions)
-    rule = visipruner.VisiPruner(
-        tokens_threshold=options.tokens_threshold,
-        layer_threshold=options.layer_threshold,
-        exit_threshold=options.exit_threshold,
-        exit_layers=options.exit_layers,
-    )
+    rule = visipruner.VisiPruner.of(options)
     dynamic = visipruner.behind(len(found.shallow), study.shape, rule, provenance)
     result: AnalysisDocument = {
         "format": FORMAT,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import UsageError
+from vtwcli.io import console
 from vtwcli.measure.candidates import compared, flops_of, token_counts
 from vtwcli.measure.study import Study
 from vtwcli.methods import METHODS
@@ -26,7 +27,7 @@ def budget(
     """Try schedules of every method on the same samples; see ``candidates`` for which.
 
     Args:
-        model: which model, and where it runs; layers are not streamed here.
+        model: which model, and where it runs; streamed layers are compared along reference answers.
         data: sources of samples, as for ``calibrate``.
         options: methods, ratios, sample counts, the budget.
         rule: VisiPruner's parameters that are not varied.
@@ -38,7 +39,9 @@ def budget(
         NotFoundError: model or data missing or unreadable, or no sample has a visual token.
         UsageError: options that do not fit the model.
     """
-    study = Study.open(model, data, options, whole=True)
+    study = Study.open(model, data, options)
+    if study.streamed:
+        console.note("layers are streamed: schedules are compared along the samples' reference answers")
     chosen = candidates(study.shape, options, rule)
     found = study.try_(chosen, options.max_new_tokens)
     rows, front = compared(chosen, found, study.text)
@@ -56,7 +59,7 @@ def budget(
         "max_flops": options.max_flops,
         "best": best_within(rows, options.max_flops),
         **study.origin(options.seed),
-        "run": study.run(),
+        "run": {**study.run(), "streamed": study.streamed},
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vtwcli.commands.flags import DATA, MODEL, OUTPUT, PRINTED, SETTINGS, WHERE, fields, flag, flags
+from vtwcli.commands.flags import DATA, MODEL, OUTPUT, PRINTED, SETTINGS, WHERE_STREAMED, fields, flag, flags
 from vtwcli.commands.options import begin, data_of, inputs_here, model_of, output_paths, recipe_of, show
 from vtwcli.errors import GateError
 from vtwcli.recipe.recipe import BudgetSection
@@ -28,7 +28,7 @@ Examples:
     DATA,
     fields(BudgetSection),
     SETTINGS,
-    WHERE,
+    WHERE_STREAMED,
     OUTPUT,
     flag("plot", Path, "Picture, png, svg or pdf.", metavar="FILE", panel="Output"),
     PRINTED,

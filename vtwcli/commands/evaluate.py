@@ -83,7 +83,7 @@ def command(**given: Any) -> None:
     the answers that differ (HTML) and a plot. Exit code 3 when a gate fails.
     """
     begin(given)
-    base = recipe_of(given)
+    base = recipe_of(given, given["method"])
     options = section_of(EvalSection, given, base.eval)
     limits = section_of(GatesSection, given, base.gates)
     where, specs = model_of(given, base), data_of(given, base)

@@ -47,7 +47,7 @@ def command(**given: Any) -> None:
     installed, and as the plain model without it.
     """
     begin(given)
-    base = recipe_of(given)
+    base = recipe_of(given, given["method"])
     options = section_of(ExportSection, given, base.export)
     where = model_of({**given, "dtype": None}, base)
     output: Path | None = given["output"]

@@ -30,15 +30,17 @@ def begin(given: dict[str, Any]) -> None:
     console.settings.verbose = given["verbose"]
 
 
-def recipe_of(given: dict[str, Any]) -> Recipe:
-    """The recipe that a command's own options are laid over: ``--recipe``, the environment and ``--set``."""
+def recipe_of(given: dict[str, Any], method: str | None = None) -> Recipe:
+    """The recipe that a command's own options are laid over: ``--recipe``, the environment and ``--set``.
+
+    Args:
+        method: of the schedule that the command runs, so that ``--set`` may hold its parameters.
+    """
     import os
 
     from vtwcli.recipe.settings import load_recipe
 
     trusted = bool(given.get("trust_remote_code"))
-    # calibrate's --method is an option of its own section
-    method = given.get("method") if "shallow_mid_layer" in given else None
     return load_recipe(given.get("recipe"), given.get("set") or (), os.environ, trusted, method)
 
 

@@ -11,10 +11,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from vtwcli.data.sample import Sample
 from vtwcli.errors import UsageError
+from vtwcli.io import console
 from vtwcli.judge.flops import DEFAULT_CONVENTION, Convention, TextShape, kv_bytes, prefill_cost
 from vtwcli.judge.kl import distance, log_probabilities, sample_name
+from vtwcli.measure.withdrawn import exact
 from vtwcli.models.generation import answer_of, greedy
+from vtwcli.models.inputs import Encoded, UnusableSampleError, answer_ids
 from vtwcli.models.loading import LoadedModel
 from vtwcli.results.evaluation import ActionTaken, Spent
 from vtwcli.runtime import ActionTrace, PruningError, Trace, pruned
@@ -113,6 +117,37 @@ class Full:
     names: Sequence[str] = ()
 
 
+def reference_answers(
+    loaded: LoadedModel, samples: Sequence[Sample], max_new_tokens: int
+) -> list[Tensor | None]:
+    """Each sample's first reference as tokens, cut to so many; None where it has none.
+
+    Raises:
+        UnusableSampleError: the chat template makes another text of it.
+    """
+    if max_new_tokens > 1 and (without := sum(not sample.references for sample in samples)):
+        console.warn(f"{without} samples have no reference answer; only their first position is compared")
+    forced = [_reference(loaded, sample) for sample in samples]
+    return [None if ids is None else ids[:max_new_tokens] for ids in forced]
+
+
+def _reference(loaded: LoadedModel, sample: Sample) -> Tensor | None:
+    if not sample.references:
+        return None
+    try:
+        return answer_ids(loaded, sample.references[0])
+    except UnusableSampleError as error:
+        raise UnusableSampleError(f"sample {sample.id!r}: {error.message}", error.hint) from None
+
+
+def forced_answer(loaded: LoadedModel, encoded: Encoded, ids: Tensor | None) -> Answer:
+    """What the full model counts as having said to a sample that is forced along ``ids``, or along nothing."""
+    visual, compared = int(encoded.visual.sum()), encoded.rows.shape[1]
+    said = [] if ids is None else ids.tolist()
+    layers = [visual] * len(loaded.layers)
+    return _answer(loaded, said, [0.0] * compared, [True] * compared, layers, encoded.prompt_length - visual)
+
+
 @torch.no_grad()
 def full_answers(
     loaded: LoadedModel, batch: dict[str, Tensor], max_new_tokens: int, names: Sequence[str] = ()
@@ -172,12 +207,12 @@ def schedule_answers(
     return found
 
 
-def followed_answers(full: Answer, found: Followed, schedules: Sequence[Schedule]) -> list[Answer]:
-    """What schedules do to one sample, forced along the full model's answer, from one pass over the layers."""
+def followed_answers(found: Followed, schedules: Sequence[Schedule]) -> list[Answer]:
+    """What schedules do to one sample, from one pass over the layers."""
     answers = []
     for number, (schedule, trace) in enumerate(zip(schedules, found.traces, strict=True)):
         actions = _actions(schedule, Trace([trace]), 0)
-        kl, agree = _digits(found.kl[number].tolist()), found.agree[number].tolist()
+        kl, agree = exact(found.kl[number].tolist()), found.agree[number].tolist()
         answers.append(Answer("", [], kl, agree, trace.visual_per_layer, trace.text, actions))
     return answers
 
@@ -236,8 +271,4 @@ def _answer(
     text: int,
 ) -> Answer:
     said = loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return Answer(said, ids, _digits(kl), agree, layers, text)
-
-
-def _digits(kl: list[float]) -> list[float]:
-    return [float(f"{x:.9g}") for x in kl]
+    return Answer(said, ids, exact(kl), agree, layers, text)

@@ -7,33 +7,28 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from vtwcli.data.sample import Sample
-from vtwcli.errors import NotFoundError, UsageError
+from vtwcli.errors import NotFoundError
 from vtwcli.io import console
 from vtwcli.judge.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape
 from vtwcli.machine import distributed
 from vtwcli.measure.answers import (
     Answer,
     flops_ratio,
-    followed_answers,
     full_answers,
     kv_ratio,
     schedule_answers,
 )
+from vtwcli.measure.many import Many
 from vtwcli.methods.method import Candidate
 from vtwcli.models.generation import plain_generation
-from vtwcli.models.inputs import encode, encode_batch
+from vtwcli.models.inputs import encode_batch, visual_mask
 from vtwcli.models.loading import LoadedModel
 from vtwcli.results.comparison import ComparedRow, TaskCount, TriedRow
 from vtwcli.results.document import TokenCounts
-from vtwcli.runtime import PruningError
-from vtwcli.runtime.plan import Plan
 from vtwcli.sweep.layers import LayerSource
-from vtwcli.sweep.schedules import can_follow, follow, plan_of
-from vtwcli.sweep.sweep import SweepItem
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,8 @@ def tried(
     Args:
         batches: places of the samples that are answered together, see ``measure.batches``.
         source: the model as layers, so that one pass over them serves all candidates; None: the runtime executes
-            them one by one, as it does those that a pass does not know.
+            them one by one, as it does those that a pass does not know. Streamed layers cannot generate: there the
+            samples' references are the answers.
 
     Raises:
         NotFoundError: no sample has a visual token.
@@ -118,52 +114,38 @@ def _mine(
     """By place of this process's samples: the full model's answer, then each candidate's."""
     mine = [places for _, places in distributed.share(batches)]
     count = sum(map(len, mine))
-    done: dict[int, list[Answer]] = {}
-    plans = {} if source is None else _plans(loaded, candidates)
-    depth = len(loaded.layers)
-    alone = len(candidates) - len(plans)
-    total = count * (depth if plans else 0) + len(mine) * alone
+    many = None if source is None else Many(loaded, source, candidates)
+    depth, plans = len(loaded.layers), {} if many is None else many.plans
+    total = count * (depth if plans else 0) + len(mine) * (len(candidates) - len(plans))
     words = f"{len(candidates)} schedules x {depth} layers x {count} samples"
     with console.progress(words, total) as bar, plain_generation(loaded):
+        if many is not None and many.source.together:
+            flat = [place for part in mine for place in part]
+            rows = many.along_references([samples[place] for place in flat], max_new_tokens, bar)
+            return dict(zip(flat, rows, strict=True))
+        done: dict[int, list[Answer]] = {}
         for places in mine:
             part = [samples[place] for place in places]
             batch = encode_batch(loaded, part)
             full = full_answers(loaded, batch, max_new_tokens, [sample.id for sample in part])
             columns: dict[int, Sequence[Answer]] = {}
-            if source is not None and plans:
-                items = [_item(loaded, *pair) for pair in zip(part, full.answers, strict=True)]
-                found = follow(source, items, list(plans.values()), progress=bar)
-                schedules = [candidates[c].schedule for c in plans]
-                rows = [followed_answers(*pair, schedules) for pair in zip(full.answers, found, strict=True)]
+            # a prompt that ends in an image is the runtime's: its last row is one that nobody reads
+            if (
+                many is not None
+                and plans
+                and not visual_mask(batch["input_ids"][:, -1], loaded.placeholder_ids).any()
+            ):
+                rows = many.along(part, full.answers, bar)
                 columns.update(zip(plans, zip(*rows, strict=True), strict=True))
             for c, one in enumerate(candidates):
-                if c not in plans:
+                if c not in columns:
                     columns[c] = schedule_answers(
                         loaded, one.name, one.schedule, batch, full, max_new_tokens, free=False
                     )
                     bar.advance()
             for b, place in enumerate(places):
                 done[place] = [full.answers[b], *(columns[c][b] for c in range(len(candidates)))]
-    return done
-
-
-def _plans(loaded: LoadedModel, candidates: Sequence[Candidate]) -> dict[int, Plan]:
-    """The candidates that one pass over the layers can follow, by place."""
-    found: dict[int, Plan] = {}
-    for c, one in enumerate(candidates):
-        try:
-            plan = plan_of(one.schedule, len(loaded.layers), loaded.family)
-        except PruningError as error:
-            raise UsageError(f"schedule {one.name}: {error}") from None
-        if can_follow(plan, loaded.layers):
-            found[c] = plan
-    return found
-
-
-def _item(loaded: LoadedModel, sample: Sample, full: Answer) -> SweepItem:
-    """A sample with the answer that is forced; its last token is compared but never read."""
-    encoded = encode(loaded, sample, torch.tensor(full.ids[:-1], dtype=torch.long))
-    return SweepItem(encoded.inputs, encoded.rows, name=f"sample {sample.id!r}")
+        return done
 
 
 def compared(

@@ -104,10 +104,12 @@ def profile_of(
     return Profile(
         calibration=measured_of(first, prompt),
         curves={name: [_short(x) for x in curve.mean(1).tolist()] for name, curve in kl.items()},
-        positions={name: [exact(row) for row in curve] for name, curve in kl.items()},
+        positions={name: [exact(row) for row in curve.tolist()] for name, curve in kl.items()},
         layers=layers,
         critical=[tokens.tolist() for tokens in critical],
-        kept_minimum=[exact(cosine[:, tokens].amin(1)) if len(tokens) else [] for tokens in critical],
+        kept_minimum=[
+            exact(cosine[:, tokens].amin(1).tolist()) if len(tokens) else [] for tokens in critical
+        ],
         lens=words,
     )
 

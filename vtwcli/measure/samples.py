@@ -17,10 +17,11 @@ from vtwcli.io import console
 from vtwcli.machine import distributed
 from vtwcli.models.checkpoint import Checkpoint
 from vtwcli.models.hub import resolve
-from vtwcli.models.inputs import UnusableSampleError, answer_ids, encode, end_ids
+from vtwcli.models.inputs import Encoded, UnusableSampleError, answer_ids, encode, end_ids
 from vtwcli.models.loading import LoadedModel, load
 from vtwcli.recipe.defaults import default_data
 from vtwcli.recipe.recipe import ModelSection
+from vtwcli.sweep.sweep import SweepItem
 
 
 def check_model(model: ModelSection) -> Checkpoint:
@@ -135,3 +136,19 @@ def _check_usable(loaded: LoadedModel, options: SampleOptions, forced: bool, sam
         encode(loaded, sample, torch.zeros(longest, dtype=torch.long) if longest else None)
     except UnusableSampleError as error:
         raise BadRow(error.message, error.hint) from None
+
+
+def swept(
+    loaded: LoadedModel, samples: Sequence[Sample], answers: Sequence[torch.Tensor | None]
+) -> tuple[list[Encoded], list[SweepItem]]:
+    """Samples as the sweep's items, each with the answer that is forced; None compares the first position only."""
+    # the last answer token is compared but never read, so it is not part of the input
+    encoded = [
+        encode(loaded, sample, None if ids is None else ids[:-1])
+        for sample, ids in zip(samples, answers, strict=True)
+    ]
+    items = [
+        SweepItem(one.inputs, one.rows, name=f"sample {sample.id!r}")
+        for one, sample in zip(encoded, samples, strict=True)
+    ]
+    return encoded, items

@@ -21,13 +21,14 @@ from vtwcli.io import console
 from vtwcli.judge import policies
 from vtwcli.judge.flops import TextShape
 from vtwcli.machine import distributed
+from vtwcli.measure.answers import reference_answers
 from vtwcli.measure.batches import by_length
 from vtwcli.measure.candidates import Tried, tried
-from vtwcli.measure.forced import references, streamed_answers
-from vtwcli.measure.samples import SampleOptions, check_model, load_model, read_samples
+from vtwcli.measure.samples import SampleOptions, check_model, load_model, read_samples, swept
+from vtwcli.measure.streamed import streamed_answers
 from vtwcli.methods.method import Candidate, Shape
 from vtwcli.models.generation import generate_batches
-from vtwcli.models.inputs import Encoded, encode
+from vtwcli.models.inputs import Encoded
 from vtwcli.models.loading import LoadedModel, fits
 from vtwcli.recipe.recipe import ModelSection
 from vtwcli.results.document import ModelRecord, Origin, RunRecord
@@ -146,7 +147,7 @@ class Study(Generic[Options]):
         depth, first = self.shape.depth, self.shape.first_withdrawal
         return max(policies.default_min_layer(depth) if min_layer is None else min_layer, first)
 
-    @property
+    @cached_property
     def text(self) -> TextShape:
         """The sizes that FLOPs are counted from."""
         return TextShape.from_config(self.loaded.model.config)
@@ -201,16 +202,7 @@ class Study(Generic[Options]):
         samples = [self.samples[place] for place in mine]
         with self.part("answers"):
             answers = self._answers(mine)
-        # the last answer token is compared but never read, so it is not part of the input
-        encoded = [
-            encode(self.loaded, sample, None if ids is None else ids[:-1])
-            for sample, ids in zip(samples, answers, strict=True)
-        ]
-        items = [
-            SweepItem(one.inputs, one.rows, name=f"sample {sample.id!r}")
-            for one, sample in zip(encoded, samples, strict=True)
-        ]
-        return encoded, items
+        return swept(self.loaded, samples, answers)
 
     def _answers(self: Study[SweepOptions], mine: Sequence[int]) -> list[Tensor | None]:
         """The answer tokens to force behind each prompt; None compares the first position only."""
@@ -218,7 +210,7 @@ class Study(Generic[Options]):
         if self._whose is None or not samples:
             return [None] * len(samples)
         if self._whose == "reference":
-            return references(self.loaded, samples, longest)
+            return reference_answers(self.loaded, samples, longest)
         parts = [
             part for part in self._parts if set(part) & set(mine)
         ]  # whole ones, whatever is known already

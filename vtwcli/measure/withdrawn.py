@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from vtwcli.models.inputs import Encoded
 from vtwcli.sweep.sweep import ItemResult
@@ -32,7 +31,7 @@ def measured_of(outcome: ItemResult, prompt: Encoded) -> Measured:
     visual = int(prompt.visual[: prompt.prompt_length].sum())
     prefix = int(prompt.visual.int().argmax()) if visual else 0
     return Measured(
-        kl=[exact(row) for row in outcome.kl],
+        kl=[exact(row) for row in outcome.kl.tolist()],
         agree=outcome.agree.tolist(),
         prefix=prefix,
         visual=visual,
@@ -40,6 +39,6 @@ def measured_of(outcome: ItemResult, prompt: Encoded) -> Measured:
     )
 
 
-def exact(x: Tensor) -> list[float]:
+def exact(numbers: Iterable[float]) -> list[float]:
     """Nine digits of each number, which tell all 32-bit numbers apart."""
-    return [float(f"{value:.9g}") for value in x.tolist()]
+    return [float(f"{number:.9g}") for number in numbers]

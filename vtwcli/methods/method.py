@@ -6,9 +6,9 @@ calibration, comparison, evaluation, export, recipes and reports know it through
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 from vtwcli.io.section import Section
 from vtwcli.schedule.intervention import Intervention
@@ -59,7 +59,7 @@ class Grid:
 
     Attributes:
         ratios: shares of visual tokens that subsets keep.
-        keep_layer: layer at which subsets are chosen.
+        keep_layer: layer at which subsets are chosen; one at which the family's visual tokens may leave.
         thresholds: norms of contribution to try.
         seed: of random subsets.
     """
@@ -107,6 +107,11 @@ class Method(Section):
     finds: ClassVar[str | None] = None
     searched: ClassVar[tuple[str, ...]] = ()
     style: ClassVar[Style]
+
+    @classmethod
+    def of(cls, values: Iterable[tuple[str, Any]]) -> Self:
+        """The method with those of ``values`` that are its parameters and hold something."""
+        return cls(**{key: value for key, value in values if key in cls.model_fields and value is not None})
 
     def schedule(self, **provenance: Any) -> Schedule:
         """The schedule that these parameters make."""

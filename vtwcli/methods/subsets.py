@@ -26,13 +26,11 @@ class Subset(Method):
 
     @classmethod
     def compared(cls, model: Shape, grid: Grid, base: Mapping[str, Any]) -> list[Candidate]:
-        at, name = max(grid.keep_layer, model.first_withdrawal, 1), cls.key
         found = []
         for ratio in grid.ratios:
-            one = cls(**_given(cls, {"layer": at, "ratio": ratio, "seed": grid.seed}))
-            found.append(
-                Candidate(f"{name} {ratio:.0%}", name, one.schedule(), {"layer": at, "ratio": ratio})
-            )
+            varied = {"layer": grid.keep_layer, "ratio": ratio}
+            one = cls.of([*varied.items(), ("seed", grid.seed)])
+            found.append(Candidate(f"{cls.key} {ratio:.0%}", cls.key, one.schedule(), varied))
         return found
 
 
@@ -91,18 +89,13 @@ class TwoStep(Subset):
 
     @classmethod
     def compared(cls, model: Shape, grid: Grid, base: Mapping[str, Any]) -> list[Candidate]:
-        at, found = max(grid.keep_layer, model.first_withdrawal, 1), []
+        at, found = grid.keep_layer, []
         for ratio in grid.ratios:
             for k in sorted({model.depth // 2, model.depth * 3 // 4} - set(range(at + 1))):
                 varied: dict[str, Any] = {"layer": at, "ratio": ratio, "withdraw": k}
                 one = cls(**varied)
                 found.append(Candidate(f"attention {ratio:.0%}, K={k}", "two-step", one.schedule(), varied))
         return found
-
-
-def _given(method: type[Method], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of ``values`` that are parameters of a method."""
-    return {k: v for k, v in values.items() if k in method.model_fields}
 
 
 def _keep(at: int, score: Any, ratio: float, seed: int = 0) -> Keep:

@@ -53,6 +53,12 @@ class Encoded:
         return int(self.visual.shape[0])
 
     @property
+    def suffix(self) -> int:
+        """Number of text tokens behind the first visual one."""
+        seen = int(self.visual.sum())
+        return self.length - int(self.visual.int().argmax()) - seen if seen else 0
+
+    @property
     def rows(self) -> Tensor:
         """Positions whose next token is compared, [1, 1 + A]: the prompt's last and those of the answer behind it."""
         return torch.arange(self.prompt_length - 1, self.length)[None]

@@ -40,6 +40,20 @@ Policy = Literal["paper", "sustained", "quantile", "agreement", "worst-task", "b
 
 
 _BATCH_SIZE = "samples answered at once; by default 8, fewer where memory is short"
+# fields that several sections have
+Limit = Annotated[int, Field(ge=1, description="samples per task")]
+Positions = Annotated[
+    Literal["first", "answer"],
+    Field(description="first: the next token after the prompt; answer: every token of the answer"),
+]
+Answers = Annotated[
+    Literal["auto", "generated", "reference"],
+    Field(
+        description="whose answer is teacher-forced: the full model's own greedy one, or the reference; "
+        "auto is generated, and reference when layers are streamed"
+    ),
+]
+SkipBad = Annotated[bool, Field(description="skip unreadable samples and count them")]
 
 
 class CalibrateSection(Section):
@@ -49,7 +63,7 @@ class CalibrateSection(Section):
         "vtw",
         description="; ".join(f"{name}: {one.finds}" for name, one in METHODS.items() if one.finds),
     )
-    limit: int = Field(20, ge=1, description="samples per task")
+    limit: Limit = 20
     eta: float = Field(0.003, gt=0, description="KL threshold in nats")
     min_layer: int | None = Field(
         None, ge=0, description="first candidate layer; by default 5 for 16 layers and more, else 1"
@@ -57,14 +71,8 @@ class CalibrateSection(Section):
     policy: Policy = Field(
         "worst-task", description="paper, sustained, quantile, agreement, worst-task or budget"
     )
-    positions: Literal["first", "answer"] = Field(
-        "answer", description="first: the next token after the prompt; answer: every token of the answer"
-    )
-    answers: Literal["auto", "generated", "reference"] = Field(
-        "auto",
-        description="whose answer is teacher-forced: the full model's own greedy one, or the reference; "
-        "auto is generated, and reference when layers are streamed",
-    )
+    positions: Positions = "answer"
+    answers: Answers = "auto"
     max_new_tokens: int = Field(48, ge=1, description="longest generated answer")
     batch_size: int | None = Field(None, ge=1, description=_BATCH_SIZE)
     quantile: float = Field(0.95, gt=0, le=1, description="of the samples' KL, for the policy quantile")
@@ -75,14 +83,14 @@ class CalibrateSection(Section):
     budget_of: Literal["flops", "kv"] = Field("flops", description="what the budget counts: flops or kv")
     bootstrap: int = Field(1000, ge=0, description="resamples for the interval of K; 0 for none")
     seed: int = Field(0, ge=0, description="of sample choice and bootstrap")
-    skip_bad: bool = Field(False, description="skip unreadable samples and count them")
+    skip_bad: SkipBad = False
     resume: bool = Field(False, description="keep finished samples across an interruption")
 
 
 class AnalyzeSection(Section):
     """What a profile measures and shows."""
 
-    limit: int = Field(20, ge=1, description="samples per task")
+    limit: Limit = 20
     eta: float = Field(0.003, gt=0, description="KL threshold in nats that bounds the stages")
     min_layer: int | None = Field(
         None,
@@ -95,14 +103,8 @@ class AnalyzeSection(Section):
         description="measure what each layer's update of visual tokens gives: about L/2 full passes a sample; by "
         "default unless layers are streamed",
     )
-    positions: Literal["first", "answer"] = Field(
-        "answer", description="first: the next token after the prompt; answer: every token of the answer"
-    )
-    answers: Literal["auto", "generated", "reference"] = Field(
-        "auto",
-        description="whose answer is teacher-forced: the full model's own greedy one, or the reference; "
-        "auto is generated, and reference when layers are streamed",
-    )
+    positions: Positions = "answer"
+    answers: Answers = "auto"
     max_new_tokens: int = Field(48, ge=1, description="longest generated answer")
     batch_size: int | None = Field(None, ge=1, description=_BATCH_SIZE)
     lens: int = Field(3, ge=0, description="tokens of the logit lens in each layer; 0 for none")
@@ -129,7 +131,7 @@ class AnalyzeSection(Section):
         2, ge=1, description="VisiPruner: how many layers must count until all tokens leave"
     )
     seed: int = Field(0, ge=0, description="of sample choice")
-    skip_bad: bool = Field(False, description="skip unreadable samples and count them")
+    skip_bad: SkipBad = False
 
     @field_validator("map_layers", mode="before")
     @classmethod
@@ -176,12 +178,7 @@ class ScheduleSection(Rule, _Named):
     def chosen(self) -> Method | None:
         """The method that is named, with its parameters; ``layer`` alone is VTW."""
         name = self.method or ("vtw" if self.layer is not None else None)
-        if name is None:
-            return None
-        method = METHODS[name]
-        return method(
-            **{key: value for key, value in self if key in method.model_fields and value is not None}
-        )
+        return None if name is None else METHODS[name].of(self)
 
     def rule(self) -> dict[str, Any]:
         """VisiPruner's parameters, for its calibration and for comparisons."""
@@ -210,7 +207,7 @@ class ScheduleSection(Rule, _Named):
 class BudgetSection(Section):
     """Which schedules of all methods are compared, and the budget."""
 
-    limit: int = Field(10, ge=1, description="samples per task")
+    limit: Limit = 10
     max_flops: float | None = Field(
         None, gt=0, description="budget: share of the full prefill FLOPs; names the best schedule within"
     )
@@ -225,7 +222,7 @@ class BudgetSection(Section):
     max_new_tokens: int = Field(32, ge=1, description="longest answer")
     batch_size: int | None = Field(None, ge=1, description=_BATCH_SIZE)
     seed: int = Field(0, ge=0, description="of sample choice and of the random control")
-    skip_bad: bool = Field(False, description="skip unreadable samples and count them")
+    skip_bad: SkipBad = False
 
     @field_validator("methods", "ratios", "thresholds", mode="before")
     @classmethod
@@ -236,12 +233,12 @@ class BudgetSection(Section):
 class EvalSection(Section):
     """How a schedule is judged."""
 
-    limit: int = Field(50, ge=1, description="samples per task")
+    limit: Limit = 50
     max_new_tokens: int = Field(48, ge=1, description="longest answer")
     batch_size: int | None = Field(None, ge=1, description=_BATCH_SIZE)
     bootstrap: int = Field(1000, ge=0, description="resamples for the intervals of differences; 0 for none")
     seed: int = Field(0, ge=0, description="of sample choice and bootstrap")
-    skip_bad: bool = Field(False, description="skip unreadable samples and count them")
+    skip_bad: SkipBad = False
     timing: bool = Field(True, description="measure latencies, full and pruned in turn")
     repeats: int = Field(
         9, ge=1, description="timing rounds, each of which runs every variant; 6 and more tell a speed-up"

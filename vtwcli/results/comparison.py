@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from vtwcli.results.document import Files, ModelRecord, Origin, RunRecord, TokenCounts
+from vtwcli.results.document import Files, ModelRecord, Origin, RunRecord, TokenCounts, Unchecked
 
 FORMAT: Final = "vtw-budget"
 FORMAT_VERSION: Final = 1
@@ -57,6 +57,13 @@ class TaskCount(TypedDict):
     """How many have visual tokens."""
 
 
+class BudgetRun(RunRecord):
+    """The run of a comparison."""
+
+    streamed: NotRequired[Unchecked[bool]]
+    """Whether layers were read from disk one at a time; older documents do not say."""
+
+
 class Budget(Origin):
     """What each method's schedules cost and change. Only ``run`` differs between equal runs."""
 
@@ -78,4 +85,4 @@ class Budget(Origin):
     """The budget, relative to the full model's FLOPs."""
     best: str | None
     """The name of the schedule closest to the full model within the budget; None where there is none."""
-    run: NotRequired[RunRecord]
+    run: NotRequired[BudgetRun]

@@ -83,7 +83,7 @@ def entries_of(layer: Any, name: str, given: dict[str, Any]) -> tuple[Tensor, Te
         What it hands to its cache; None if that is nothing.
     """
     handed = _Handed(given.get(name))
-    for one in (_without_query(layer), layer):
+    for one in (without_query(layer), layer):
         try:
             one.forward(**{**given, name: handed})
             break
@@ -95,13 +95,14 @@ def entries_of(layer: Any, name: str, given: dict[str, Any]) -> tuple[Tensor, Te
     return None
 
 
-def _without_query(layer: Any) -> Any:
+def without_query(layer: Any) -> Any:
     """A copy of the layer, sharing its weights, that computes no queries; itself where these are not computed apart,
     or where forward was wrapped (accelerate), since the wrapper runs the original."""
-    attention = getattr(layer, "self_attn", None)
+    attention: Any = getattr(layer, "self_attn", None)
     query, width = getattr(attention, "q_proj", None), getattr(attention, "head_dim", None)
-    wrapped = any("forward" in x.__dict__ for x in (layer, attention, query) if x is not None)
-    if not isinstance(query, torch.nn.Module) or not isinstance(width, int) or wrapped:
+    if not isinstance(query, torch.nn.Module) or isinstance(query, _NoQuery) or not isinstance(width, int):
+        return layer
+    if any("forward" in x.__dict__ for x in (layer, attention, query)):
         return layer
     layer, attention = copy.copy(layer), copy.copy(attention)
     attention._modules = {**attention._modules, "q_proj": _NoQuery(width)}

@@ -71,12 +71,17 @@ def split(rows: Rows, index: Tensor, visual: Tensor, last: Tensor) -> Split:
     """
     query, key = rows.query.to(index.device), rows.key.to(index.device)
     text = query & ~visual
-    parts = compact(query & key & visual & ~last), compact(text | (query & last), key)
-    at = [part.index for part in parts if part.index is not None]
-    read, run = (replace(part, index=index.gather(1, i)) for part, i in zip(parts, at, strict=True))
-    both = [torch.cat(two, 1) for two in zip(*((x.index, x.query, x.key) for x in (read, run)), strict=True)]
-    joined = Rows(*both, ragged=read.ragged or run.ragged)
-    return Split(read, run, *at, text.gather(1, at[1]), joined)
+    read, run = compact(query & key & visual & ~last), compact(text | (query & last), key)
+    read_at, run_at = read.index, run.index
+    assert read_at is not None and run_at is not None
+    joined = Rows(
+        index.gather(1, torch.cat([read_at, run_at], 1)),
+        torch.cat([read.query, run.query], 1),
+        torch.cat([read.key, run.key], 1),
+        read.ragged or run.ragged,
+    )
+    read, run = (replace(part, index=index.gather(1, at)) for part, at in ((read, read_at), (run, run_at)))
+    return Split(read, run, read_at, run_at, text.gather(1, run_at), joined)
 
 
 def take(x: Tensor, index: Tensor | None, dim: int, batch: int = 0) -> Tensor:

@@ -94,7 +94,7 @@ def export_onnx(
     cuts, frozen = removals(plan, source.depth), frozen_layers(plan, source.depth)
     began = time.perf_counter()
     with publish(output, force, source_of(model)) as folder:
-        manifest = write_graphs(source, cuts, frozen, folder, dtype=dtype, opset=opset, merged=merged)
+        manifest = write_graphs(source, cuts, folder, dtype=dtype, opset=opset, merged=merged, frozen=frozen)
         manifest["schedule"] = plan.to_dict()
         write_companions(source, manifest, folder)
         written = time.perf_counter()
@@ -152,12 +152,12 @@ def frozen_layers(schedule: Schedule, depth: int) -> list[int]:
 def write_graphs(
     source: Source,
     cuts: Sequence[Mapping[str, Any]],
-    frozen: Sequence[int],
     folder: Path,
     *,
     dtype: str,
     opset: int,
     merged: bool,
+    frozen: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Write the graphs and return what a manifest says of them; see ``export_onnx``."""
     from vtwcli.export.onnx import graphs as onnx_graphs

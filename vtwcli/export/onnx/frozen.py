@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vtwcli.export.onnx.modules import gather, shallow
-from vtwcli.runtime.freeze import entries_of
+from vtwcli.runtime.freeze import entries_of, without_query
 from vtwcli.sweep.layers import cache_argument
 
 
@@ -55,14 +55,17 @@ def freeze(layer: Any, parts: Parts) -> None:
     """Let a layer, which must be a copy, not update visual rows."""
     stock = shallow(layer)
     stock._forward_hooks = OrderedDict()
-    layer.forward = partial(_forward, stock, parts)
+    bare = shallow(without_query(stock))
+    # the exporter keeps a stack of the modules that are called; this one is left before it returns
+    bare._modules["self_attn"] = bare.self_attn.forward
+    layer.forward = partial(_forward, stock, bare, parts)
 
 
-def _forward(layer: nn.Module, parts: Parts, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-    """Hidden states [B, S, D]; arguments as the stock layer's."""
+def _forward(layer: nn.Module, bare: nn.Module, parts: Parts, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """Hidden states [B, S, D]; arguments as the stock ``layer``'s, of which ``bare`` computes no queries."""
     name = cache_argument(layer)
     assert parts.text is not None and parts.visual is not None
-    entries = entries_of(layer, name, _rows(kwargs, hidden_states, parts.visual))
+    entries = entries_of(bare, name, _rows(kwargs, hidden_states, parts.visual))
     assert entries is not None
     given = _rows(kwargs, hidden_states, parts.text)
     given[name] = _Joined(kwargs[name], parts, hidden_states.shape[1], entries)

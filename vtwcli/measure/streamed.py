@@ -1,4 +1,4 @@
-"""Answers that are forced behind prompts: references, and what a model says whose layers are read from disk."""
+"""The answers of a model whose layers are read from disk."""
 
 from __future__ import annotations
 
@@ -12,28 +12,10 @@ from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.machine.memory import memory_available
 from vtwcli.measure.batches import SHARE, answer_bytes
 from vtwcli.models.generation import spelled
-from vtwcli.models.inputs import UnusableSampleError, answer_ids, encode_batch
+from vtwcli.models.inputs import encode_batch
 from vtwcli.models.loading import LoadedModel
 from vtwcli.sweep.decode import decode
 from vtwcli.sweep.layers import LayerSource
-
-
-def references(loaded: LoadedModel, samples: Sequence[Sample], longest: int) -> list[Tensor | None]:
-    """The tokens of each sample's first reference answer, at most ``longest``; None where there is none."""
-    without = sum(not sample.references for sample in samples)
-    if without:
-        console.warn(f"{without} samples have no reference answer; only their first position is compared")
-    forced = [_reference(loaded, sample) for sample in samples]
-    return [None if ids is None else ids[:longest] for ids in forced]
-
-
-def _reference(loaded: LoadedModel, sample: Sample) -> Tensor | None:
-    if not sample.references:
-        return None
-    try:
-        return answer_ids(loaded, sample.references[0])
-    except UnusableSampleError as error:
-        raise UnusableSampleError(f"sample {sample.id!r}: {error.message}", error.hint) from None
 
 
 def streamed_answers(
