@@ -225,12 +225,12 @@ def test_a_streamed_calibration_generates_and_says_what_it_costs(tiny_dir, data,
 
 
 def test_streamed_answers_go_in_groups_that_memory_has_room_for(tiny_dir, monkeypatch, capsys):
-    from vtwcli.measure import forced
+    from vtwcli.measure import streamed
 
     loaded = load(str(tiny_dir), weights=False)
     source = Streamed(loaded)
     expected = streamed_answers(loaded, source, [[one] for one in ASKED], 3)
-    monkeypatch.setattr(forced, "memory_available", lambda device: 0)
+    monkeypatch.setattr(streamed, "memory_available", lambda device: 0)
     assert "each of" not in capsys.readouterr().err
     found = streamed_answers(loaded, source, [[one] for one in ASKED], 3)
     assert [tokens_of(part) for part in found] == [tokens_of(part) for part in expected]
