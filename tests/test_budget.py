@@ -146,7 +146,8 @@ def test_budget_is_deterministic_and_describes_itself(compared, tiny_dir, data):
     again = budget(
         ModelSection(name=str(tiny_dir)), [DataSpec(source=str(data))], section(max_flops=0.9, batch_size=8)
     )
-    assert {**again, "run": None} == {**compared, "run": None}
+    options = {**again["options"], "batch_size": None}
+    assert {**again, "run": None, "options": options} == {**compared, "run": None}
     assert compared["format"] == "vtw-budget"
     assert compared["tasks"] == {"colour": {"samples": 2}, "caption": {"samples": 2}}
     assert compared["cost"]["visual_tokens"] == 9
@@ -399,7 +400,7 @@ def test_the_pass_gives_what_the_runtime_gives(tiny_dir, data):
     samples = load_data([DataSpec(source=str(data))], limit=LIMIT, seed=0).samples
     chosen = candidates(Shape(6), section())
     one, other = (
-        tried(loaded, source, chosen, samples, TOKENS, 3)
+        tried(loaded, source, chosen, samples, TOKENS, [range(3), range(3, len(samples))])
         for source in (Resident(loaded.model, loaded.family), None)
     )
     for c in range(len(chosen)):

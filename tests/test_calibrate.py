@@ -14,7 +14,7 @@ from tests.cli import launch
 from vtwcli.calibrate import calibrate
 from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
-from vtwcli.errors import NotFoundError, UsageError
+from vtwcli.errors import NotFoundError
 from vtwcli.models.generation import generate_answers
 from vtwcli.models.inputs import encode
 from vtwcli.models.loading import load
@@ -122,15 +122,6 @@ def test_streamed_layers_give_the_same_curve(tiny_dir, data):
     assert streamed["run"]["streamed"]
     assert not whole["run"]["streamed"]
     np.testing.assert_allclose(streamed["kl"]["samples"], whole["kl"]["samples"], rtol=1e-4, atol=1e-9)
-
-
-def test_streaming_refuses_generated_answers(tiny_dir, data):
-    with pytest.raises(UsageError, match="--answers generated"):
-        calibrate(
-            ModelSection(name=str(tiny_dir), stream=True),
-            [DataSpec(source=str(data))],
-            options(answers="generated"),
-        )
 
 
 def test_sample_without_an_image_does_not_count(tiny_dir, data, tmp_path, capsys):

@@ -237,3 +237,40 @@ def test_no_layer_qualifies_is_exit_3_and_the_curve_is_written(tmp_path):
     assert result["withdrawal_layer"] is None
     assert result["schedule"] is None
     assert (tmp_path / "k.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("given", "alone"), [({}, True), ({"OMP_NUM_THREADS": "2"}, False), ({"MKL_NUM_THREADS": "2"}, False)]
+)
+def test_one_thread_computes_a_small_model_unless_the_user_says_otherwise(
+    tiny_dir, data, tmp_path, given, alone
+):
+    clean = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    done = subprocess.run(
+        [sys.executable, "-m", "vtwcli", "calibrate", str(tiny_dir), "--data", str(data), "--limit", "1", "--verbose"],
+        env=clean | given, cwd=tmp_path, text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode in (0, 3), done.stderr
+    # a machine of one core has nothing to choose
+    assert ("one thread instead of" in done.stderr) == (alone and (os.cpu_count() or 1) > 1)
+
+
+def test_threads_of_a_program_that_imports_the_package_are_its_own(monkeypatch):
+    import torch
+
+    from vtwcli.machine import threads
+
+    before = torch.get_num_threads()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    try:
+        torch.set_num_threads(2)
+        threads.fit(100)
+        assert torch.get_num_threads() == 2
+        monkeypatch.setattr(threads.settings, "by_size", True)
+        threads.fit(threads.SMALL + 1)
+        assert torch.get_num_threads() == 2
+        threads.fit(threads.SMALL)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

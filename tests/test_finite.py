@@ -185,11 +185,10 @@ def test_a_masked_vocabulary_has_the_kl_of_the_rest(tiny_dir, data):
     from vtwcli.data.sources import load_data
 
     loaded = load(str(tiny_dir))
-    samples = load_data([DataSpec(source=str(data))], limit=1, seed=0).samples
     options = CalibrateSection(positions="first")
     source = Resident(loaded.model, loaded.family)
     _, items = Study(loaded, load_data([DataSpec(source=str(data))], limit=1, seed=0), options, False).encode(
-        samples
+        [0]
     )
     tried = [Intervention("withdraw", k) for k in range(3)]
 

@@ -489,9 +489,7 @@ def test_placeholders_and_images_must_agree(loaded):
     assert caught.value.message == "sample 'a' has 1 images, but its encoded prompt has 0 visual tokens"
     fewer = dataclasses.replace(loaded, processor=build_processor())
     fewer.processor.patch_size = 6  # four placeholders for nine visual tokens
-    with pytest.raises(
-        NotFoundError, match=r"^the model refuses the inputs of sample 'a', 'b': Image features"
-    ):
+    with pytest.raises(NotFoundError, match=r"^the model refuses the inputs of sample 'a': Image features"):
         generate_answers(fewer, [sample("red?"), sample("x", id="b")], 2, batch_size=2)
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from vtwcli.calibrate import calibrate
 from vtwcli.data.spec import DataSpec
 from vtwcli.evaluate import evaluate
+from vtwcli.machine import distributed
 from vtwcli.recipe.recipe import CalibrateSection, EvalSection, ModelSection
 from vtwcli.results.resume import kept, key_of, stamp
 from vtwcli.schedule.schedule import Schedule
@@ -131,6 +132,17 @@ def rows(tmp_path):
     return rows, write, tmp_path
 
 
+class Interrupted:
+    """What a command knows of its processes when it is interrupted as soon as all its work is done."""
+
+    share, is_main = staticmethod(distributed.share), staticmethod(distributed.is_main)
+
+    @staticmethod
+    def gathered(work):
+        work()
+        raise KeyboardInterrupt
+
+
 def without_run(result):
     return {key: value for key, value in result.items() if key != "run"}
 
@@ -164,12 +176,9 @@ def test_calibration_computes_edited_rows_again_and_only_those(tiny_dir, rows, e
         calls.append(1)
         return real(*given, **kwargs)
 
-    def interrupt(*given):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(module, "sweep", counting)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(module.distributed, "gathered", lambda work: work() and interrupt())
+        patched.setattr(module, "distributed", Interrupted)
         calibrate(model, write(), options, state=state)
     assert len(calls) == 4
     change, again = EDITS[edit]
@@ -194,12 +203,9 @@ def test_evaluation_computes_the_batches_of_edited_rows_again(tiny_dir, rows, ed
         calls.append(1)
         return real(*given)
 
-    def interrupt(*given):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(module, "full_answers", counting)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(module.distributed, "gathered", lambda work: work() and interrupt())
+        patched.setattr(module, "distributed", Interrupted)
         evaluate(model, schedules, write(), options, state=state)
     assert len(calls) == 2
     specs = write(EDITS[edit][0](rows, folder))
@@ -223,13 +229,10 @@ def test_another_model_schedule_or_option_starts_anew(tiny_dir, rows, monkeypatc
         (model.model_copy(update={"attn": "eager"}), [("K=3", SCHEDULE)], options),
     ]
 
-    def interrupt(*given):
-        raise KeyboardInterrupt
-
     for number, (other, schedules, changed) in enumerate(others):
         state = folder / "state" / str(number)
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(module.distributed, "gathered", lambda work: work() and interrupt())
+            patched.setattr(module, "distributed", Interrupted)
             evaluate(model, [("K=3", SCHEDULE)], specs, options, state=state)
         capsys.readouterr()
         evaluate(other, schedules, specs, changed, state=state)

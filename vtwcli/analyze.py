@@ -45,7 +45,7 @@ from vtwcli.sweep.layers import LayerSource
 from vtwcli.sweep.probes import LastRowProbe
 from vtwcli.sweep.sweep import sweep
 
-_SHARED = ("limit", "seed", "skip_bad", "positions", "answers", "max_new_tokens")
+_SHARED = ("limit", "seed", "skip_bad", "positions", "answers", "max_new_tokens", "batch_size")
 
 # each measure of the document, one number per layer, and what it is
 MEASURES = {
@@ -127,8 +127,10 @@ def analyze(
     shown = _shown(study.mix, options.maps)
     layers = _map_layers(options, study.shape.depth)
 
+    mine = study.share()
+
     def work() -> dict[int, Profile]:
-        return dict(_measure(study, distributed.share(study.samples), shown, layers))
+        return dict(_measure(study, mine, shown, layers))
 
     profiles = distributed.gathered(work)
     result, samples = _result(study, profiles, layers)
@@ -143,13 +145,13 @@ def analyze(
 
 def _measure(
     study: Study[AnalyzeSection],
-    samples: Sequence[tuple[int, Sample]],
+    mine: Sequence[int],
     shown: set[int],
     map_layers: Sequence[int],
 ) -> Iterator[tuple[int, Profile]]:
-    """The profile of each (place, sample)."""
+    """The profiles of the samples at ``mine``, with their places."""
     loaded, source, options = study.loaded, study.source, study.options
-    encoded, items = study.encode([sample for _, sample in samples])
+    encoded, items = study.encode(mine)
     freeze = not source.together if options.freeze is None else options.freeze
     if options.freeze is None and not freeze:
         console.note("layers are streamed: what their updates give is left out; --freeze measures it")
@@ -163,7 +165,7 @@ def _measure(
             outcomes = sweep(source, [items[i] for i in part], wanted, probes=[probe], progress=bar)
             with source.head() as head:
                 for number, i in enumerate(part):
-                    place, sample = samples[i]
+                    place, sample = mine[i], study.samples[mine[i]]
                     rows, outcome = probe.found[number, 0], outcomes[number]
                     lens = head(torch.stack([row.out for row in rows])) if options.lens else None
                     if lens is not None and not bool((sound := is_distribution(lens)).all()):

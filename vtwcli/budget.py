@@ -43,7 +43,7 @@ def budget(
     if study.streamed:
         console.note("layers are streamed: schedules are compared along the samples' reference answers")
     chosen = candidates(study.shape, options, rule)
-    found = study.try_(chosen, options.max_new_tokens, options.batch_size)
+    found = study.try_(chosen, options.max_new_tokens)
     rows, front = compared(chosen, found, study.text)
     return {
         "format": FORMAT,

@@ -9,8 +9,6 @@ from typing import Any, get_args
 
 import numpy as np
 
-from vtwcli.data.drawing import sample_content
-from vtwcli.data.sample import Sample
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError
 from vtwcli.io import console
@@ -67,35 +65,31 @@ def calibrate(
         return search(model, data, options, rule.rule())
     study = Study.open(model, data, options)
     study.check_sweep()
-    samples = list(study.samples)
+    mine = study.share()
 
     def work(known: dict[int, Any], keep: Store) -> dict[int, Measured]:
-        mine = distributed.share(samples)
-        done = {place: Measured(**known[place]) for place, _ in mine if place in known}
-        missing = [(place, sample) for place, sample in mine if place not in done]
-        for place, measured in measure(study, missing):
+        done = {place: Measured(**known[place]) for place in mine if place in known}
+        for place, measured in measure(study, [place for place in mine if place not in done]):
             done[place] = measured
             keep(place, vars(measured))
         return done
 
-    with kept(state, _key(study), [sample_content(one) for one in samples]) as finished:
+    with kept(state, _key(study), study.contents()) as finished:
         measured = distributed.gathered(partial(work, *finished))
     result = assemble(study, measured)
     result["run"] = {**study.run(), "streamed": study.streamed}
     return result
 
 
-def measure(
-    study: Study[CalibrateSection], samples: Sequence[tuple[int, Sample]]
-) -> Iterator[tuple[int, Measured]]:
-    """KL and agreement of withdrawal at every layer for each (place, sample), as they are finished."""
-    encoded, items = study.encode([sample for _, sample in samples])
+def measure(study: Study[CalibrateSection], mine: Sequence[int]) -> Iterator[tuple[int, Measured]]:
+    """KL and agreement of withdrawal at every layer for the samples at ``mine``, as they are finished."""
+    encoded, items = study.encode(mine)
     source, asked = study.source, METHODS["vtw"].ask(study.shape)
     total = len(items) * source.depth
     with study.part("sweep"), console.progress(f"{source.depth} layers x {len(items)} samples", total) as bar:
         parts = [items] if study.streamed else [[item] for item in items]
         outcomes = (one for part in parts for one in sweep(source, part, asked, progress=bar))
-        for (place, _), prompt, outcome in zip(samples, encoded, outcomes, strict=True):
+        for place, prompt, outcome in zip(mine, encoded, outcomes, strict=True):
             yield place, measured_of(outcome, prompt)
 
 

@@ -14,6 +14,7 @@ import typer
 from vtwcli import __version__
 from vtwcli.errors import NotFoundError, VtwError
 from vtwcli.io import console
+from vtwcli.machine import threads
 
 # subcommand -> its file in ``vtwcli.commands``, in the order of the help page
 COMMANDS = {
@@ -54,6 +55,7 @@ def build(names: Iterable[str] = COMMANDS) -> typer.Typer:
 def main() -> None:
     """Run the command line; every expected failure is one line on stderr and its exit code."""
     console.prepare_streams()
+    threads.settings.by_size = True
     stopped = _stop_cleanly()
     try:
         # one subcommand is not to wait for the others

@@ -23,6 +23,7 @@ from vtwcli.machine import distributed
 from vtwcli.machine.libraries import versions
 from vtwcli.machine.memory import peak_memory
 from vtwcli.measure.answers import Answer, flops_ratio, full_answers, kv_ratio, spent
+from vtwcli.measure.batches import by_length
 from vtwcli.measure.samples import read_samples
 from vtwcli.measure.timing import Costs, measured_costs
 from vtwcli.measure.variants import (
@@ -99,9 +100,10 @@ def evaluate(
     full, variants = open_variants(model, schedules, options)
     _warn_if_calibrated_on(mix, variants)
     timing = {"load": time.perf_counter() - began}
-    with kept(state, _key(full, variants, options), _contents(mix.samples, options.batch_size)) as finished:
+    batches = by_length(full, mix.samples, options.max_new_tokens, options.batch_size)
+    with kept(state, _key(full, variants, options), _contents(mix.samples, batches)) as finished:
         answers = distributed.gathered(
-            partial(_all_answers, full, variants, mix.samples, options, timing, *finished)
+            partial(_all_answers, full, variants, mix.samples, batches, options, timing, *finished)
         )
     if trace is not None and distributed.is_main():
         lines = _trace(full, variants, mix.samples, answers)
@@ -142,13 +144,14 @@ def _warn_if_calibrated_on(mix: DataMix, variants: Sequence[Variant]) -> None:
             )
 
 
-def _contents(samples: Sequence[Sample], batch_size: int) -> list[str]:
+def _contents(samples: Sequence[Sample], batches: Sequence[Sequence[int]]) -> list[str]:
     """What each sample's answers depend on: its batch, because padding changes the last digits, and its row in it."""
-    parts = [samples[at : at + batch_size] for at in range(0, len(samples), batch_size)]
-    digests = [key_of([sample_content(sample) for sample in part]) for part in parts]
-    return [
-        f"{digest}:{row}" for digest, part in zip(digests, parts, strict=True) for row in range(len(part))
-    ]
+    found = [""] * len(samples)
+    for places in batches:
+        digest = key_of([sample_content(samples[place]) for place in places])
+        for row, place in enumerate(places):
+            found[place] = f"{digest}:{row}"
+    return found
 
 
 def _key(full: LoadedModel, variants: Sequence[Variant], options: EvalSection) -> str:
@@ -157,7 +160,7 @@ def _key(full: LoadedModel, variants: Sequence[Variant], options: EvalSection) -
     model = (full.name, full.revision, str(full.dtype), full.device.type, attention, stamp(full.path))
     own = [(variant.folder, str(variant.dtype), stamp(variant.folder)) for variant in variants[:1]]
     named = [(variant.name, type(variant).__name__, variant.schedule.to_dict()) for variant in variants]
-    shaping = options.model_dump(include={"max_new_tokens", "batch_size"})
+    shaping = options.model_dump(include={"max_new_tokens"})
     return key_of("evaluation", model, own, named, shaping, versions())
 
 
@@ -165,6 +168,7 @@ def _all_answers(
     full: LoadedModel,
     variants: Sequence[Variant],
     samples: Sequence[Sample],
+    batches: Sequence[Sequence[int]],
     options: EvalSection,
     timing: dict[str, float],
     known: dict[int, Any],
@@ -175,21 +179,20 @@ def _all_answers(
     Batches are dealt to ranks, not samples, so that their padding does not depend on the number of processes.
     """
     began = time.perf_counter()
-    places = range(len(samples))
-    mine = distributed.share([places[at : at + options.batch_size] for at in places[:: options.batch_size]])
+    mine = distributed.share(batches)
     done: dict[int, list[Answer]] = {}
     with console.progress("answers", total=sum(len(part) for _, part in mine)) as bar:
         for _, part in mine:
             if all(place in known for place in part):
                 done |= {place: [Answer(**answer) for answer in known[place]] for place in part}
             else:
-                batches = batches_of(full, variants, [samples[place] for place in part])
+                inputs = batches_of(full, variants, [samples[place] for place in part])
                 with plain_generation(full):
                     names = [samples[place].id for place in part]
-                    whole = full_answers(full, batches[0], options.max_new_tokens, names)
+                    whole = full_answers(full, inputs[0], options.max_new_tokens, names)
                 columns = [whole.answers] + [
                     variant.answers(batch, whole, options.max_new_tokens)
-                    for variant, batch in zip(variants, batches[1:], strict=True)
+                    for variant, batch in zip(variants, inputs[1:], strict=True)
                 ]
                 for place, *row in zip(part, *columns, strict=True):
                     done[place] = row

@@ -137,6 +137,12 @@ def note(text: str) -> None:
         _to_stderr(text)
 
 
+def detail(text: str) -> None:
+    """A word on stderr that only ``--verbose`` asks for."""
+    if settings.verbose and not settings.quiet:
+        _to_stderr(text, "dim")
+
+
 def warn(text: str) -> None:
     """A warning on stderr; shown under ``--quiet`` too."""
     _to_stderr(f"warning: {one_line(text, _LONGEST)}", "yellow")

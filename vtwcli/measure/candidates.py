@@ -75,11 +75,12 @@ def tried(
     candidates: Sequence[Candidate],
     samples: Sequence[Sample],
     max_new_tokens: int,
-    batch_size: int,
+    batches: Sequence[Sequence[int]],
 ) -> Tried:
     """Force every candidate along the full model's own greedy answers; with several processes each takes its share.
 
     Args:
+        batches: places of the samples that are answered together, see ``measure.batches``.
         source: the model as layers, so that one pass over them serves all candidates; None: the runtime executes
             them one by one, as it does those that a pass does not know. Streamed layers cannot generate: there the
             samples' references are the answers.
@@ -88,7 +89,7 @@ def tried(
         NotFoundError: no sample has a visual token.
         UsageError: a candidate that cannot be executed on this model.
     """
-    work = partial(_mine, loaded, source, candidates, samples, max_new_tokens, batch_size)
+    work = partial(_mine, loaded, source, candidates, samples, max_new_tokens, batches)
     found = distributed.gathered(work)
     seeing = [i for i, row in enumerate(found) if row[0].visual_per_layer[0]]
     if not seeing:
@@ -108,21 +109,23 @@ def _mine(
     candidates: Sequence[Candidate],
     samples: Sequence[Sample],
     max_new_tokens: int,
-    batch_size: int,
+    batches: Sequence[Sequence[int]],
 ) -> dict[int, list[Answer]]:
     """By place of this process's samples: the full model's answer, then each candidate's."""
-    mine = distributed.share(samples)
+    mine = [places for _, places in distributed.share(batches)]
+    count = sum(map(len, mine))
     many = None if source is None else Many(loaded, source, candidates)
     depth, plans = len(loaded.layers), {} if many is None else many.plans
-    total = len(mine) * (depth if plans else 0) + -(-len(mine) // batch_size) * (len(candidates) - len(plans))
-    words = f"{len(candidates)} schedules x {depth} layers x {len(mine)} samples"
+    total = count * (depth if plans else 0) + len(mine) * (len(candidates) - len(plans))
+    words = f"{len(candidates)} schedules x {depth} layers x {count} samples"
     with console.progress(words, total) as bar, plain_generation(loaded):
         if many is not None and many.source.together:
-            rows = many.along_references([sample for _, sample in mine], max_new_tokens, bar)
-            return {place: row for (place, _), row in zip(mine, rows, strict=True)}
+            flat = [place for part in mine for place in part]
+            rows = many.along_references([samples[place] for place in flat], max_new_tokens, bar)
+            return dict(zip(flat, rows, strict=True))
         done: dict[int, list[Answer]] = {}
-        for at in range(0, len(mine), batch_size):
-            places, part = zip(*mine[at : at + batch_size], strict=True)
+        for places in mine:
+            part = [samples[place] for place in places]
             batch = encode_batch(loaded, part)
             full = full_answers(loaded, batch, max_new_tokens, [sample.id for sample in part])
             columns: dict[int, Sequence[Answer]] = {}

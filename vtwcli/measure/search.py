@@ -38,7 +38,6 @@ from vtwcli.sweep.probes import LastRowProbe
 from vtwcli.sweep.sweep import sweep
 
 _SINK_RATIO = 10.0  # the probe wants one; sinks are not looked at here
-_BATCH = 8
 
 
 def search(
@@ -83,7 +82,7 @@ def search(
     answers = answered(seen, mix.samples, options)
     candidates = method.candidates(study.shape, answers, rule)
     longest = 1 if options.positions == "first" else options.max_new_tokens
-    found = study.try_(candidates, longest, _BATCH)
+    found = study.try_(candidates, longest)
     tried, front = compared(candidates, found, study.text)
     rows = [judged(row, found.kl(number), options) for number, row in enumerate(tried)]
     chosen = choice(rows, options)
@@ -142,14 +141,14 @@ class Seen(TypedDict):
 
 def measured(study: Study[CalibrateSection], asked: Sequence[Intervention]) -> list[Seen]:
     """What the sweep says of each sample."""
+    mine = study.share()
 
     def work() -> dict[int, Seen]:
-        mine = distributed.share(study.samples)
-        _, items = study.encode([sample for _, sample in mine])
+        _, items = study.encode(mine)
         source, done = study.source, dict[int, Seen]()
         words = f"{source.depth} layers x {len(items)} samples"
         with study.part("sweep"), console.progress(words, len(items) * source.depth) as bar:
-            for (place, _), item in zip(mine, items, strict=True):
+            for place, item in zip(mine, items, strict=True):
                 probe = LastRowProbe(_SINK_RATIO)
                 [outcome] = sweep(source, [item], list(asked), probes=[probe], progress=bar)
                 sizes = torch.cat([row.contribution for row in probe.found[0, 0]]).double()

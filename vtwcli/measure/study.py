@@ -10,7 +10,9 @@ from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
+from vtwcli.data.drawing import sample_content
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import DataMix
 from vtwcli.data.spec import DataSpec
@@ -20,21 +22,36 @@ from vtwcli.judge import policies
 from vtwcli.judge.flops import TextShape
 from vtwcli.machine import distributed
 from vtwcli.measure.answers import reference_answers
+from vtwcli.measure.batches import by_length
 from vtwcli.measure.candidates import Tried, tried
 from vtwcli.measure.samples import SampleOptions, check_model, load_model, read_samples, swept
+from vtwcli.measure.streamed import streamed_answers
 from vtwcli.methods.method import Candidate, Shape
-from vtwcli.models.generation import generate_answers
+from vtwcli.models.generation import generate_batches
 from vtwcli.models.inputs import Encoded
 from vtwcli.models.loading import LoadedModel, fits
 from vtwcli.recipe.recipe import ModelSection
 from vtwcli.results.document import ModelRecord, Origin, RunRecord
 from vtwcli.results.provenance import model_of, origin_of, provenance_of, run_of
+from vtwcli.results.resume import key_of
 from vtwcli.sweep.layers import LayerSource, Resident, takes_masks
 from vtwcli.sweep.streaming import Streamed
 from vtwcli.sweep.sweep import SweepItem
 
 
-class SweepOptions(SampleOptions, Protocol):
+class AnswerOptions(SampleOptions, Protocol):
+    """The options that choosing samples and answering them needs."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest answer."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples answered at once."""
+
+
+class SweepOptions(AnswerOptions, Protocol):
     """The options that decide which positions a sweep compares; calibration and analysis have them."""
 
     @property
@@ -48,10 +65,6 @@ class SweepOptions(SampleOptions, Protocol):
     @property
     def answers(self) -> str:
         """``auto``, ``generated`` or ``reference``."""
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Longest answer."""
 
 
 Options = TypeVar("Options", bound=SampleOptions, covariant=True)
@@ -106,17 +119,12 @@ class Study(Generic[Options]):
         """Refuse options that contradict the model.
 
         Raises:
-            UsageError: no candidate layer is left, or a streamed model would have to generate.
+            UsageError: no candidate layer is left.
         """
         options, depth = self.options, self.source.depth
         if options.min_layer is not None and options.min_layer >= depth:
             raise UsageError(
                 f"--min-layer: {options.min_layer} leaves no candidate, the model has layers 0..{depth - 1}"
-            )
-        if options.positions == "answer" and options.answers == "generated" and self.streamed:
-            raise UsageError(
-                "--answers generated: a streamed model would be read from disk once for every token",
-                "use --answers reference or --positions first",
             )
 
     @property
@@ -151,17 +159,79 @@ class Study(Generic[Options]):
         yield
         self.timing[name] = self.timing.get(name, 0.0) + time.perf_counter() - begun
 
-    def encode(self: Study[SweepOptions], samples: Sequence[Sample]) -> tuple[list[Encoded], list[SweepItem]]:
-        """Samples as the sweep's items, each with the answer that is forced."""
+    def batches(self: Study[AnswerOptions], tokens: int) -> list[list[int]]:
+        """Places of the samples that are answered together; all processes must ask, see ``batches.by_length``."""
         with self.part("answers"):
-            answers = forced_answers(self.loaded, self.source, samples, self.options)
+            return by_length(self.loaded, self.samples, tokens, self.options.batch_size)
+
+    @cached_property
+    def _parts(self: Study[SweepOptions]) -> list[list[int]]:
+        """Samples that stay together on one process: those that are answered together."""
+        if self._whose == "generated":
+            return self.batches(self.options.max_new_tokens)
+        return [[place] for place in range(len(self.samples))]
+
+    @property
+    def _whose(self: Study[SweepOptions]) -> str | None:
+        """Whose answers are forced: ``generated`` or ``reference``; None compares the first position only."""
+        if self.options.positions == "first":
+            return None
+        if self.options.answers == "auto":
+            return "reference" if self.streamed else "generated"
+        return self.options.answers
+
+    def share(self: Study[SweepOptions]) -> list[int]:
+        """Places of this process's samples; all processes must ask before they go to work."""
+        return sorted(place for _, part in distributed.share(self._parts) for place in part)
+
+    def contents(self: Study[SweepOptions]) -> list[str]:
+        """By place, a digest of what the sample's kept entry depends on.
+
+        In float32 that is the sample; in shorter types its answer depends on those that it is generated with.
+        """
+        found = [sample_content(sample) for sample in self.samples]
+        if self.loaded.dtype == torch.float32:
+            return found
+        return [
+            found[place] if len(part) == 1 else key_of(found[place], [found[other] for other in part])
+            for place, part in sorted((place, part) for part in self._parts for place in part)
+        ]
+
+    def encode(self: Study[SweepOptions], mine: Sequence[int]) -> tuple[list[Encoded], list[SweepItem]]:
+        """The samples at these places as the sweep's items, each with the answer that is forced."""
+        samples = [self.samples[place] for place in mine]
+        with self.part("answers"):
+            answers = self._answers(mine)
         return swept(self.loaded, samples, answers)
 
-    def try_(self, candidates: Sequence[Candidate], max_new_tokens: int, batch_size: int) -> Tried:
+    def _answers(self: Study[SweepOptions], mine: Sequence[int]) -> list[Tensor | None]:
+        """The answer tokens to force behind each prompt; None compares the first position only."""
+        samples, longest = [self.samples[place] for place in mine], self.options.max_new_tokens
+        if self._whose is None or not samples:
+            return [None] * len(samples)
+        if self._whose == "reference":
+            return reference_answers(self.loaded, samples, longest)
+        parts = [
+            part for part in self._parts if set(part) & set(mine)
+        ]  # whole ones, whatever is known already
+        batches = [[self.samples[place] for place in part] for part in parts]
+        if isinstance(self.source, Streamed):
+            answers = streamed_answers(self.loaded, self.source, batches, longest)
+        else:
+            answers = generate_batches(self.loaded, batches, longest)
+        found = {
+            place: ids
+            for part, rows in zip(parts, answers, strict=True)
+            for place, (_, ids) in zip(part, rows, strict=True)
+        }
+        return [found[place] for place in mine]
+
+    def try_(self: Study[AnswerOptions], candidates: Sequence[Candidate], max_new_tokens: int) -> Tried:
         """Force every candidate along the full model's own answers; see ``candidates.tried``."""
+        batches = self.batches(max_new_tokens)
         with self.part("schedules"):
             source = self.source if takes_masks(self.loaded.model, self.loaded.family) else None
-            return tried(self.loaded, source, candidates, self.samples, max_new_tokens, batch_size)
+            return tried(self.loaded, source, candidates, self.samples, max_new_tokens, batches)
 
     def provenance(self, **found: Any) -> dict[str, Any]:
         """Where a schedule of this study comes from."""
@@ -190,17 +260,3 @@ def _streams(model: ModelSection) -> bool:
         return False
     console.note(f"{model.name} does not fit into memory; its layers are read one at a time")
     return True
-
-
-def forced_answers(
-    loaded: LoadedModel, source: LayerSource, samples: Sequence[Sample], options: SweepOptions
-) -> list[torch.Tensor | None]:
-    """The answer tokens to force behind each prompt; None compares the first position only."""
-    if options.positions == "first" or not samples:
-        return [None] * len(samples)
-    kind = options.answers
-    if kind == "auto":
-        kind = "reference" if source.together else "generated"
-    if kind == "generated":
-        return [ids for _, ids in generate_answers(loaded, samples, options.max_new_tokens)]
-    return reference_answers(loaded, samples, options.max_new_tokens)

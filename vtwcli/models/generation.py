@@ -18,39 +18,64 @@ from vtwcli.models.inputs import encode_batch, end_ids, names_of
 from vtwcli.models.loading import LoadedModel
 
 
-@torch.no_grad()
 def generate_answers(
     loaded: LoadedModel, samples: Sequence[Sample], max_new_tokens: int, batch_size: int = 1
 ) -> list[tuple[str, Tensor]]:
+    """As ``generate_batches`` for batches of ``batch_size`` neighbours, by sample."""
+    batches = [samples[at : at + batch_size] for at in range(0, len(samples), batch_size)]
+    return [answer for part in generate_batches(loaded, batches, max_new_tokens) for answer in part]
+
+
+@torch.no_grad()
+def generate_batches(
+    loaded: LoadedModel, batches: Sequence[Sequence[Sample]], max_new_tokens: int
+) -> list[list[tuple[str, Tensor]]]:
     """The model's own greedy answers: per sample the text and the ids [A], up to and with the end token.
 
     Plain argmax at every step. A checkpoint's generation config may carry penalties and sampling settings; they are
-    set aside, so that teacher forcing the answer meets each token as the model's first choice.
+    set aside, so that teacher forcing the answer meets each token as the model's first choice. In float32 it does not
+    matter who shares a batch.
 
     Raises:
         NotFoundError: a sample that cannot be encoded, or whose placeholders the model refuses.
     """
-    answers: list[tuple[str, Tensor]] = []
-    with console.progress("answers", total=len(samples)) as task, plain_generation(loaded):
-        for at in range(0, len(samples), batch_size):
-            part = samples[at : at + batch_size]
-            batch = encode_batch(loaded, part)
-            try:
-                with quiet_libraries():
-                    output, _ = greedy(loaded, batch, max_new_tokens, [sample.id for sample in part])
-            except VtwError:
-                raise
-            except Exception as error:  # as in capture
-                raise NotFoundError(
-                    f"the model refuses the inputs of sample {names_of(part)}: {first_line(error)}"
-                ) from error
-            for row in output.cpu():
-                ids = row[: len(answer_of(loaded, row.tolist()))].clone()
-                answers.append(
-                    (loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).strip(), ids)
-                )
-            task.advance(len(output))
-    return answers
+    found = []
+    with (
+        console.progress("answers", total=sum(map(len, batches))) as task,
+        plain_generation(loaded),
+        quiet_libraries(),
+    ):
+        for part in batches:
+            found.append(_answered(loaded, part, max_new_tokens))
+            task.advance(len(part))
+    return found
+
+
+def _answered(
+    loaded: LoadedModel, samples: Sequence[Sample], max_new_tokens: int
+) -> list[tuple[str, Tensor]]:
+    """The answers to one batch; where it fails, to one sample after the other, so that the bad one has a name."""
+    batch = encode_batch(loaded, samples)
+    try:
+        output, _ = greedy(loaded, batch, max_new_tokens, [sample.id for sample in samples])
+        return [spelled(loaded, row) for row in output.cpu()]
+    except VtwError:
+        raise
+    except Exception as error:  # as in capture
+        failure = first_line(error)
+        if len(samples) == 1:
+            raise NotFoundError(
+                f"the model refuses the inputs of sample {names_of(samples)}: {failure}"
+            ) from error
+    del batch  # what it held may be what was missing
+    console.detail(f"{len(samples)} samples cannot be answered at once, so one by one: {failure}")
+    return [one for sample in samples for one in _answered(loaded, [sample], max_new_tokens)]
+
+
+def spelled(loaded: LoadedModel, ids: Tensor) -> tuple[str, Tensor]:
+    """An answer's text, and its ids up to and with the end token, of generated ids [R] with padding behind."""
+    ids = ids[: len(answer_of(loaded, ids.tolist()))].clone()
+    return loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).strip(), ids
 
 
 @torch.no_grad()

@@ -105,8 +105,8 @@ def encode_batch(
 
 
 def append(loaded: LoadedModel, inputs: dict[str, Tensor], answer_ids: Tensor) -> dict[str, Tensor]:
-    """Inputs of a batch of one with answer tokens [A] behind the prompt; the answer is text, attended to."""
-    tail = answer_ids.to(inputs["input_ids"].device)[None]
+    """Inputs with the same answer tokens [A] behind every prompt of the batch; they are text, attended to."""
+    tail = answer_ids.to(inputs["input_ids"].device).expand(len(inputs["input_ids"]), -1)
     fill = {
         "input_ids": tail,
         "attention_mask": torch.ones_like(tail),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from vtwcli.errors import NotFoundError, UsageError, VtwError, first_line
+from vtwcli.machine import threads
 from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.machine.memory import memory_available
 from vtwcli.models.checkpoint import Checkpoint
@@ -123,7 +124,7 @@ def load(
             )
         ) from error
     _check_tokens(model.generation_config, checkpoint.path)
-    return LoadedModel(
+    loaded = LoadedModel(
         model,
         processor,
         checkpoint.family,
@@ -134,6 +135,9 @@ def load(
         kind,
         checkpoint,
     )
+    if place.type == "cpu":
+        threads.fit(sum(weight.numel() for weight in loaded.layers[0].parameters()))
+    return loaded
 
 
 def _check_tokens(generation: Any, path: Path) -> None:

@@ -39,6 +39,7 @@ class ModelSection(Section):
 Policy = Literal["paper", "sustained", "quantile", "agreement", "worst-task", "budget"]
 
 
+_BATCH_SIZE = "samples answered at once; by default 8, fewer where memory is short"
 # fields that several sections have
 Limit = Annotated[int, Field(ge=1, description="samples per task")]
 Positions = Annotated[
@@ -73,6 +74,7 @@ class CalibrateSection(Section):
     positions: Positions = "answer"
     answers: Answers = "auto"
     max_new_tokens: int = Field(48, ge=1, description="longest generated answer")
+    batch_size: int | None = Field(None, ge=1, description=_BATCH_SIZE)
     quantile: float = Field(0.95, gt=0, le=1, description="of the samples' KL, for the policy quantile")
     agreement: float = Field(0.98, gt=0, le=1, description="least top-1 agreement, for the policy agreement")
     budget: float = Field(
@@ -104,6 +106,7 @@ class AnalyzeSection(Section):
     positions: Positions = "answer"
     answers: Answers = "auto"
     max_new_tokens: int = Field(48, ge=1, description="longest generated answer")
+    batch_size: int | None = Field(None, ge=1, description=_BATCH_SIZE)
     lens: int = Field(3, ge=0, description="tokens of the logit lens in each layer; 0 for none")
     maps: int = Field(4, ge=0, description="samples shown with heat maps")
     map_layers: tuple[int, ...] | None = Field(
@@ -217,7 +220,7 @@ class BudgetSection(Section):
         (0.05, 0.1, 0.2, 0.4, 0.8), min_length=1, description="VisiPruner's norms of contribution to try"
     )
     max_new_tokens: int = Field(32, ge=1, description="longest answer")
-    batch_size: int = Field(8, ge=1, description="samples at once")
+    batch_size: int | None = Field(None, ge=1, description=_BATCH_SIZE)
     seed: int = Field(0, ge=0, description="of sample choice and of the random control")
     skip_bad: SkipBad = False
 
@@ -232,7 +235,7 @@ class EvalSection(Section):
 
     limit: Limit = 50
     max_new_tokens: int = Field(48, ge=1, description="longest answer")
-    batch_size: int = Field(8, ge=1, description="samples generated at once")
+    batch_size: int | None = Field(None, ge=1, description=_BATCH_SIZE)
     bootstrap: int = Field(1000, ge=0, description="resamples for the intervals of differences; 0 for none")
     seed: int = Field(0, ge=0, description="of sample choice and bootstrap")
     skip_bad: SkipBad = False

@@ -1,0 +1,43 @@
+"""How many threads torch computes with: one where layers are too small to be worth sharing.
+
+Threads that share a layer of a small model meet every few microseconds and spin while they wait. On idle cores that
+gains nothing; where another program holds one of the cores, all of them wait for it at every step.
+"""
+
+from __future__ import annotations
+
+import os
+
+from vtwcli.io import console
+
+SMALL = 1 << 18
+"""Weights of a decoder layer up to which one thread computes; a layer of width 128 has about 2e5."""
+
+_GIVEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+class settings:
+    """What the command line sets.
+
+    Attributes:
+        by_size: whether ``fit`` may change torch's threads; a library's caller keeps his.
+    """
+
+    by_size = False
+
+
+def fit(weights: int) -> None:
+    """Let one thread compute a model on the CPU whose decoder layers have at most ``SMALL`` weights each.
+
+    Never against what the user says (``OMP_NUM_THREADS``, ``MKL_NUM_THREADS``); ``--verbose`` tells.
+    """
+    import torch
+
+    if not settings.by_size or weights > SMALL or any(os.environ.get(name) for name in _GIVEN):
+        return
+    if torch.get_num_threads() > 1:
+        console.detail(
+            f"one thread instead of {torch.get_num_threads()}: a layer has {weights} weights, too few to share; "
+            "OMP_NUM_THREADS sets another number"
+        )
+        torch.set_num_threads(1)
