@@ -80,10 +80,13 @@ class Patches:
             areas = areas.tolist() if isinstance(areas, torch.Tensor) else areas
             self.grids = [(h // patch // self.merged, w // patch // self.merged) for h, w in areas]
         else:
-            sides = {isqrt(n) for n in self.tokens}
-            if any(isqrt(n) ** 2 != n for n in self.tokens) or len(sides) != 1:
+            # what the tower takes as one image: models that cut images show it several
+            images = sum(one for one, _ in self.sizes)
+            number, rest = divmod(sum(self.tokens), images)
+            side = isqrt(number)
+            if rest or side**2 != number:
                 raise PruningError(_UNKNOWN)
-            self.grids = [(isqrt(n), isqrt(n)) for n in self.tokens]
+            self.tokens, self.grids = [number] * images, [(side, side)] * images
         if [h * w for h, w in (g for g in self.grids if g)] != [
             n for n, g in zip(self.tokens, self.grids, strict=True) if g
         ]:
