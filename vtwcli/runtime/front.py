@@ -173,5 +173,7 @@ def _deepstack(call: Call, given: dict[str, Any]) -> None:
     rows = compact(stays, stays)
     assert rows.index is not None
     taken = stays.to(mask.device)[mask]
-    given["visual_pos_masks"] = (mask.to(rows.index.device).gather(1, rows.index) & rows.query).to(mask.device)
+    given["visual_pos_masks"] = (mask.to(rows.index.device).gather(1, rows.index) & rows.query).to(
+        mask.device
+    )
     given["deepstack_visual_embeds"] = [x[taken.to(x.device)] for x in more]

@@ -188,7 +188,9 @@ class Tower:
         if record is None or record.busy:
             return None
         if record.stack not in (None, stack):
-            raise PruningError("this model has two vision towers for images; their attention is not understood")
+            raise PruningError(
+                "this model has two vision towers for images; their attention is not understood"
+            )
         record.stack = stack
         return record
 
@@ -248,7 +250,15 @@ class Tower:
         stack = record.stack
         features = getattr(output, "pooler_output", output)
         if stack is None:
-            if any((self.needs.cls, self.needs.received, self.needs.keys, self.needs.queries, self.needs.features)):
+            if any(
+                (
+                    self.needs.cls,
+                    self.needs.received,
+                    self.needs.keys,
+                    self.needs.queries,
+                    self.needs.features,
+                )
+            ):
                 raise PruningError("this model's vision tower did not run through the attention that it has")
             return [Look(n, None, 0) for n in tokens_of(features, given)]
         shape = next(
@@ -256,9 +266,13 @@ class Tower:
         )
         sizes: list[tuple[int, int]] = []
         for chunks in record.chunks.values():
-            sizes = [tuple(x.shape[::2] if x.ndim == 3 else x.shape) for c in chunks if (x := _any(c)) is not None]
+            sizes = [
+                tuple(x.shape[::2] if x.ndim == 3 else x.shape) for c in chunks if (x := _any(c)) is not None
+            ]
             break
-        patches = Patches(self.base, stack.owner, stack.first, sizes or [shape], features, given, record.packed)
+        patches = Patches(
+            self.base, stack.owner, stack.first, sizes or [shape], features, given, record.packed
+        )
         looks = [Look(n, grid, stack.depth) for n, grid in zip(patches.tokens, patches.grids, strict=True)]
         for index, chunks in record.chunks.items():
             for name in ("cls", "received"):
@@ -272,7 +286,9 @@ class Tower:
             patches.check_direct()
         for (part, index), x in record.projected.items():
             attention: Any = _attention(self._layer(stack, index))
-            heads = next(getattr(attention, n) for n in ("num_heads", "num_attention_heads") if hasattr(attention, n))
+            heads = next(
+                getattr(attention, n) for n in ("num_heads", "num_attention_heads") if hasattr(attention, n)
+            )
             for look, rows in zip(looks, x, strict=True):
                 where = look.keys if part == "k_proj" else look.queries
                 where[index] = rows.view(rows.shape[0], heads, -1)

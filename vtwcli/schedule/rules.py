@@ -136,7 +136,9 @@ def check_order(actions: Sequence[Mapping[str, Any]]) -> None:
     for number, action in enumerate(actions, 1):
         name = f"action {number} ({action['action']})"
         if in_front(action) and any(a["action"] in ("withdraw", "keep") for a in actions[: number - 1]):
-            raise ScheduleError(f"{name} chooses in front of layer 0, so it must be the first to take tokens away")
+            raise ScheduleError(
+                f"{name} chooses in front of layer 0, so it must be the first to take tokens away"
+            )
         if withdrawn:
             raise ScheduleError(f"{name} comes after the withdrawal of all visual tokens")
         start = action.get("after") if action["at"] == "auto" else action["at"]
@@ -195,7 +197,9 @@ def _read_part(part: str, data: Any, where: str) -> dict[str, Any]:
             raise ScheduleError(f"{where}: the key {name!r} is required")
         if name == "parameters" and value is not None:
             if not isinstance(value, Mapping):
-                raise ScheduleError(f"{where}: parameters must be a mapping of names to values, not {value!r}")
+                raise ScheduleError(
+                    f"{where}: parameters must be a mapping of names to values, not {value!r}"
+                )
         elif key.kind is dict and value is not None:
             value = _read_part(name, value, f"{where}, {name}")
         elif key.kind is str and value not in words(name):

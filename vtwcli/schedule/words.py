@@ -65,8 +65,9 @@ class Word:
 
     Attributes:
         slot: what it is said of.
-        says: its part of a sentence; ``{}`` stands for a value.
-        needs: what must be measured: nothing, the ``last row``'s attention in the layer before, or the ``vision tower``.
+        says: its part of a sentence; ``{}`` stands for a value, in scores of the tower names for their parameters.
+        needs: what must be measured: nothing, the ``last row``'s attention in the layer before, or the ``vision
+            tower``.
         fixed: whether layer and number of tokens are known before a sample is seen.
         onnx: why graphs cannot have it, and what to do; None where they have it.
         since: the first format version that has it.
@@ -114,8 +115,10 @@ WORDS = (
     Word("score", "attention", "most attention from the last token", needs=LAST_ROW),
     Word("score", "random", "drawn at random", onnx=_DRAWN),
     Word("score", "uniform", "evenly spaced"),
-    _tower("tower_cls", "most attention from the class token of the vision tower, in each image"),
-    _tower("tower_received", "most attention received in the vision tower, in each image"),
+    _tower(
+        "tower_cls", "in each image, most attention from the class token in vision layers {first} to {last}"
+    ),
+    _tower("tower_received", "in each image, best {per} by attention received in vision layer {layer}"),
     Word("per", "token", since=2),
     Word("per", "row", since=2),
     Word("amount", "ratio", "{:.0%} of the visual tokens"),
