@@ -17,7 +17,9 @@ from vtwcli.errors import NotFoundError
 _SEQUENTIAL = "its recurrent or convolutional layers carry visual tokens on in their state"
 _CROSS = "its text reads images by cross-attention, so there are no visual tokens in the text"
 _NO_ENCODER = "its vision encoder has no export yet"
+_RESAMPLED = "its visual tokens are not of single patches, they each gather from the whole image"
 _BLOCKS = "its image tokens attend to each other in both directions, which the exported graphs do not"
+_CLASS_TOKENS = {"clip_vision_model", "internvl_vision"}  # vision towers that have one
 _ATTENTION = {"full_attention", "sliding_attention"}  # layer types that withdrawal is proved for
 
 
@@ -46,6 +48,7 @@ class Family:
             so that its id may lie outside the embedding.
         no_withdraw: reason why withdrawal is refused, or None.
         no_onnx: reason why there is no ONNX export, or None.
+        no_tower: reason why scores of its vision tower are refused, or None.
         caveat: a sentence for the table of families.
     """
 
@@ -65,6 +68,7 @@ class Family:
     placeholder_apart: bool = False
     no_withdraw: str | None = None
     no_onnx: str | None = None
+    no_tower: str | None = None
     caveat: str = ""
 
 
@@ -219,6 +223,7 @@ FAMILIES: dict[str, Family] = {
             "HuggingFaceM4/idefics2-8b",
             "Idefics2ForConditionalGeneration",
             no_onnx=_NO_ENCODER,
+            no_tower=_RESAMPLED,
             **_IDEFICS,
         ),
         Family(
@@ -287,13 +292,21 @@ FAMILIES: dict[str, Family] = {
             no_onnx=_NO_ENCODER,
             caveat=_WINDOWS,
         ),
-        Family("aria", "Aria", "rhymes-ai/Aria", "AriaForConditionalGeneration", no_onnx=_NO_ENCODER),
+        Family(
+            "aria",
+            "Aria",
+            "rhymes-ai/Aria",
+            "AriaForConditionalGeneration",
+            no_onnx=_NO_ENCODER,
+            no_tower=_RESAMPLED,
+        ),
         Family(
             "got_ocr2",
             "GOT-OCR 2.0",
             "stepfun-ai/GOT-OCR-2.0-hf",
             "GotOcr2ForConditionalGeneration",
             no_onnx=_NO_ENCODER,
+            no_tower="its vision tower adds relative positions inside attention, which is not looked into",
         ),
         Family(
             "ovis2",
@@ -319,6 +332,7 @@ FAMILIES: dict[str, Family] = {
             "Molmo2ForConditionalGeneration",
             video=True,
             no_onnx=_BLOCKS,
+            no_tower="its visual tokens pool patches by attention",
             caveat=_FRAMES,
         ),
         Family(
@@ -379,6 +393,15 @@ def family_of(config: Any) -> Family:
     if not row.no_withdraw and not _ATTENTION.issuperset(getattr(text_config, "layer_types", None) or ()):
         row = replace(row, **_refused(_SEQUENTIAL))
     return row
+
+
+def tower_of(family: Family, config: Any) -> str | None:
+    """What scores of the vision tower look at: its ``class token`` where it has one, else the attention that patches
+    ``received``; None where there are no such scores."""
+    if family.no_tower or family.no_withdraw:
+        return None
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    return "class token" if tower in _CLASS_TOKENS else "received"
 
 
 def placeholder_ids(family: Family, config: Any) -> tuple[int, ...]:
