@@ -19,6 +19,7 @@ from vtwcli.errors import UsageError
 from vtwcli.io import documents
 from vtwcli.io.section import Section
 from vtwcli.schedule import rules, words
+from vtwcli.schedule.short import expanded
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,8 @@ class Schedule(Section):
         if isinstance(data, Mapping) and "schedule" in data and "actions" not in data:
             data = dict(data)
             data["actions"] = data.pop("schedule")
+        if isinstance(data, Mapping) and "actions" in data:
+            data = {**data, "actions": expanded(data["actions"])}
         return data
 
     @model_validator(mode="after")
