@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vtwcli.methods.exits import Exit
 from vtwcli.methods.fastv import FastV
 from vtwcli.methods.method import Method
 from vtwcli.methods.shortv import ShortV
@@ -24,5 +25,6 @@ METHODS: dict[str, type[Method]] = {
         TwoStep,
         ShortV,
         ViCA,
+        Exit,
     )
 }

@@ -22,7 +22,8 @@ in layer d, the action starts at layer d + 1. A later action with a fixed layer 
 last row of the prompt, with w_i the attention weight of visual token i and v_i its value in each head, c_i is the
 concatenation over heads of w_i v_i, and o the sum of c over all columns: the attention's output before its output
 projection. ``contribution`` is ||c_i||_2, ``attention`` the mean of w_i over heads, ``cosine_below``: x holds where
-some cos(o - c_i, o) < x, ``cosine_above``: x where all of them are >= x; it must hold in ``layers`` layers,
+some cos(o - c_i, o) < x, ``cosine_above``: x where all of them are >= x, ``attention_below``: x where the ``attention``
+of all visual tokens that are still there sums to less than x (format 2); it must hold in ``layers`` layers,
 ``consecutive`` or in total (VisiPruner, arXiv 2510.17205; without ``consecutive`` as its code does). A sample
 without visual tokens meets no condition.
 """
@@ -34,7 +35,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""The newest that is known here; a schedule is written with the least that has its words, see ``version_of``."""
 
 
 class ScheduleError(ValueError):
@@ -64,6 +66,7 @@ class Word:
         needs: what must be measured in the layer before: nothing, or the ``last row``'s attention.
         fixed: whether layer and number of tokens are known before a sample is seen.
         onnx: why graphs cannot have it, and what to do; None where they have it.
+        since: the format version from which on there is such a word.
     """
 
     slot: str
@@ -72,6 +75,7 @@ class Word:
     needs: str | None = None
     fixed: bool = True
     onnx: tuple[str, str] | None = None
+    since: int = 1
 
 
 _NO_GRAPH = (
@@ -82,6 +86,7 @@ _LEFT = "there are no visual tokens: not in the hidden states, and not in the KV
 _FROZEN = "visual tokens are not updated; they still serve as keys and values"
 _CHANGES = "some visual token changes the attention output (cosine below {:g})"
 _STILL = "no visual token changes the attention output any more (cosine at least {:g})"
+_UNREAD = "the last token pays visual tokens less than {:g} of its attention"
 _CONTRIBUTION = "largest contribution to the last token's attention output"
 _DRAWN = "keep with random scores cannot be exported to ONNX, they are drawn by torch", "use uniform"
 
@@ -93,6 +98,7 @@ WORDS = (
     Word("at", "auto", "the layer after the one where {}", needs=LAST_ROW, fixed=False, onnx=_DYNAMIC),
     Word("condition", "cosine_below", _CHANGES, needs=LAST_ROW, fixed=False, onnx=_DYNAMIC),
     Word("condition", "cosine_above", _STILL, needs=LAST_ROW, fixed=False, onnx=_DYNAMIC),
+    Word("condition", "attention_below", _UNREAD, needs=LAST_ROW, fixed=False, onnx=_DYNAMIC, since=2),
     Word("score", "contribution", _CONTRIBUTION, needs=LAST_ROW),
     Word("score", "attention", "most attention from the last token", needs=LAST_ROW),
     Word("score", "random", "drawn at random", onnx=_DRAWN),
@@ -150,6 +156,11 @@ def used(actions: Iterable[Mapping[str, Any]]) -> Iterator[Word]:
 def given(slot: str, data: Mapping[str, Any]) -> list[str]:
     """The keys that are words of a slot and hold something."""
     return [word for word in words(slot) if data.get(word) is not None]
+
+
+def version_of(actions: Iterable[Mapping[str, Any]]) -> int:
+    """The least format version that has all words of valid actions."""
+    return max((word.since for word in used(actions)), default=1)
 
 
 def is_fixed(actions: Iterable[Mapping[str, Any]]) -> bool:
