@@ -179,7 +179,9 @@ class _Interpreter:
                 if self.layer == 0 or (after is not None and self.layer - 1 <= after):
                     continue
                 when, cosines = action["when"], [self.scores[b][i]["cosine"] for i in tokens]
-                if "cosine_below" in when:
+                if "attention_below" in when:
+                    holds = sum(self.scores[b][i]["attention"] for i in tokens) < when["attention_below"]
+                elif "cosine_below" in when:
                     holds = min(cosines) < when["cosine_below"]
                 else:
                     holds = min(cosines) >= when["cosine_above"]

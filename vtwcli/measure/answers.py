@@ -213,7 +213,8 @@ def followed_answers(found: Followed, schedules: Sequence[Schedule]) -> list[Ans
     for number, (schedule, trace) in enumerate(zip(schedules, found.traces, strict=True)):
         actions = _actions(schedule, Trace([trace]), 0)
         kl, agree = exact(found.kl[number].tolist()), found.agree[number].tolist()
-        answers.append(Answer("", [], kl, agree, trace.visual_per_layer, trace.text, actions))
+        frozen = schedule.frozen_layers(len(trace.layers))
+        answers.append(Answer("", [], kl, agree, trace.visual_per_layer, trace.text, actions, frozen))
     return answers
 
 

@@ -78,7 +78,7 @@ def search(
     study = Study.open(model, data, options, whole=True)
     study.check_sweep()
     mix = study.mix
-    seen = measured(study, method.ask(study.shape))
+    seen = measured(study, method.ask(study.shape), first=method.at_prompt)
     answers = answered(seen, mix.samples, options)
     candidates = method.candidates(study.shape, answers, rule)
     longest = 1 if options.positions == "first" else options.max_new_tokens
@@ -107,7 +107,11 @@ def search(
         "eta": options.eta,
         "positions": options.positions,
         "options": options.model_dump(mode="json", exclude={"resume"}),
-        "rule": {key: value for key, value in rule.items() if key not in method.searched},
+        "rule": {
+            key: value
+            for key, value in rule.items()
+            if key in method.model_fields and key not in method.searched
+        },
         "candidates": rows,
         "pareto": front,
         "cost": token_counts(found),
@@ -122,7 +126,10 @@ def search(
     }
     parameters = {} if chosen is None else chosen["parameters"]
     searched = {name: parameters.get(name) for name in method.searched}
-    return with_own_keys(document, {"withdrawal_layer": searched, "rule": method.findings(answers)})
+    findings = method.findings(answers)
+    if method.key != "visipruner":  # whose keys are older than those for all methods
+        searched, findings = {"parameters": searched}, {"findings": findings}
+    return with_own_keys(document, {"withdrawal_layer": searched, "rule": findings})
 
 
 class Seen(TypedDict):
@@ -130,7 +137,7 @@ class Seen(TypedDict):
 
     Attributes:
         visual: number of visual tokens.
-        kl: of every intervention asked for, mean over positions, nats.
+        kl: of every intervention asked for, mean over positions or that of the first, nats.
         sizes: the 0, 1, .., 100 % quantiles of ||c_i||_2 over visual tokens and layers of the full model.
     """
 
@@ -139,8 +146,10 @@ class Seen(TypedDict):
     sizes: list[float]
 
 
-def measured(study: Study[CalibrateSection], asked: Sequence[Intervention]) -> list[Seen]:
-    """What the sweep says of each sample."""
+def measured(
+    study: Study[CalibrateSection], asked: Sequence[Intervention], *, first: bool = False
+) -> list[Seen]:
+    """What the sweep says of each sample; ``first``: of its first position alone."""
     mine = study.share()
 
     def work() -> dict[int, Seen]:
@@ -154,7 +163,7 @@ def measured(study: Study[CalibrateSection], asked: Sequence[Intervention]) -> l
                 sizes = torch.cat([row.contribution for row in probe.found[0, 0]]).double()
                 done[place] = {
                     "visual": outcome.visual,
-                    "kl": outcome.kl.mean(1).tolist(),
+                    "kl": (outcome.kl[:, 0] if first else outcome.kl.mean(1)).tolist(),
                     "sizes": np.quantile(sizes, np.linspace(0, 1, 101)).tolist() if len(sizes) else [],
                 }
         return done

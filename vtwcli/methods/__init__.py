@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from vtwcli.methods.exits import Exit
 from vtwcli.methods.fastervlm import FasterVLM
 from vtwcli.methods.fastv import FastV
 from vtwcli.methods.fopru import FoPru
 from vtwcli.methods.method import Method
+from vtwcli.methods.shortv import ShortV
 from vtwcli.methods.subsets import Attention, Contribution, Random, TwoStep, Uniform
+from vtwcli.methods.vica import ViCA
 from vtwcli.methods.visipruner import VisiPruner
 from vtwcli.methods.vtc_cls import VtcCls
 from vtwcli.methods.vtw import Vtw
@@ -16,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     one.key: one
     for one in (
         *(Vtw, VisiPruner, FastV, Attention, Contribution, Random, Uniform, TwoStep),
+        *(ShortV, ViCA, Exit),
         *(FasterVLM, VtcCls, FoPru),
     )
 }

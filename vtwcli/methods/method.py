@@ -101,6 +101,7 @@ class Method(Section):
         paper: where it was published; None for a control.
         finds: what a calibration of it finds, in words; None where there is nothing to find.
         searched: parameters that a calibration finds by running candidates; none where the sweep tells all.
+        at_prompt: whether the sweep answers it at the prompt's last row alone, and not over the whole answer.
         style: how it is drawn.
     """
 
@@ -109,12 +110,17 @@ class Method(Section):
     paper: ClassVar[str | None] = None
     finds: ClassVar[str | None] = None
     searched: ClassVar[tuple[str, ...]] = ()
+    at_prompt: ClassVar[bool] = False
     style: ClassVar[Style]
 
     @classmethod
     def of(cls, values: Iterable[tuple[str, Any]]) -> Self:
         """The method with those of ``values`` that are its parameters and hold something."""
         return cls(**{key: value for key, value in values if key in cls.model_fields and value is not None})
+
+    def fitted(self, model: Shape) -> Self:
+        """These parameters; those that were not given and are published for another depth, scaled to the model."""
+        return self
 
     def schedule(self, **provenance: Any) -> Schedule:
         """The schedule that these parameters make."""

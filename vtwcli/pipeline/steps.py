@@ -245,7 +245,7 @@ def _schedule(run: Run) -> tuple[str, Schedule] | None:
     None where there is neither; an exported directory carries its own.
     """
     if run.recipe.schedule.names_one:
-        return schedule_of(run.recipe.schedule)
+        return schedule_of(run.recipe.schedule, run.recipe.model)
     calibration = run.result("calibrate")
     if calibration is None:
         return None
@@ -255,7 +255,7 @@ def _schedule(run: Run) -> tuple[str, Schedule] | None:
 
 def _named_actions(recipe: Recipe) -> list[Any]:
     """The schedule that a recipe names, as a part of what a step depends on."""
-    named = schedule_of(recipe.schedule)
+    named = schedule_of(recipe.schedule, recipe.model)
     return [named[1].to_dict()] if named else []
 
 

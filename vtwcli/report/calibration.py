@@ -36,7 +36,7 @@ def write_calibration(result: Calibration, outputs: Outputs) -> None:
 def calibration_view(result: Calibration) -> Group:
     """The terminal view of a calibration: the curve as bars, the chosen K and what it saves."""
     if is_searched(result):
-        return candidates.visipruner_view(result)
+        return candidates.searched_view(result)
     from rich.console import Group
     from rich.text import Text
 
@@ -58,7 +58,7 @@ def calibration_view(result: Calibration) -> Group:
 def calibration_sentence(result: Calibration) -> str:
     """One line: the chosen K and what it saves, or that no layer qualifies."""
     if is_searched(result):
-        return candidates.visipruner_sentence(result)
+        return candidates.searched_sentence(result)
     k, layers = result["withdrawal_layer"], result["num_layers"]
     rule = f"policy {result['policy']}, eta {result['eta']:g}, {result['positions']} positions"
     if k is None:
@@ -111,7 +111,7 @@ def plot_calibration(result: Calibration, path: Path) -> None:
     The format follows the suffix of ``path`` (png, svg, pdf).
     """
     if is_searched(result):
-        candidates.plot_visipruner(result, path)
+        candidates.plot_searched(result, path)
         return
     import numpy as np
 

@@ -177,6 +177,8 @@ class SearchedCalibration(Origin):
     """As above."""
     tokens_threshold: NotRequired[Unchecked[float | None]]
     """As above."""
+    parameters: NotRequired[Unchecked[dict[str, Any]]]
+    """Of other methods: what was found, each None where no candidate qualifies."""
     chosen: Unchecked[str | None]
     """The name of the candidate that was chosen; None where none qualifies."""
     compromise: Unchecked[str]
@@ -192,6 +194,8 @@ class SearchedCalibration(Origin):
     """Parameters that were not searched."""
     boundary: NotRequired[Unchecked[Boundary]]
     """Of VisiPruner."""
+    findings: NotRequired[Unchecked[dict[str, Any]]]
+    """Of other methods: what the sweep told."""
     candidates: Unchecked[list[SearchedRow]]
     pareto: Unchecked[list[str]]
     """Names of the front, the cheapest first."""

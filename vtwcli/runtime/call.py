@@ -263,7 +263,10 @@ class Call:
         """Rows [B] at which an ``auto`` action starts, given the layer before."""
         assert self.probe is not None and self.visual is not None
         there, cosine = self.present & self.visual, self.probe["cosine"]
-        if "cosine_below" in action.when:
+        if "attention_below" in action.when:
+            mass = self.probe["attention"].masked_fill(~there, 0).sum(1)
+            holds = (mass < action.when["attention_below"]) & there.any(1)
+        elif "cosine_below" in action.when:
             holds = ((cosine < action.when["cosine_below"]) & there).any(1)
         else:
             holds = ((cosine >= action.when["cosine_above"]) | ~there).all(1) & there.any(1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vtwcli.schedule.words import (
-    FORMAT_VERSIONS,
+    FORMAT_VERSION,
     MUTED,
     TOWER,
     ScheduleError,
@@ -52,6 +52,7 @@ KEYS: dict[str, dict[str, Key]] = {
     "when": {
         "cosine_below": Key(float, None, -1, 1),
         "cosine_above": Key(float, None, -1, 1),
+        "attention_below": Key(float, None, 0, 1),
         "layers": Key(int, 1, 1),
         "consecutive": Key(bool, False),
     },
@@ -149,6 +150,16 @@ def check_order(actions: Sequence[Mapping[str, Any]]) -> None:
         withdrawn = action["action"] == "withdraw"
 
 
+def check_version(version: int, actions: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse words that the format version, which a schedule states, does not have.
+
+    Raises:
+        ScheduleError: see above.
+    """
+    if (least := version_of(actions)) > version:
+        raise ScheduleError(f"schedule format {version} has not all of these words; format {least} has")
+
+
 def read(schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The actions of a schedule in canonical form, with their defaults.
 
@@ -156,8 +167,8 @@ def read(schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
         ScheduleError: it is none, or a newer one than is known here.
     """
     version, actions = schedule.get("format_version"), schedule.get("actions", ())
-    if version not in FORMAT_VERSIONS or isinstance(version, bool):
-        known = " or ".join(map(str, FORMAT_VERSIONS))
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        known = " or ".join(map(str, range(1, FORMAT_VERSION + 1)))
         raise ScheduleError(f"schedule format {version!r} is not {known}; update the runtime")
     found = []
     for number, data in enumerate(actions, 1):
@@ -168,18 +179,8 @@ def read(schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
         rest = {key: value for key, value in data.items() if key != "action"}
         found.append({"action": name, **_read_part(name, rest, f"action {number} ({name})")})
     check_order(found)
-    check_version(version, found)
+    check_version(version, actions)
     return found
-
-
-def check_version(version: int, actions: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse words in a format that does not have them.
-
-    Raises:
-        ScheduleError: naming the format that has.
-    """
-    if version_of(actions) > version:
-        raise ScheduleError(f"words of schedule format {version_of(actions)} in format {version}")
 
 
 def _read_part(part: str, data: Any, where: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from vtwcli.errors import UsageError
 from vtwcli.io import documents
 from vtwcli.io.section import Section
 from vtwcli.schedule import rules, words
+from vtwcli.schedule.short import expanded
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,15 @@ class When(_Part):
     Attributes:
         cosine_below: holds at a layer where some visual token's cos(o - c_i, o) is below this value.
         cosine_above: holds at a layer where every present visual token's cosine is at least this value.
+        attention_below: holds at a layer where the last row's attention to all present visual tokens together, mean
+            over heads, is below this value.
         layers: how many layers must satisfy the condition.
         consecutive: the layers must follow each other; the published VisiPruner code counts them in total.
     """
 
     cosine_below: float | None = _key("when", "cosine_below")
     cosine_above: float | None = _key("when", "cosine_above")
+    attention_below: float | None = _key("when", "attention_below")
     layers: int = _key("when", "layers")
     consecutive: bool = _key("when", "consecutive")
 
@@ -150,12 +154,12 @@ class Schedule(Section):
     """What happens to visual tokens at each layer, with its provenance.
 
     Attributes:
-        format_version: of the canonical form: the first that has all that the actions say.
+        format_version: of the canonical form: the least that has all words of the actions.
         actions: in order of their start layers.
         provenance: model id and revision, the calibration that produced it, tool version.
     """
 
-    format_version: Literal[1, 2] = words.FORMAT_VERSION
+    format_version: Literal[1, 2] = 1
     actions: tuple[Action, ...] = ()
     provenance: dict[str, Any] = Field(default_factory=dict)
 
@@ -166,15 +170,16 @@ class Schedule(Section):
         if isinstance(data, Mapping) and "schedule" in data and "actions" not in data:
             data = dict(data)
             data["actions"] = data.pop("schedule")
+        if isinstance(data, Mapping) and "actions" in data:
+            data = {**data, "actions": expanded(data["actions"])}
         return data
 
     @model_validator(mode="after")
     def _ordered(self) -> Schedule:
-        plain = self.plain()
-        rules.check_order(plain)
+        rules.check_order(self.plain())
         if "format_version" in self.model_fields_set:
-            rules.check_version(self.format_version, plain)
-        self.__dict__["format_version"] = words.version_of(plain)
+            rules.check_version(self.format_version, self.plain())
+        self.__dict__["format_version"] = words.version_of(self.plain())  # whatever was stated
         return self
 
     @classmethod

@@ -25,7 +25,8 @@ in layer d, the action starts at layer d + 1. A later action with a fixed layer 
 last row of the prompt, with w_i the attention weight of visual token i and v_i its value in each head, c_i is the
 concatenation over heads of w_i v_i, and o the sum of c over all columns: the attention's output before its output
 projection. ``contribution`` is ||c_i||_2, ``attention`` the mean of w_i over heads, ``cosine_below``: x holds where
-some cos(o - c_i, o) < x, ``cosine_above``: x where all of them are >= x; it must hold in ``layers`` layers,
+some cos(o - c_i, o) < x, ``cosine_above``: x where all of them are >= x, ``attention_below``: x where the ``attention``
+of all visual tokens that are still there sums to less than x (format 2); it must hold in ``layers`` layers,
 ``consecutive`` or in total (VisiPruner, arXiv 2510.17205; without ``consecutive`` as its code does). A sample
 without visual tokens meets no condition.
 """
@@ -37,8 +38,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-FORMAT_VERSION: Final = 1
-FORMAT_VERSIONS: Final = (1, 2)  # the second has words that the first did not
+FORMAT_VERSION: Final = 2
+"""The newest that is known here; a schedule is written with the least that has its words, see ``version_of``."""
 
 
 class ScheduleError(ValueError):
@@ -70,7 +71,7 @@ class Word:
             tower``.
         fixed: whether layer and number of tokens are known before a sample is seen.
         onnx: why graphs cannot have it, and what to do; None where they have it.
-        since: the first format version that has it.
+        since: the format version from which on there is such a word.
     """
 
     slot: str
@@ -90,6 +91,7 @@ _LEFT = "there are no visual tokens: not in the hidden states, and not in the KV
 _FROZEN = "visual tokens are not updated; they still serve as keys and values"
 _CHANGES = "some visual token changes the attention output (cosine below {:g})"
 _STILL = "no visual token changes the attention output any more (cosine at least {:g})"
+_UNREAD = "the last token pays visual tokens less than {:g} of its attention"
 _CONTRIBUTION = "largest contribution to the last token's attention output"
 _IN_TOWER = (
     "keep with scores of the vision tower cannot be exported to ONNX: the graph of the encoder hands on features only",
@@ -111,6 +113,7 @@ WORDS = (
     Word("at", "auto", "the layer after the one where {}", needs=LAST_ROW, fixed=False, onnx=_DYNAMIC),
     Word("condition", "cosine_below", _CHANGES, needs=LAST_ROW, fixed=False, onnx=_DYNAMIC),
     Word("condition", "cosine_above", _STILL, needs=LAST_ROW, fixed=False, onnx=_DYNAMIC),
+    Word("condition", "attention_below", _UNREAD, needs=LAST_ROW, fixed=False, onnx=_DYNAMIC, since=2),
     Word("score", "contribution", _CONTRIBUTION, needs=LAST_ROW),
     Word("score", "attention", "most attention from the last token", needs=LAST_ROW),
     Word("score", "random", "drawn at random", onnx=_DRAWN),
@@ -177,8 +180,8 @@ def given(slot: str, data: Mapping[str, Any]) -> list[str]:
 
 
 def version_of(actions: Iterable[Mapping[str, Any]]) -> int:
-    """The first format version that has all that valid actions say."""
-    return max((word.since for word in used(actions)), default=FORMAT_VERSION)
+    """The least format version that has all words of valid actions."""
+    return max((word.since for word in used(actions)), default=1)
 
 
 def is_fixed(actions: Iterable[Mapping[str, Any]]) -> bool:
