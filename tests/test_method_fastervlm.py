@@ -76,7 +76,10 @@ def attention(model, pixels):
     states = tower(pixels, output_hidden_states=True).hidden_states
     for layer, x in zip(own.encoder.layers, states[:-1], strict=True):
         x = layer.layer_norm1(x)[0]
-        q, k = (part(x).view(577, 4, 8).transpose(0, 1) for part in (layer.self_attn.q_proj, layer.self_attn.k_proj))
+        q, k = (
+            part(x).view(577, 4, 8).transpose(0, 1)
+            for part in (layer.self_attn.q_proj, layer.self_attn.k_proj)
+        )
         found.append((q @ k.transpose(1, 2) * 8**-0.5).softmax(-1))
     return torch.stack(found)
 

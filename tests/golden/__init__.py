@@ -79,7 +79,9 @@ def seeing(dtype: torch.dtype = torch.float32) -> Any:
     config.vision_config = CLIPVisionConfig(**given)
     torch.manual_seed(0)
     found: Any = LlavaForConditionalGeneration(config).eval()
-    found.load_state_dict(model().model.language_model.state_dict(prefix="model.language_model."), strict=False)
+    found.load_state_dict(
+        model().model.language_model.state_dict(prefix="model.language_model."), strict=False
+    )
     found.lm_head.load_state_dict(model().lm_head.state_dict())
     tower = found.model.vision_tower
     named = {
