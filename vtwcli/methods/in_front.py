@@ -50,7 +50,6 @@ class InFront(Method):
 
     @classmethod
     def refused(cls, model: Shape) -> str | None:
-        """Why the method does not go with a model; None where it does."""
         if model.tower is None:
             return "the vision tower of this family has no scores"
         if cls.class_token and model.tower != "class token":
@@ -65,3 +64,8 @@ class InFront(Method):
             one = cls(ratio=ratio)
             made.append(Candidate(f"{cls.key} {ratio:.0%}", cls.key, one.schedule(), {"ratio": ratio}))
         return made
+
+    @classmethod
+    def at_share(cls, model: Shape, share: float) -> Self | None:
+        """The share itself: every layer holds it."""
+        return cls(ratio=share) if cls.refused(model) is None else None

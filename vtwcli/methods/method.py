@@ -131,6 +131,11 @@ class Method(Section):
         return self.key
 
     @classmethod
+    def refused(cls, model: Shape) -> str | None:
+        """Why the method does not go with a model; None where it does."""
+        return None
+
+    @classmethod
     def compared(cls, model: Shape, grid: Grid, base: Mapping[str, Any]) -> list[Candidate]:
         """What a comparison of methods tries.
 
@@ -138,6 +143,15 @@ class Method(Section):
             base: parameters of the recipe's schedule section, which the method may keep fixed.
         """
         return []
+
+    @classmethod
+    def at_share(cls, model: Shape, share: float) -> Method | None:
+        """The method set so that a layer holds ``share`` of the visual tokens, on average over all layers.
+
+        This is how papers compare methods: 192, 128 or 64 of 576 tokens are a third, two ninths and a ninth. None
+        where no setting of the method comes to that.
+        """
+        return None
 
     @classmethod
     def ask(cls, model: Shape) -> list[Intervention]:
@@ -153,3 +167,17 @@ class Method(Section):
     def candidates(cls, model: Shape, found: Answers, base: Mapping[str, Any]) -> list[Candidate]:
         """What a calibration tries, given the sweep's answers; ``base`` as for ``compared``."""
         return []
+
+
+def share_behind(share: float, at: int, until: int, depth: int) -> float | None:
+    """The share to keep in layers at..until-1 for an average of ``share``, with all in front and none behind.
+
+    None where no share does.
+    """
+    kept = (share * depth - at) / (until - at) if until > at else 0.0
+    return round(kept, 9) if 0 < kept <= 1 else None
+
+
+def early(model: Shape) -> int:
+    """Where tokens are chosen early on: layer 2 of 32 in a model of this depth, or the first that its family allows."""
+    return max(round(2 * model.depth / 32), model.first_withdrawal, 1)
