@@ -76,11 +76,14 @@ def tried(
     samples: Sequence[Sample],
     max_new_tokens: int,
     batches: Sequence[Sequence[int]],
+    *,
+    free: bool = False,
 ) -> Tried:
     """Force every candidate along the full model's own greedy answers; with several processes each takes its share.
 
     Args:
         batches: places of the samples that are answered together, see ``measure.batches``.
+        free: let every schedule answer by itself too; not where layers are streamed.
         source: the model as layers, so that one pass over them serves all candidates; None: the runtime executes
             them one by one, as it does those that a pass does not know. Streamed layers cannot generate: there the
             samples' references are the answers.
@@ -89,7 +92,7 @@ def tried(
         NotFoundError: no sample has a visual token.
         UsageError: a candidate that cannot be executed on this model.
     """
-    work = partial(_mine, loaded, source, candidates, samples, max_new_tokens, batches)
+    work = partial(_mine, loaded, source, candidates, samples, max_new_tokens, batches, free)
     found = distributed.gathered(work)
     seeing = [i for i, row in enumerate(found) if row[0].visual_per_layer[0]]
     if not seeing:
@@ -110,13 +113,15 @@ def _mine(
     samples: Sequence[Sample],
     max_new_tokens: int,
     batches: Sequence[Sequence[int]],
+    free: bool,
 ) -> dict[int, list[Answer]]:
     """By place of this process's samples: the full model's answer, then each candidate's."""
     mine = [places for _, places in distributed.share(batches)]
     count = sum(map(len, mine))
     many = None if source is None else Many(loaded, source, candidates)
     depth, plans = len(loaded.layers), {} if many is None else many.plans
-    total = count * (depth if plans else 0) + len(mine) * (len(candidates) - len(plans))
+    alone = len(candidates) - (0 if free else len(plans))
+    total = count * (depth if plans else 0) + len(mine) * alone
     words = f"{len(candidates)} schedules x {depth} layers x {count} samples"
     with console.progress(words, total) as bar, plain_generation(loaded):
         if many is not None and many.source.together:
@@ -138,9 +143,10 @@ def _mine(
                 rows = many.along(part, full.answers, bar)
                 columns.update(zip(plans, zip(*rows, strict=True), strict=True))
             for c, one in enumerate(candidates):
-                if c not in columns:
+                if c not in columns or free:
+                    known = columns.get(c)
                     columns[c] = schedule_answers(
-                        loaded, one.name, one.schedule, batch, full, max_new_tokens, free=False
+                        loaded, one.name, one.schedule, batch, full, max_new_tokens, free=free, along=known
                     )
                     bar.advance()
             for b, place in enumerate(places):

@@ -229,12 +229,18 @@ class Study(Generic[Options]):
         }
         return [found[place] for place in mine]
 
-    def try_(self: Study[AnswerOptions], candidates: Sequence[Candidate], max_new_tokens: int) -> Tried:
+    def try_(
+        self: Study[AnswerOptions],
+        candidates: Sequence[Candidate],
+        max_new_tokens: int,
+        *,
+        free: bool = False,
+    ) -> Tried:
         """Force every candidate along the full model's own answers; see ``candidates.tried``."""
         batches = self.batches(max_new_tokens)
         with self.part("schedules"):
             source = self.source if takes_masks(self.loaded.model, self.loaded.family) else None
-            return tried(self.loaded, source, candidates, self.samples, max_new_tokens, batches)
+            return tried(self.loaded, source, candidates, self.samples, max_new_tokens, batches, free=free)
 
     def provenance(self, **found: Any) -> dict[str, Any]:
         """Where a schedule of this study comes from."""

@@ -215,6 +215,11 @@ class BudgetSection(Section):
     ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (0.5, 0.25, 0.1), min_length=1, description="shares of visual tokens that subsets keep"
     )
+    tokens: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        None,
+        min_length=1,
+        description="compare at equal cost: visual tokens a layer holds on average, for example 192,128,64",
+    )
     keep_layer: int = Field(2, ge=1, description="layer at which subsets are chosen")
     thresholds: tuple[Annotated[float, Field(ge=0)], ...] = Field(
         (0.05, 0.1, 0.2, 0.4, 0.8), min_length=1, description="VisiPruner's norms of contribution to try"
@@ -224,7 +229,7 @@ class BudgetSection(Section):
     seed: int = Field(0, ge=0, description="of sample choice and of the random control")
     skip_bad: SkipBad = False
 
-    @field_validator("methods", "ratios", "thresholds", mode="before")
+    @field_validator("methods", "ratios", "tokens", "thresholds", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
