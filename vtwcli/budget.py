@@ -11,7 +11,7 @@ from vtwcli.data.spec import DataSpec
 from vtwcli.errors import UsageError
 from vtwcli.io import console
 from vtwcli.measure.candidates import compared, flops_of, token_counts
-from vtwcli.measure.study import Study
+from vtwcli.measure.study import STREAMED, Study
 from vtwcli.methods import METHODS
 from vtwcli.methods.method import Candidate, Grid, Shape
 from vtwcli.recipe.recipe import BudgetSection, ModelSection, ScheduleSection
@@ -41,7 +41,7 @@ def budget(
     """
     study = Study.open(model, data, options)
     if study.streamed:
-        console.note("layers are streamed: schedules are compared along the samples' reference answers")
+        console.note(STREAMED)
     chosen = candidates(study.shape, options, rule)
     found = study.try_(chosen, options.max_new_tokens)
     rows, front = compared(chosen, found, study.text)
