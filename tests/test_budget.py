@@ -317,8 +317,30 @@ def test_visipruner_calibration_is_deterministic_with_files_and_views(calibrated
 def test_what_visipruners_calibration_refuses(given, message, tiny_dir):
     with pytest.raises(UsageError, match=message):
         calibrate(ModelSection(name=str(tiny_dir)), [], options(**given))
-    with pytest.raises(UsageError, match="cannot stream it"):
-        calibrate(ModelSection(name=str(tiny_dir), stream=True), [], options())
+
+
+def test_a_streamed_search_compares_along_references(tiny_dir, data, monkeypatch):
+    """As one pass over the model in memory does, in parts too; the model's own answers are refused."""
+    from vtwcli.methods.method import Candidate
+    from vtwcli.sweep.layers import Resident
+
+    specs, streamed = [DataSpec(source=str(data))], ModelSection(name=str(tiny_dir), stream=True)
+    given = {"positions": "answer", "max_new_tokens": 2}
+    with pytest.raises(UsageError, match="compares along the samples' reference answers"):
+        calibrate(streamed, specs, options(**given, answers="generated"))
+    found = calibrate(streamed, specs, options(**given))
+    monkeypatch.setattr(many, "_STREAM_BYTES", 1)
+    assert {**calibrate(streamed, specs, options(**given, answers="reference")), "run": None, "options": None} == {
+        **found, "run": None, "options": None,
+    }  # fmt: skip
+    assert found["run"]["streamed"]
+    loaded = load(str(tiny_dir))
+    samples = load_data(specs, limit=LIMIT, seed=0).samples
+    tried = [Candidate(x["name"], "", Schedule.from_dict(x["schedule"], "")) for x in found["candidates"]]
+    rows = many.Many(loaded, Resident(loaded.model, loaded.family), tried).along_references(samples, 2)
+    for c, row in enumerate(found["candidates"], 1):
+        assert row["kl"] == pytest.approx(np.mean([np.mean(one[c].kl) for one in rows]), rel=1e-3, abs=1e-6)
+        assert row["agreement"] == pytest.approx(np.mean([np.mean(one[c].agree) for one in rows]))
 
 
 def test_samples_without_vision_are_an_error(tiny_dir, tmp_path):

@@ -16,7 +16,7 @@ from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io import console
 from vtwcli.measure.answers import Answer
 from vtwcli.measure.candidates import compared, flops_of, token_counts
-from vtwcli.measure.study import Study
+from vtwcli.measure.study import STREAMED, Study
 from vtwcli.methods import METHODS
 from vtwcli.methods.method import Candidate, Grid, Shape
 from vtwcli.models.inputs import encode
@@ -50,7 +50,7 @@ def budget(
     """
     study = Study.open(model, data, options)
     if study.streamed:
-        console.note("layers are streamed: schedules are compared along the samples' reference answers")
+        console.note(STREAMED)
     equal = None if options.tokens is None else at_equal_cost(study.shape, options, visual_tokens(study))
     chosen = candidates(study.shape, options, rule) if equal is None else equal.candidates
     free = equal is not None and not study.streamed

@@ -32,6 +32,7 @@ from vtwcli.measure.variants import (
     Variant,
     batches_of,
     choose,
+    engine_of,
     open_variants,
     reader_of,
 )
@@ -180,19 +181,22 @@ def _all_answers(
     """
     began = time.perf_counter()
     mine = distributed.share(batches)
+    engine = engine_of(full, variants)
     done: dict[int, list[Answer]] = {}
     with console.progress("answers", total=sum(len(part) for _, part in mine)) as bar:
         for _, part in mine:
             if all(place in known for place in part):
                 done |= {place: [Answer(**answer) for answer in known[place]] for place in part}
             else:
-                inputs = batches_of(full, variants, [samples[place] for place in part])
+                drawn = [samples[place] for place in part]
+                inputs = batches_of(full, variants, drawn)
                 with plain_generation(full):
-                    names = [samples[place].id for place in part]
+                    names = [sample.id for sample in drawn]
                     whole = full_answers(full, inputs[0], options.max_new_tokens, names)
+                along = {} if engine is None else engine.along(drawn, inputs[0], whole.answers)
                 columns = [whole.answers] + [
-                    variant.answers(batch, whole, options.max_new_tokens)
-                    for variant, batch in zip(variants, inputs[1:], strict=True)
+                    variant.answers(batch, whole, options.max_new_tokens, along.get(number))
+                    for number, (variant, batch) in enumerate(zip(variants, inputs[1:], strict=True))
                 ]
                 for place, *row in zip(part, *columns, strict=True):
                     done[place] = row

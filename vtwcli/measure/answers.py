@@ -174,6 +174,7 @@ def schedule_answers(
     max_new_tokens: int,
     *,
     free: bool = True,
+    along: Sequence[Answer] | None = None,
 ) -> list[Answer]:
     """What the model says under a schedule, by row, compared with ``full``.
 
@@ -181,6 +182,7 @@ def schedule_answers(
         name: of the schedule, for messages.
         batch: the prompts that ``full`` answers.
         free: let the schedule answer too; else it is only forced along the full model's answer.
+        along: what it is known to say along that; None forces it.
 
     Raises:
         UsageError: a schedule that cannot be executed on this model.
@@ -190,20 +192,26 @@ def schedule_answers(
         with pruned(loaded.model, schedule) as handle:
             if free:
                 said = greedy(loaded, batch, max_new_tokens, full.names)[0].tolist()
-            length = full.tokens.shape[1]
-            _, forced = greedy(loaded, batch, length, full.names, full.tokens.to(loaded.device))
+            if along is None:
+                length = full.tokens.shape[1]
+                _, forced = greedy(loaded, batch, length, full.names, full.tokens.to(loaded.device))
+                along = compared(loaded, full, forced)
             trace = handle.trace
     except PruningError as error:
         raise UsageError(f"schedule {name}: {error}") from None
-    found = compared(loaded, full, forced, said)
-    for b, answer in enumerate(found):
+    found = []
+    for b, answer in enumerate(along):
         layers = answer.visual_per_layer if trace is None else trace.samples[b].visual_per_layer
-        found[b] = replace(
+        ids = [] if said is None else answer_of(loaded, said[b])
+        one = replace(
             answer,
+            text=_text(loaded, ids),
+            ids=ids,
             visual_per_layer=[int(n) for n in layers],
             actions=_actions(schedule, trace, b),
             frozen=schedule.frozen_layers(len(layers)),
         )
+        found.append(one)
     return found
 
 
@@ -256,6 +264,10 @@ def _actions(schedule: Schedule, trace: Trace | None, row: int) -> list[ActionTa
     return found
 
 
+def _text(loaded: LoadedModel, ids: list[int]) -> str:
+    return str(loaded.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
 def _text_counts(loaded: LoadedModel, batch: dict[str, Tensor]) -> Tensor:
     visual = torch.isin(
         batch["input_ids"], torch.tensor(loaded.placeholder_ids, device=batch["input_ids"].device)
@@ -271,5 +283,4 @@ def _answer(
     layers: list[int],
     text: int,
 ) -> Answer:
-    said = loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return Answer(said, ids, exact(kl), agree, layers, text)
+    return Answer(_text(loaded, ids), ids, exact(kl), agree, layers, text)

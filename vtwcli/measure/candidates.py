@@ -24,7 +24,7 @@ from vtwcli.measure.answers import (
 from vtwcli.measure.many import Many
 from vtwcli.methods.method import Candidate
 from vtwcli.models.generation import plain_generation
-from vtwcli.models.inputs import encode_batch, visual_mask
+from vtwcli.models.inputs import encode_batch
 from vtwcli.models.loading import LoadedModel
 from vtwcli.results.comparison import ComparedRow, TaskCount, TriedRow
 from vtwcli.results.document import TokenCounts
@@ -133,15 +133,7 @@ def _mine(
             part = [samples[place] for place in places]
             batch = encode_batch(loaded, part)
             full = full_answers(loaded, batch, max_new_tokens, [sample.id for sample in part])
-            columns: dict[int, Sequence[Answer]] = {}
-            # a prompt that ends in an image is the runtime's: its last row is one that nobody reads
-            if (
-                many is not None
-                and plans
-                and not visual_mask(batch["input_ids"][:, -1], loaded.placeholder_ids).any()
-            ):
-                rows = many.along(part, full.answers, bar)
-                columns.update(zip(plans, zip(*rows, strict=True), strict=True))
+            columns = {} if many is None else many.along(part, batch, full.answers, bar)
             for c, one in enumerate(candidates):
                 if c not in columns or free:
                     known = columns.get(c)

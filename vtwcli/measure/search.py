@@ -20,8 +20,8 @@ from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io import console
 from vtwcli.machine import distributed
 from vtwcli.measure.candidates import compared, flops_of, token_counts
-from vtwcli.measure.samples import check_model
-from vtwcli.measure.study import Study
+from vtwcli.measure.many import walked
+from vtwcli.measure.study import STREAMED, Study
 from vtwcli.methods import METHODS
 from vtwcli.methods.method import Answers
 from vtwcli.recipe.recipe import CalibrateSection, ModelSection
@@ -49,7 +49,7 @@ def search(
     """Find the parameters of a method (``options.method``) for a model.
 
     Args:
-        model: which model, and where it runs; layers are not streamed here.
+        model: which model, and where it runs; streamed layers are compared along reference answers.
         data: sources of samples, as for VTW's calibration.
         options: policy, eta, budget and so on. ``paper`` and ``sustained`` accept a mean KL up to eta, ``worst-task``
             wants it of every task, ``quantile`` of a high quantile over samples, ``agreement`` a top-1 agreement.
@@ -66,17 +66,19 @@ def search(
     method = METHODS[options.method]
     if options.resume:
         raise UsageError(f"--resume does not go with --method {method.key}")
-    check_model(model)
-    if model.stream:
-        raise UsageError(
-            f"--method {method.key} runs the whole model and cannot stream it", "leave out --stream"
-        )
-    if options.answers == "reference":
+    if options.answers == "reference" and not model.stream:
         raise UsageError(
             f"--method {method.key} compares along the model's own answers", "leave out --answers"
         )
-    study = Study.open(model, data, options, whole=True)
+    study = Study.open(model, data, options)
+    if study.streamed and options.answers == "generated" and options.positions == "answer":
+        raise UsageError(
+            f"--method {method.key} compares along the samples' reference answers when layers are streamed",
+            "leave out --answers",
+        )
     study.check_sweep()
+    if study.streamed:
+        console.note(STREAMED)
     mix = study.mix
     seen = measured(study, method.ask(study.shape), first=method.at_prompt)
     answers = answered(seen, mix.samples, options)
@@ -122,7 +124,7 @@ def search(
             for sample, fingerprint in zip(mix.samples, mix.fingerprints, strict=True)
         ],
         **study.origin(options.seed),
-        "run": {**study.run(), "streamed": False},
+        "run": {**study.run(), "streamed": study.streamed},
     }
     parameters = {} if chosen is None else chosen["parameters"]
     searched = {name: parameters.get(name) for name in method.searched}
@@ -153,19 +155,20 @@ def measured(
     mine = study.share()
 
     def work() -> dict[int, Seen]:
-        _, items = study.encode(mine)
+        encoded, items = study.encode(mine)
         source, done = study.source, dict[int, Seen]()
         words = f"{source.depth} layers x {len(items)} samples"
         with study.part("sweep"), console.progress(words, len(items) * source.depth) as bar:
-            for place, item in zip(mine, items, strict=True):
+            for part in walked(study.loaded, source, encoded, asked):
                 probe = LastRowProbe(_SINK_RATIO)
-                [outcome] = sweep(source, [item], list(asked), probes=[probe], progress=bar)
-                sizes = torch.cat([row.contribution for row in probe.found[0, 0]]).double()
-                done[place] = {
-                    "visual": outcome.visual,
-                    "kl": (outcome.kl[:, 0] if first else outcome.kl.mean(1)).tolist(),
-                    "sizes": np.quantile(sizes, np.linspace(0, 1, 101)).tolist() if len(sizes) else [],
-                }
+                outcomes = sweep(source, [items[i] for i in part], list(asked), probes=[probe], progress=bar)
+                for number, (i, outcome) in enumerate(zip(part, outcomes, strict=True)):
+                    sizes = torch.cat([row.contribution for row in probe.found[number, 0]]).double()
+                    done[mine[i]] = {
+                        "visual": outcome.visual,
+                        "kl": (outcome.kl[:, 0] if first else outcome.kl.mean(1)).tolist(),
+                        "sizes": np.quantile(sizes, np.linspace(0, 1, 101)).tolist() if len(sizes) else [],
+                    }
         return done
 
     return distributed.gathered(work)

@@ -68,6 +68,8 @@ class SweepOptions(AnswerOptions, Protocol):
         """``auto``, ``generated`` or ``reference``."""
 
 
+STREAMED = "layers are streamed: schedules are compared along the samples' reference answers"
+
 Options = TypeVar("Options", bound=SampleOptions, covariant=True)
 Given = TypeVar("Given", bound=SampleOptions)
 
@@ -92,16 +94,13 @@ class Study(Generic[Options]):
     _began: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def open(
-        cls, model: ModelSection, data: Sequence[DataSpec], options: Given, *, whole: bool = False
-    ) -> Study[Given]:
+    def open(cls, model: ModelSection, data: Sequence[DataSpec], options: Given) -> Study[Given]:
         """Look at the model, read the samples, then load the model: what is wrong is said before it takes long.
 
         Args:
             model: which model, and where it runs.
             data: sources of samples; by default the model's own.
             options: the command's section.
-            whole: never stream, since the model will run as a whole.
 
         Raises:
             NotFoundError: model or data missing or unreadable, or visual tokens cannot leave the family.
@@ -110,7 +109,7 @@ class Study(Generic[Options]):
         began = time.perf_counter()
         check_model(model)
         mix = read_samples(model, data, options)
-        streamed = False if whole else _streams(model)
+        streamed = _streams(model)
         loaded = load_model(model, weights=not streamed)
         study = Study(loaded, mix, options, streamed, _began=began)
         study.timing["load"] = time.perf_counter() - began

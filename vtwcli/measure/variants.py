@@ -19,6 +19,7 @@ from vtwcli.export.hf.export import CALIBRATION, baked_schedule
 from vtwcli.machine import distributed
 from vtwcli.measure import costs
 from vtwcli.measure.answers import Answer, Full, compared, schedule_answers
+from vtwcli.measure.many import Many
 from vtwcli.measure.samples import check_model, load_model
 from vtwcli.models.dtypes import LONG, torch_type
 from vtwcli.models.generation import plain_generation
@@ -29,6 +30,7 @@ from vtwcli.results.calibration import Calibration
 from vtwcli.results.reading import read_calibration
 from vtwcli.runtime import pruned
 from vtwcli.schedule.schedule import Schedule
+from vtwcli.sweep.layers import Resident, takes_masks
 
 if TYPE_CHECKING:
     from vtwcli.ort import OnnxModel
@@ -61,8 +63,10 @@ class Variant(Protocol):
     @property
     def folder(self) -> Path: ...
 
-    def answers(self, batch: Batch, full: Full, max_new_tokens: int) -> list[Answer]:
-        """What it says to a batch, by row, compared with the full model."""
+    def answers(
+        self, batch: Batch, full: Full, max_new_tokens: int, along: Sequence[Answer] | None = None
+    ) -> list[Answer]:
+        """What it says to a batch, by row, compared with the full model; ``along``: what ``engine_of`` found."""
 
     def generation_times(self, batch: Batch, tokens: int) -> tuple[float, float]:
         """Wall-clock seconds until the first of ``tokens`` tokens a row is known, and until the last is."""
@@ -87,9 +91,13 @@ class Scheduled:
     def folder(self) -> Path:
         return self.inputs.path
 
-    def answers(self, batch: Batch, full: Full, max_new_tokens: int) -> list[Answer]:
+    def answers(
+        self, batch: Batch, full: Full, max_new_tokens: int, along: Sequence[Answer] | None = None
+    ) -> list[Answer]:
         with plain_generation(self.inputs):
-            return schedule_answers(self.inputs, self.name, self.schedule, batch, full, max_new_tokens)
+            return schedule_answers(
+                self.inputs, self.name, self.schedule, batch, full, max_new_tokens, along=along
+            )
 
     def generation_times(self, batch: Batch, tokens: int) -> tuple[float, float]:
         with self._running(), plain_generation(self.inputs):
@@ -120,7 +128,9 @@ class Graphs:
     def folder(self) -> Path:
         return self.exported.directory
 
-    def answers(self, batch: Batch, full: Full, max_new_tokens: int) -> list[Answer]:
+    def answers(
+        self, batch: Batch, full: Full, max_new_tokens: int, along: Sequence[Answer] | None = None
+    ) -> list[Answer]:
         from vtwcli.measure.graphs import forced_logits, generated
 
         forced = forced_logits(self.exported, batch, full.tokens, full.names)
@@ -280,6 +290,21 @@ def _check_same_prompts(full: LoadedModel, variant: Variant, mine: Batch, theirs
             f"{full.name} and {variant.inputs.name} read the same prompt as different tokens",
             "the baseline is the model that the other was made from",
         )
+
+
+def engine_of(full: LoadedModel, variants: Sequence[Variant]) -> Many | None:
+    """One pass over the layers that follows the variants along the full model's answers.
+
+    None where they are not schedules of the full model's own weights, or its attention takes no masks.
+
+    Raises:
+        UsageError: a schedule that cannot be executed on this model.
+    """
+    if not all(isinstance(one, Scheduled) and one.inputs is full for one in variants):
+        return None
+    if not takes_masks(full.model, full.family):
+        return None
+    return Many(full, Resident(full.model, full.family), variants)
 
 
 def batches_of(full: LoadedModel, variants: Sequence[Variant], samples: Sequence[Sample]) -> list[Batch]:

@@ -125,7 +125,8 @@ def markdown(result: Budget) -> str:
 def plot_budget(result: Budget, path: Path) -> None:
     """KL (log) and top-1 agreement against prefill FLOPs, one point a schedule, the Pareto front joined and named."""
     if result["options"].get("tokens"):
-        return plot_equal(result, path)
+        plot_equal(result, path)
+        return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.6, 7.4), layout="constrained")
