@@ -27,6 +27,7 @@ COMMANDS = {
     "run": "run",
     "recipe": "recipe",
     "families": "families",
+    "methods": "methods",
     "env": "env",
 }
 
