@@ -10,7 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vtwcli.schedule.words import FORMAT_VERSION, MUTED, ScheduleError, given, row, words
+from vtwcli.schedule.words import (
+    FORMAT_VERSIONS,
+    MUTED,
+    TOWER,
+    ScheduleError,
+    given,
+    row,
+    version_of,
+    words,
+)
 
 
 @dataclass(frozen=True)
@@ -18,7 +27,8 @@ class Key:
     """What a key holds.
 
     Attributes:
-        kind: of its value; ``str``: a word of the key's own slot; ``dict``: keys of their own, under the key's name.
+        kind: of its value; ``str``: a word of the key's own slot; ``dict``: keys of their own, under the key's name,
+            and ``parameters`` under the score's.
         default: ``...`` where it is required; None: nothing.
         least, most: bounds of a number.
         auto: whether the word ``auto`` does too.
@@ -51,9 +61,13 @@ KEYS: dict[str, dict[str, Key]] = {
         "count": Key(int, None, 0),
         "above": Key(float),
         "seed": Key(int, 0),
+        "parameters": Key(dict),
     },
+    # parameters of scores; layers are those of the vision tower, and below 0 they count from its end
+    "tower_cls": {"first": Key(int, -2), "last": Key(int, -2)},
+    "tower_received": {"layer": Key(int, -2), "per": Key(str, words("per")[0])},
 }
-"""The keys of each action, of ``when`` and of ``select``."""
+"""The keys of each action, of ``when`` and of ``select``, and the parameters of scores."""
 
 
 def check_rules(part: str, data: Mapping[str, Any]) -> None:
@@ -71,18 +85,45 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
             raise ScheduleError("'at: auto' needs a condition under 'when'")
         if data["at"] != "auto" and not (data.get("when") is None and data.get("after") is None):
             raise ScheduleError("'when' and 'after' go with 'at: auto' only")
+        if in_front(data) and data["at"] != 0:
+            raise ScheduleError("scores of the vision tower choose in front of layer 0; give 'at: 0'")
     elif part == "when":
         _one_of("condition", data)
     elif part == "select":
         _one_of("amount", data)
-        if data.get("above") is not None and row("score", data["score"]).needs is None:
+        score = row("score", data["score"])
+        if data.get("above") is not None and score.needs in (None, TOWER):
             raise ScheduleError(f"score {data['score']} has no threshold; give ratio or count")
+        parameters(data)
 
 
 def _one_of(slot: str, data: Mapping[str, Any]) -> None:
     if len(given(slot, data)) != 1:
         *others, last = words(slot)
         raise ScheduleError(f"give exactly one of {', '.join(others)} and {last}")
+
+
+def in_front(action: Mapping[str, Any]) -> bool:
+    """Whether an action chooses tokens before the language model, from the vision tower."""
+    select = action.get("select")
+    if select is None:
+        return False
+    score = select["score"] if isinstance(select, Mapping) else select.score
+    return row("score", score).needs == TOWER
+
+
+def parameters(select: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a selection's score, with their defaults.
+
+    Raises:
+        ScheduleError: one that the score has not, or that cannot be.
+    """
+    score, found = select["score"], select.get("parameters") or {}
+    if score in KEYS:
+        return _read_part(score, found, f"parameters of {score}")
+    if found:
+        raise ScheduleError(f"score {score} has no parameters")
+    return {}
 
 
 def check_order(actions: Sequence[Mapping[str, Any]]) -> None:
@@ -94,6 +135,8 @@ def check_order(actions: Sequence[Mapping[str, Any]]) -> None:
     last, withdrawn = 0, False
     for number, action in enumerate(actions, 1):
         name = f"action {number} ({action['action']})"
+        if in_front(action) and any(a["action"] in ("withdraw", "keep") for a in actions[: number - 1]):
+            raise ScheduleError(f"{name} chooses in front of layer 0, so it must be the first to take tokens away")
         if withdrawn:
             raise ScheduleError(f"{name} comes after the withdrawal of all visual tokens")
         start = action.get("after") if action["at"] == "auto" else action["at"]
@@ -111,8 +154,9 @@ def read(schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
         ScheduleError: it is none, or a newer one than is known here.
     """
     version, actions = schedule.get("format_version"), schedule.get("actions", ())
-    if version != FORMAT_VERSION:
-        raise ScheduleError(f"schedule format {version!r} is not {FORMAT_VERSION}; update the runtime")
+    if version not in FORMAT_VERSIONS or isinstance(version, bool):
+        known = " or ".join(map(str, FORMAT_VERSIONS))
+        raise ScheduleError(f"schedule format {version!r} is not {known}; update the runtime")
     found = []
     for number, data in enumerate(actions, 1):
         name = data.get("action") if isinstance(data, Mapping) else data
@@ -122,7 +166,18 @@ def read(schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
         rest = {key: value for key, value in data.items() if key != "action"}
         found.append({"action": name, **_read_part(name, rest, f"action {number} ({name})")})
     check_order(found)
+    check_version(version, found)
     return found
+
+
+def check_version(version: int, actions: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse words in a format that does not have them.
+
+    Raises:
+        ScheduleError: naming the format that has.
+    """
+    if version_of(actions) > version:
+        raise ScheduleError(f"words of schedule format {version_of(actions)} in format {version}")
 
 
 def _read_part(part: str, data: Any, where: str) -> dict[str, Any]:
@@ -138,7 +193,10 @@ def _read_part(part: str, data: Any, where: str) -> dict[str, Any]:
         value = data.get(name, key.default)
         if value is ...:
             raise ScheduleError(f"{where}: the key {name!r} is required")
-        if key.kind is dict and value is not None:
+        if name == "parameters" and value is not None:
+            if not isinstance(value, Mapping):
+                raise ScheduleError(f"{where}: parameters must be a mapping of names to values, not {value!r}")
+        elif key.kind is dict and value is not None:
             value = _read_part(name, value, f"{where}, {name}")
         elif key.kind is str and value not in words(name):
             raise ScheduleError(f"{where}: {name} {value!r} is not one of {', '.join(words(name))}")
@@ -200,7 +258,7 @@ def check_depth(actions: Sequence[Mapping[str, Any]], layers: int, first_withdra
                     f"schedule action {number} ({action['action']}): {name} is {value}, "
                     f"but the model has {layers} layers (0..{layers - 1})"
                 )
-        if starts and starts[-1] < first_withdrawal:
+        if starts and starts[-1] < first_withdrawal and not in_front(action):
             raise ScheduleError(
                 f"schedule action {number} ({action['action']}) starts at layer {starts[-1]}, but this family "
                 f"still adds vision in layers 0..{first_withdrawal - 1}",

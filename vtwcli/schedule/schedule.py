@@ -70,11 +70,12 @@ class Select(_Part):
 
     Attributes:
         score: ``contribution`` (norm of the last row's per-token contribution), ``attention`` (last row, mean over
-            heads), ``random`` (seeded) or ``uniform`` (every n-th).
+            heads), ``random`` (seeded), ``uniform`` (every n-th), or one of the vision tower's, for each image.
         ratio: share of the visual tokens, rounded up.
         count: number of visual tokens; a row with fewer keeps all.
         above: keep the tokens whose score exceeds this value.
         seed: of the random score.
+        parameters: of the score, by name; ``rules.KEYS`` has them under its name.
     """
 
     score: Annotated[str, OneOf("score")]
@@ -82,6 +83,7 @@ class Select(_Part):
     count: int | None = _key("select", "count")
     above: float | None = _key("select", "above")
     seed: int = _key("select", "seed")
+    parameters: dict[str, Any] | None = _key("select", "parameters")
 
 
 class _Starting(_Part):
@@ -148,12 +150,12 @@ class Schedule(Section):
     """What happens to visual tokens at each layer, with its provenance.
 
     Attributes:
-        format_version: of the canonical form.
+        format_version: of the canonical form: the first that has all that the actions say.
         actions: in order of their start layers.
         provenance: model id and revision, the calibration that produced it, tool version.
     """
 
-    format_version: Literal[1] = words.FORMAT_VERSION
+    format_version: Literal[1, 2] = words.FORMAT_VERSION
     actions: tuple[Action, ...] = ()
     provenance: dict[str, Any] = Field(default_factory=dict)
 
@@ -168,7 +170,11 @@ class Schedule(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> Schedule:
-        rules.check_order(self.plain())
+        plain = self.plain()
+        rules.check_order(plain)
+        if "format_version" in self.model_fields_set:
+            rules.check_version(self.format_version, plain)
+        self.__dict__["format_version"] = words.version_of(plain)
         return self
 
     @classmethod

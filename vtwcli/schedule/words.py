@@ -7,7 +7,10 @@ A schedule is a plain dict, ``{"format_version": 1, "actions": [...]}``; its act
 - ``{"at": K, "action": "withdraw"}``: from layer K on there are no visual tokens.
 - ``{"at": K, "action": "keep", "select": {...}}``: from layer K on only the selected visual tokens exist. ``select``
   holds a ``score`` (``contribution``, ``attention``, ``random`` with ``seed``, ``uniform``) and one of ``ratio``,
-  ``count`` and ``above``. The two measured scores come from layer K - 1.
+  ``count`` and ``above``. The two measured scores come from layer K - 1. Scores named ``tower_...`` come from the
+  vision tower and go with K = 0 alone; they choose for each image on its own, so ``count`` and ``ratio`` are of an
+  image's tokens, and ``parameters`` are theirs (``rules.KEYS`` under the score's name). What stays gets the
+  positions of a shorter prompt, but where positions have axes for rows and columns of an image.
 - ``{"at": A, "until": B, "action": "mute"}``: in layers A..B-1 ``readers`` (``text``, ``visual`` or ``all`` rows) do
   not read visual columns (``columns``: ``all`` or the ``first_half`` of them); their attention mass is renormalised
   over the rest, moved onto the ``first`` visual token, or set to ``zero`` after the softmax (``sink``). Tokens behind
@@ -35,6 +38,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 FORMAT_VERSION: Final = 1
+FORMAT_VERSIONS: Final = (1, 2)  # the second has words that the first did not
 
 
 class ScheduleError(ValueError):
@@ -46,6 +50,7 @@ class ScheduleError(ValueError):
 
 
 LAST_ROW = "last row"
+TOWER = "vision tower"
 _DYNAMIC = (
     "a dynamic schedule cannot be exported to ONNX: where and what is removed depends on the sample, and graphs are "
     "cut at fixed layers",
@@ -61,9 +66,10 @@ class Word:
     Attributes:
         slot: what it is said of.
         says: its part of a sentence; ``{}`` stands for a value.
-        needs: what must be measured in the layer before: nothing, or the ``last row``'s attention.
+        needs: what must be measured: nothing, the ``last row``'s attention in the layer before, or the ``vision tower``.
         fixed: whether layer and number of tokens are known before a sample is seen.
         onnx: why graphs cannot have it, and what to do; None where they have it.
+        since: the first format version that has it.
     """
 
     slot: str
@@ -72,6 +78,7 @@ class Word:
     needs: str | None = None
     fixed: bool = True
     onnx: tuple[str, str] | None = None
+    since: int = 1
 
 
 _NO_GRAPH = (
@@ -83,6 +90,16 @@ _FROZEN = "visual tokens are not updated; they still serve as keys and values"
 _CHANGES = "some visual token changes the attention output (cosine below {:g})"
 _STILL = "no visual token changes the attention output any more (cosine at least {:g})"
 _CONTRIBUTION = "largest contribution to the last token's attention output"
+_IN_TOWER = (
+    "keep with scores of the vision tower cannot be exported to ONNX: the graph of the encoder hands on features only",
+    "use --format hf",
+)
+
+
+def _tower(word: str, says: str) -> Word:
+    return Word("score", word, says, needs=TOWER, fixed=False, onnx=_IN_TOWER, since=2)
+
+
 _DRAWN = "keep with random scores cannot be exported to ONNX, they are drawn by torch", "use uniform"
 
 WORDS = (
@@ -97,6 +114,10 @@ WORDS = (
     Word("score", "attention", "most attention from the last token", needs=LAST_ROW),
     Word("score", "random", "drawn at random", onnx=_DRAWN),
     Word("score", "uniform", "evenly spaced"),
+    _tower("tower_cls", "most attention from the class token of the vision tower, in each image"),
+    _tower("tower_received", "most attention received in the vision tower, in each image"),
+    Word("per", "token", since=2),
+    Word("per", "row", since=2),
     Word("amount", "ratio", "{:.0%} of the visual tokens"),
     Word("amount", "count", "{} visual tokens"),
     Word("amount", "above", "the visual tokens above {:g}", fixed=False, onnx=_DYNAMIC),
@@ -150,6 +171,11 @@ def used(actions: Iterable[Mapping[str, Any]]) -> Iterator[Word]:
 def given(slot: str, data: Mapping[str, Any]) -> list[str]:
     """The keys that are words of a slot and hold something."""
     return [word for word in words(slot) if data.get(word) is not None]
+
+
+def version_of(actions: Iterable[Mapping[str, Any]]) -> int:
+    """The first format version that has all that valid actions say."""
+    return max((word.since for word in used(actions)), default=FORMAT_VERSION)
 
 
 def is_fixed(actions: Iterable[Mapping[str, Any]]) -> bool:
