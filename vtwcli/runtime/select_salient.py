@@ -10,7 +10,7 @@ from vtwcli.runtime.select_parts import penultimate, salience, scaled, selector,
 
 
 @selector
-def hiprune(picture: Picture, count: int, alpha: float = 0.1, layer: int = 8) -> Picked:
+def hiprune(picture: Picture, count: int, alpha: float = 0.1, object_layer: int = 8) -> Picked:
     """HiPrune (arXiv 2508.00553): anchors of an object layer with the tokens around them, then what is left by the end.
 
     Anchors are the round(count * alpha / 5) that receive most in the object layer; the tokens before, behind, above
@@ -20,11 +20,11 @@ def hiprune(picture: Picture, count: int, alpha: float = 0.1, layer: int = 8) ->
 
     Args:
         alpha: share of the count for anchors and the tokens around them.
-        layer: object layer of a tower with 24, scaled to the tower's depth.
+        object_layer: of a tower with 24, scaled to the tower's depth.
     """
     tokens = len(picture.embeds)
     columns = picture.grid[1] if picture.grid else round(tokens**0.5)
-    early = wide(picture.received[scaled(layer, picture.depth)])
+    early = wide(picture.received[scaled(object_layer, picture.depth)])
     late = wide(picture.received[penultimate(picture.depth)])
     anchors = top(early, round(count * alpha / 5))
     around = [(anchors + step).clamp(0, tokens - 1) for step in (-1, 1, -columns, columns)]
