@@ -122,7 +122,9 @@ WORDS = (
         "tower_visionzip", "the class token, what it attends to, and means of the others, as VisionZip does"
     ),
     _tower(
-        "tower_prumerge", "outliers of the class token's attention, others merged in (PruMerge)", finds=True
+        "tower_prumerge",
+        "outliers of the class token's attention, others merged in, as PruMerge does",
+        finds=True,
     ),
     _tower(
         "tower_prumerge_plus",
@@ -133,12 +135,14 @@ WORDS = (
     _tower("tower_cdpruner", "unlike each other and like the question, in each image, as CDPruner does"),
     _tower("tower_vispruner", "most attention from the class token, and no twins, as VisPruner does"),
     _tower(
-        "tower_hiprune", "what receives attention in an early and a late layer of the vision tower (HiPrune)"
+        "tower_hiprune",
+        "what receives attention in an early and a late layer of the vision tower, as HiPrune does",
     ),
     _tower("tower_vscan", "most attention from the class token in each window and in all, as VScan does"),
     _tower("tower_holov", "most attention from the class token, shared by crops of the image, as HoloV does"),
     _tower(
-        "tower_prunesid", "most attention from the class token, shared by groups of alike tokens (PruneSID)"
+        "tower_prunesid",
+        "most attention from the class token, shared by groups of alike tokens, as PruneSID does",
     ),
     _tower(
         "tower_two_cuts", "most like the class token, up to the knee of the curve of similarity", finds=True
