@@ -17,6 +17,7 @@ from vtwcli.errors import NotFoundError
 _SEQUENTIAL = "its recurrent or convolutional layers carry visual tokens on in their state"
 _CROSS = "its text reads images by cross-attention, so there are no visual tokens in the text"
 _NO_ENCODER = "its vision encoder has no export yet"
+_RESAMPLED = "its visual tokens are not of single patches, they each gather from the whole image"
 _BLOCKS = "its image tokens attend to each other in both directions, which the exported graphs do not"
 _ATTENTION = {"full_attention", "sliding_attention"}  # layer types that withdrawal is proved for
 
@@ -46,6 +47,7 @@ class Family:
             so that its id may lie outside the embedding.
         no_withdraw: reason why withdrawal is refused, or None.
         no_onnx: reason why there is no ONNX export, or None.
+        no_tower: reason why scores of its vision tower are refused, or None.
         caveat: a sentence for the table of families.
     """
 
@@ -65,6 +67,7 @@ class Family:
     placeholder_apart: bool = False
     no_withdraw: str | None = None
     no_onnx: str | None = None
+    no_tower: str | None = None
     caveat: str = ""
 
 
@@ -219,6 +222,7 @@ FAMILIES: dict[str, Family] = {
             "HuggingFaceM4/idefics2-8b",
             "Idefics2ForConditionalGeneration",
             no_onnx=_NO_ENCODER,
+            no_tower=_RESAMPLED,
             **_IDEFICS,
         ),
         Family(
@@ -287,13 +291,21 @@ FAMILIES: dict[str, Family] = {
             no_onnx=_NO_ENCODER,
             caveat=_WINDOWS,
         ),
-        Family("aria", "Aria", "rhymes-ai/Aria", "AriaForConditionalGeneration", no_onnx=_NO_ENCODER),
+        Family(
+            "aria",
+            "Aria",
+            "rhymes-ai/Aria",
+            "AriaForConditionalGeneration",
+            no_onnx=_NO_ENCODER,
+            no_tower=_RESAMPLED,
+        ),
         Family(
             "got_ocr2",
             "GOT-OCR 2.0",
             "stepfun-ai/GOT-OCR-2.0-hf",
             "GotOcr2ForConditionalGeneration",
             no_onnx=_NO_ENCODER,
+            no_tower="its vision tower adds relative positions inside attention, which is not looked into",
         ),
         Family(
             "ovis2",
@@ -319,6 +331,7 @@ FAMILIES: dict[str, Family] = {
             "Molmo2ForConditionalGeneration",
             video=True,
             no_onnx=_BLOCKS,
+            no_tower="its visual tokens pool patches by attention",
             caveat=_FRAMES,
         ),
         Family(

@@ -10,9 +10,11 @@ import torch
 from vtwcli.runtime.cache import Columns
 from vtwcli.runtime.contract import attention_kind, strange
 from vtwcli.runtime.masks import check_mask, flash_mask, gathered, sunk
+from vtwcli.runtime.picture import Front
 from vtwcli.runtime.plan import Plan, PlannedAction
 from vtwcli.runtime.rows import TEXT, Rows, Split, Tensor, compact, split
-from vtwcli.schedule.words import kept_count
+from vtwcli.schedule.words import TOWER, kept_count
+from vtwcli.schedule.words import row as word
 
 
 @dataclass(eq=False)
@@ -106,6 +108,7 @@ class Call:
         self.cache: Any = None
         self.entered = 0  # how many layers have been
         self.over = False
+        self.front: Front | None = None  # what was chosen before the first layer
         if visual is None:
             return
         device = visual.device
@@ -273,6 +276,9 @@ class Call:
         assert self.visual is not None
         there, select = self.present & self.visual, action.select
         number = there.sum(1)
+        if word("score", select["score"]).needs == TOWER:
+            assert self.front is not None
+            return there & self.front.stays
         if select.get("above") is not None:
             return there & (self._measured(select["score"]) > select["above"])
         wanted = torch.tensor([kept_count(select, n) for n in number.tolist()], device=number.device)
@@ -325,12 +331,17 @@ class Call:
             position = (index + past).masked_fill(~rows.key.to(device), -1)
             kind = self.kinds(rows, device)
             ragged, visual = rows.ragged, self.visual is not None
+            absent = None if self.front is None else self.front.absent
+            if absent is not None:
+                absent = (absent + past).masked_fill(absent < 0, -1).to(device)
             if old is not None:
                 position = torch.cat([old.position, position], 1)
                 kind = torch.cat([old.kind, kind], 1)
                 ragged, visual = ragged or old.ragged, visual or old.visual
+                parts = [x for x in (old.absent, absent) if x is not None]
+                absent = torch.cat(parts, 1) if parts else None
             # the memo holds what its keys are the ids of, so that no other object gets them
-            self.memo[key] = Columns(position, kind, ragged, visual), old, rows
+            self.memo[key] = Columns(position, kind, ragged, visual, absent), old, rows
         return self.memo[key][0]
 
     def mask(

@@ -1,7 +1,15 @@
-"""What methods that choose visual tokens in front of the language model see of an image, and what they answer."""
+"""What methods that choose visual tokens in front of the language model see of an image, and what they answer.
+
+How to add a selector: write ``def NAME(picture: Picture, count: int, **parameters) -> Picked`` as a pure function, and
+give its score three rows: the word with its sentence in ``words.WORDS`` (``_tower("tower_NAME", "...")``), its
+parameters with their bounds in ``rules.KEYS`` under that word, and in ``selection.SELECTORS`` the function with what it
+needs, ``"tower_NAME": Selector(NAME, lambda p: Needs(cls=(-2,), features=True))``, where ``p`` are the parameters.
+Layers in ``Needs`` may count from the end; the function finds them in the picture with ``picture.depth + layer``.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from vtwcli.runtime.rows import Tensor
@@ -47,3 +55,29 @@ class Picked(NamedTuple):
     kept: Tensor
     rows: Tensor | None = None
     embeds: Tensor | None = None
+
+
+class Needs(NamedTuple):
+    """What a selector needs of a picture beside embeddings, question and grid; tower layers, from the end below 0."""
+
+    cls: tuple[int, ...] = ()
+    received: tuple[int, ...] = ()
+    keys: tuple[int, ...] = ()
+    queries: tuple[int, ...] = ()
+    features: bool = False
+
+
+@dataclass(eq=False)
+class Front:
+    """What was chosen before the first layer, image by image.
+
+    Attributes:
+        stays: the visual tokens that do, [B, S].
+        kept: the tokens that each of a sample's images keeps, counted within the image from 0, as their rows stand.
+        absent: positions in the chunk of the tokens that left, [B, M], -1 behind them; None where the others keep
+            their position ids.
+    """
+
+    stays: Tensor
+    kept: list[list[list[int]]]
+    absent: Tensor | None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vtwcli.runtime.contract import PruningError
-from vtwcli.schedule.rules import check_depth, earliest_starts, read
+from vtwcli.schedule.rules import check_depth, earliest_starts, in_front, parameters, read
 from vtwcli.schedule.words import LAST_ROW, ScheduleError, row
 
 
@@ -59,6 +59,9 @@ class Plan:
         self.key = json.dumps(schedule.get("actions", ()), sort_keys=True)
         planned = [PlannedAction.of(action) for action in actions]
         self.leaving = [a for a in planned if a.action in ("withdraw", "keep")]
+        self.front = next((a.select for a in self.leaving if a.select and in_front(vars(a))), None)
+        """The selection that takes tokens away before the first layer, from the vision tower."""
+        self.front_parameters = {} if self.front is None else parameters(self.front)
         self.mutes = [a for a in planned if a.action == "mute"]
         self.freezes = [a for a in planned if a.action == "freeze"]
         for i, start in enumerate(earliest_starts(actions)):
