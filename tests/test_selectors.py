@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,14 +9,19 @@ from safetensors.torch import load_file
 from tests import golden, slow_selectors
 from vtwcli.runtime.picture import Picture
 from vtwcli.runtime.select_diverse import farthest
-from vtwcli.runtime.select_parts import salience, top
-from vtwcli.runtime.selectors import SELECTORS
+from vtwcli.runtime.select_parts import penultimate, salience, scaled, top
+from vtwcli.runtime.selection import SELECTORS
+from vtwcli.schedule.rules import KEYS
+from vtwcli.schedule.words import row
 
 SAMPLES = range(4)
 
 
-def select(word, picture, count=None, **parameters):
-    return SELECTORS[word].rule(picture, count, **parameters)
+RULES = [name.removeprefix("tower_") for name in SELECTORS if name not in ("tower_cls", "tower_received")]
+
+
+def select(rule, picture, count=None, **parameters):
+    return SELECTORS[f"tower_{rule}"].choose(picture, count, **parameters)
 
 
 def drawn(rows=8, columns=12, heads=2, width=12, depth=24, seed=0):
@@ -268,7 +272,7 @@ def variants():
 
 
 @pytest.mark.parametrize("kind", variants())
-@pytest.mark.parametrize("word", SELECTORS)
+@pytest.mark.parametrize("word", RULES)
 def test_edges(word, kind):
     picture = variants()[kind]
     n = len(picture.embeds)
@@ -288,30 +292,34 @@ def test_edges(word, kind):
         found = select(word, picture, count)
         assert (found.kept.tolist(), found.rows, found.embeds) == (list(range(n)), None, None)
     assert len(select(word, picture, 0).kept) == 0
-    if SELECTORS[word].counts:
+    if row("score", f"tower_{word}").finds:
         assert 0 < len(select(word, picture).kept) <= n
 
 
-@pytest.mark.parametrize("word", SELECTORS)
+@pytest.mark.parametrize("word", RULES)
 def test_each_reads_what_it_says(word):
     """A picture with no more than a rule's row of the table suffices, in half precision too, and keeps its type."""
-    full, one = drawn(), SELECTORS[word]
-    depth = full.depth
+    full, defaults = drawn(), {name: key.default for name, key in KEYS.get(f"tower_{word}", {}).items()}
+    needs = SELECTORS[f"tower_{word}"].needs(defaults)
+
+    def only(given, layers):
+        at = [round(x * full.depth) if isinstance(x, float) else x % full.depth for x in layers]
+        return {layer: given[layer].bfloat16() for layer in at}
+
     half = full._replace(
         embeds=full.embeds.bfloat16(),
-        cls={layer: full.cls[layer].bfloat16() for layer in one.attention(depth)},
-        received={layer: full.received[layer].bfloat16() for layer in one.received(depth)},
-        keys={layer: full.keys[layer].bfloat16() for layer in one.keys(depth)},
-        queries={layer: full.queries[layer].bfloat16() for layer in one.keys(depth)},
-        features=full.features.bfloat16() if one.features else None,
+        cls=only(full.cls, needs.cls),
+        received=only(full.received, needs.received),
+        keys=only(full.keys, needs.keys),
+        queries=only(full.queries, needs.queries),
+        features=full.features.bfloat16() if needs.features else None,
     )
+    assert select(word, half, 20, **defaults).kept.tolist() == select(word, half, 20).kept.tolist()
     found = select(word, half, 20)
     for rows in (found.rows, found.embeds):
         assert rows is None or rows.dtype == torch.bfloat16
 
 
 def test_layers_scale_to_the_towers_depth():
-    assert SELECTORS["hiprune"].received(12) == (4, 10)
-    assert SELECTORS["vscan"].attention(27) == (6, 25)
-    assert SELECTORS["prumerge"].keys(6) == (5,)
-    assert np.all([one.attention(2)[:1] in ((), (0,), (1,)) for one in SELECTORS.values()])
+    assert [scaled(8, depth) for depth in (1, 6, 12, 24, 27)] == [0, 2, 4, 8, 9]
+    assert [penultimate(depth) for depth in (1, 2, 24, 27)] == [0, 0, 22, 25]

@@ -14,11 +14,7 @@ from vtwcli.methods.prunesid import PruneSID
 from vtwcli.methods.subsets import Attention, Contribution, Random, TwoStep, Uniform
 from vtwcli.methods.two_cuts import TwoCuts
 from vtwcli.methods.visionzip import VisionZip
-from vtwcli.methods.two_cuts import TwoCuts
-from vtwcli.methods.visionzip import VisionZip
 from vtwcli.methods.visipruner import VisiPruner
-from vtwcli.methods.vispruner import VisPruner
-from vtwcli.methods.vscan import VScan
 from vtwcli.methods.vispruner import VisPruner
 from vtwcli.methods.vscan import VScan
 from vtwcli.methods.vtw import Vtw

@@ -65,7 +65,8 @@ def _choose(call: Call, tower: Tower, looks: Sequence[Look], embeds: Tensor, fla
                 look.queries, look.features, look.depth,
             )  # fmt: skip
             with torch.no_grad():
-                picked = selector.choose(picture, kept_count(select, look.tokens), **parameters)
+                count = None if select.get("found") else kept_count(select, look.tokens)
+                picked = selector.choose(picture, count, **parameters)
                 rows = _rows(picked, rows, tower)
             chosen = picked.kept.to(where.device)
             slots, order = chosen.sort()
@@ -173,5 +174,7 @@ def _deepstack(call: Call, given: dict[str, Any]) -> None:
     rows = compact(stays, stays)
     assert rows.index is not None
     taken = stays.to(mask.device)[mask]
-    given["visual_pos_masks"] = (mask.to(rows.index.device).gather(1, rows.index) & rows.query).to(mask.device)
+    given["visual_pos_masks"] = (mask.to(rows.index.device).gather(1, rows.index) & rows.query).to(
+        mask.device
+    )
     given["deepstack_visual_embeds"] = [x[taken.to(x.device)] for x in more]

@@ -56,7 +56,7 @@ def without(tokens: int, *taken: Tensor) -> Tensor:
 
 def scaled(layer: int, depth: int) -> int:
     """A layer of a tower with 24 at the same share of ``depth``."""
-    return min(round(layer * depth / 24), depth - 1)
+    return min(round(layer / 24 * depth), depth - 1)
 
 
 def penultimate(depth: int) -> int:

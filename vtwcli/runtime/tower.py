@@ -162,6 +162,8 @@ class Tower:
             chosen = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", -1))
             chosen = [chosen] if isinstance(chosen, int) else list(chosen)
             features = [one - 1 if one > 0 else one + depth for one in chosen]
+        if needs.soft and not first:
+            asked, features = [[], sorted({*asked[0], *asked[1]}), [], []], []
         if (asked[0] or asked[2] or asked[3] or features) and not first:
             raise PruningError(
                 "this model's vision tower has no class token, which the schedule's score looks at; take "
@@ -188,7 +190,9 @@ class Tower:
         if record is None or record.busy:
             return None
         if record.stack not in (None, stack):
-            raise PruningError("this model has two vision towers for images; their attention is not understood")
+            raise PruningError(
+                "this model has two vision towers for images; their attention is not understood"
+            )
         record.stack = stack
         return record
 
@@ -248,7 +252,15 @@ class Tower:
         stack = record.stack
         features = getattr(output, "pooler_output", output)
         if stack is None:
-            if any((self.needs.cls, self.needs.received, self.needs.keys, self.needs.queries, self.needs.features)):
+            if any(
+                (
+                    self.needs.cls,
+                    self.needs.received,
+                    self.needs.keys,
+                    self.needs.queries,
+                    self.needs.features,
+                )
+            ):
                 raise PruningError("this model's vision tower did not run through the attention that it has")
             return [Look(n, None, 0) for n in tokens_of(features, given)]
         shape = next(
@@ -256,9 +268,13 @@ class Tower:
         )
         sizes: list[tuple[int, int]] = []
         for chunks in record.chunks.values():
-            sizes = [tuple(x.shape[::2] if x.ndim == 3 else x.shape) for c in chunks if (x := _any(c)) is not None]
+            sizes = [
+                tuple(x.shape[::2] if x.ndim == 3 else x.shape) for c in chunks if (x := _any(c)) is not None
+            ]
             break
-        patches = Patches(self.base, stack.owner, stack.first, sizes or [shape], features, given, record.packed)
+        patches = Patches(
+            self.base, stack.owner, stack.first, sizes or [shape], features, given, record.packed
+        )
         looks = [Look(n, grid, stack.depth) for n, grid in zip(patches.tokens, patches.grids, strict=True)]
         for index, chunks in record.chunks.items():
             for name in ("cls", "received"):
@@ -268,11 +284,15 @@ class Tower:
                     spread = patches.spread(parts, rows=name == "received")
                     for look, x in zip(looks, spread, strict=True):
                         getattr(look, name)[index] = x if name == "cls" else x[0]
+        if (record.projected or record.hidden) and self.needs.soft and not patches.direct:
+            return looks
         if record.projected or record.hidden:
             patches.check_direct()
         for (part, index), x in record.projected.items():
             attention: Any = _attention(self._layer(stack, index))
-            heads = next(getattr(attention, n) for n in ("num_heads", "num_attention_heads") if hasattr(attention, n))
+            heads = next(
+                getattr(attention, n) for n in ("num_heads", "num_attention_heads") if hasattr(attention, n)
+            )
             for look, rows in zip(looks, x, strict=True):
                 where = look.keys if part == "k_proj" else look.queries
                 where[index] = rows.view(rows.shape[0], heads, -1)
@@ -313,12 +333,13 @@ def _attention(layer: Any) -> torch.nn.Module | None:
     return found[0] if len(found) == 1 else None
 
 
-def _from_start(layers: tuple[int, ...], depth: int) -> list[int]:
-    """Layers counted from 0."""
-    for layer in layers:
+def _from_start(layers: tuple[float, ...], depth: int) -> list[int]:
+    """Layers counted from 0; floats are shares of the depth."""
+    whole = [min(round(x * depth), depth - 1) if isinstance(x, float) else int(x) for x in layers]
+    for layer in whole:
         if not -depth <= layer < depth:
             raise PruningError(f"the schedule asks for layer {layer} of a vision tower that has {depth}")
-    return [layer % depth for layer in layers]
+    return [layer % depth for layer in whole]
 
 
 def _chunks(module: Any, args: tuple, kwargs: dict[str, Any], cls: bool, received: bool) -> list[_Chunk]:
