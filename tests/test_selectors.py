@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests import golden, slow_selectors
+from vtwcli.methods import METHODS
+from vtwcli.runtime import entries, pruned
 from vtwcli.runtime.picture import Picture
 from vtwcli.runtime.select_diverse import farthest
 from vtwcli.runtime.select_parts import penultimate, salience, scaled, top
@@ -114,19 +116,34 @@ def test_the_golden_pictures_are_the_published_ones(clip, sample):
         assert top(scores, int(name[1:])).sort().values.tolist() == rows[sample]["kept"]
 
 
+@pytest.fixture(scope="module")
+def decoder():
+    return golden.model()
+
+
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_divprune_against_its_authors(sample):
-    document, _ = golden.numbers("divprune")
-    inputs = load_file(golden.HERE / "gqa.inputs.safetensors")[f"inputs_embeds.{sample}"][0]
-    picture = drawn(24, 24)._replace(embeds=inputs[golden.BEFORE : golden.BEFORE + golden.VISUAL])
+def test_divprune_against_its_authors(decoder, sample):
+    """Picks, answers, logits, and how many rows each layer has and caches."""
+    document, arrays = golden.numbers("divprune")
+    inputs = golden.inputs(decoder, sample)
+    image = decoder.model.multi_modal_projector.features
     for name, rows in document["runs"]["gqa"].items():
-        count = round(float(name[1:]) * golden.VISUAL)
-        kept = select("divprune", picture, count).kept
-        visual = [golden.BEFORE + i for i in kept.tolist()]
+        row, count = rows[sample], round(float(name[1:]) * golden.VISUAL)
+        if row["same_order_fp64"]:
+            assert farthest(image, count).tolist() == row["selection_order"]
+        schedule = METHODS["divprune"](count=count).schedule()
+        with torch.no_grad(), pruned(decoder, schedule) as running:
+            out = decoder.generate(
+                **inputs, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+            [trace] = running.trace.samples
         end = golden.BEFORE + golden.VISUAL
-        assert visual == [i for i in rows[sample]["kept"] if golden.BEFORE <= i < end]
-        if rows[sample]["same_order_fp64"]:
-            assert farthest(picture.embeds, count).tolist() == rows[sample]["selection_order"]
+        visual = [golden.BEFORE + i for i in trace.actions[0].kept]
+        assert visual == [i for i in row["kept"] if golden.BEFORE <= i < end]
+        assert {layer.rows for layer in trace.layers} == {row["len_in"]}
+        assert out.sequences[0, -8:].tolist() == row["tokens"]
+        assert entries(out.past_key_values) == row["kv_len_per_layer_after"]
+        close(torch.cat(out.logits), arrays[f"gqa.{name}.scores.{sample}"], 2e-5)
 
 
 @pytest.mark.parametrize(("dominant", "contextual"), [(54, 10), (162, 30), (1, 7)])

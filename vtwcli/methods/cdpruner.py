@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from vtwcli.methods.in_front import InFront, parameter, published
+from vtwcli.methods.in_front import InFront, parameter
 from vtwcli.methods.method import Style
 
 
@@ -21,8 +21,8 @@ class CDPruner(InFront):
     title: ClassVar[str] = "CDPruner"
     paper: ClassVar[str | None] = "2506.10967"
     style: ClassVar[Style] = Style("#CC79A7", "h", "CDPruner")
+    score: ClassVar[str] = "tower_cdpruner"
 
-    ratio: float | None = published(64)
     relevance_weight: float = parameter(
         "tower_cdpruner", "relevance_weight", "0: diversity alone; 1: relevance as the weight itself"
     )

@@ -19,5 +19,6 @@ class DivPrune(InFront):
     title: ClassVar[str] = "DivPrune"
     paper: ClassVar[str | None] = "2503.02175"
     style: ClassVar[Style] = Style("#009E73", "d", "DivPrune")
+    score: ClassVar[str] = "tower_divprune"
 
     ratio: float | None = published(56)

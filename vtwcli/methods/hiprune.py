@@ -19,6 +19,7 @@ class HiPrune(InFront):
     title: ClassVar[str] = "HiPrune"
     paper: ClassVar[str | None] = "2508.00553"
     style: ClassVar[Style] = Style("#E69F00", "8", "HiPrune")
+    score: ClassVar[str] = "tower_hiprune"
 
     ratio: float | None = published(192)
     alpha: float = parameter("tower_hiprune", "alpha", "share for anchors and the tokens around them")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from vtwcli.methods.in_front import InFront, parameter, published
+from vtwcli.methods.in_front import InFront, parameter
 from vtwcli.methods.method import Style
 
 
@@ -21,7 +21,7 @@ class HoloV(InFront):
     title: ClassVar[str] = "HoloV"
     paper: ClassVar[str | None] = "2510.02912"
     style: ClassVar[Style] = Style("#009E73", "s", "HoloV")
+    score: ClassVar[str] = "tower_holov"
 
-    ratio: float | None = published(64)
     crops: int = parameter("tower_holov", "crops", "number of consecutive ranges")
     weight: float = parameter("tower_holov", "weight", "of variety against attention in a crop's quota")

@@ -1,9 +1,9 @@
-"""What methods share that choose an image's tokens in front of the language model, by a score of their own."""
+"""The common part of methods that choose visual tokens in front of the language model, image by image."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -13,9 +13,14 @@ from vtwcli.schedule.schedule import Keep, Schedule, Select
 
 
 def published(count: int) -> Any:
-    """The field of the share that is published as a count of 576 tokens."""
-    words = f"share of an image's visual tokens that stay, rounded up; published as {count} of 576"
+    """The field of a share that is published as a count of 576 tokens."""
+    words = f"share of each image's tokens that stay, rounded up; published as {count} of 576"
     return Field(count / 576, gt=0, le=1, description=words)
+
+
+def found(description: str) -> Any:
+    """The field of a share in place of the number that a rule finds itself."""
+    return Field(None, gt=0, le=1, description=description)
 
 
 def parameter(score: str, name: str, description: str) -> Any:
@@ -25,16 +30,27 @@ def parameter(score: str, name: str, description: str) -> Any:
 
 
 class InFront(Method):
-    """Keeps tokens of each image before the first layer, by the score ``tower_`` and the method's key.
+    """Keep some of each image's tokens by a score of the vision tower; the language model gets a shorter prompt.
 
-    Fields that subclasses add are parameters of the score.
+    The published numbers are of LLaVA-1.5's 576 tokens an image; as a share of an image's tokens they go with every
+    model. What stays is numbered as in a shorter prompt, but under positions with axes for rows and columns of the
+    image (Qwen, GLM-4V), where it keeps its place.
+
+    Fields that a method adds under the names of its score's parameters are those.
+
+    Class attributes:
+        score: the schedule's word.
+        class_token: whether the tower must have one.
     """
 
+    score: ClassVar[str]
+    class_token: ClassVar[bool] = False
+
     ratio: float | None = Field(
-        None, gt=0, le=1, description="share of an image's visual tokens that stay, rounded up"
+        1 / 9, gt=0, le=1, description="share of each image's tokens that stay, rounded up"
     )
     count: int | None = Field(
-        None, ge=0, description="number of an image's visual tokens that stay, in place of a ratio"
+        None, ge=1, description="number of each image's tokens that stay, in place of a ratio"
     )
 
     @model_validator(mode="after")
@@ -45,24 +61,36 @@ class InFront(Method):
 
     def schedule(self, **provenance: Any) -> Schedule:
         ratio = self.ratio if self.count is None else None
-        select = Select(
-            score=f"tower_{self.key}",
-            ratio=ratio,
-            count=self.count,
-            found=True if (ratio, self.count) == (None, None) else None,
-            parameters=self.model_dump(exclude=set(InFront.model_fields), exclude_defaults=True) or None,
-        )
+        parameters = self.parameters() or None
+        found = True if ratio is None and self.count is None else None
+        select = Select(score=self.score, ratio=ratio, count=self.count, found=found, parameters=parameters)
         keep = Keep(at=0, action="keep", select=select)
         return Schedule(actions=(keep,), provenance={"method": self.key, **provenance})
 
+    def parameters(self) -> dict[str, Any]:
+        """Those of the score that differ from its own defaults."""
+        own = rules.KEYS.get(self.score, {})
+        given = self.model_dump(include=set(own))
+        return {name: value for name, value in given.items() if value != own[name].default}
+
+    @classmethod
+    def refused(cls, model: Shape) -> str | None:
+        """Why the method does not go with a model; None where it does."""
+        if model.tower is None:
+            return "the vision tower of this family has no scores"
+        if cls.class_token and model.tower != "class token":
+            return "the vision tower has no class token"
+        return None
+
     @classmethod
     def compared(cls, model: Shape, grid: Grid, base: Mapping[str, Any]) -> list[Candidate]:
-        """Every ratio of the grid, and first what the rule finds itself, where it does."""
-        varied: list[dict[str, Any]] = [{"ratio": ratio} for ratio in grid.ratios]
-        names = [f"{cls.key} {ratio:.0%}" for ratio in grid.ratios]
+        """Every ratio of the grid and what the rule finds; nothing where the method does not go with the model."""
+        if cls.refused(model) is not None:
+            return []
+        made = []
         if cls.model_fields["ratio"].default is None:
-            varied, names = [{}, *varied], [cls.key, *names]
-        return [
-            Candidate(name, cls.key, cls(**one).schedule(), one)
-            for name, one in zip(names, varied, strict=True)
-        ]
+            made.append(Candidate(cls.key, cls.key, cls().schedule(), {}))
+        for ratio in grid.ratios:
+            one = cls(ratio=ratio)
+            made.append(Candidate(f"{cls.key} {ratio:.0%}", cls.key, one.schedule(), {"ratio": ratio}))
+        return made

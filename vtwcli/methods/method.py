@@ -22,10 +22,13 @@ class Shape:
     Attributes:
         depth: number of decoder layers L.
         first_withdrawal: the first layer at which the family's visual tokens may leave.
+        tower: what scores of the vision tower look at: its ``class token``, or the attention that patches
+            ``received``; None: there are none.
     """
 
     depth: int
     first_withdrawal: int = 0
+    tower: str | None = "class token"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from vtwcli.methods.in_front import InFront, parameter
+from vtwcli.methods.in_front import InFront, found, parameter
 from vtwcli.methods.method import Style
 
 
@@ -23,5 +23,9 @@ class PruMerge(InFront):
     title: ClassVar[str] = "PruMerge"
     paper: ClassVar[str | None] = "2403.15388"
     style: ClassVar[Style] = Style("#D55E00", "<", "PruMerge")
+    score: ClassVar[str] = "tower_prumerge"
 
+    ratio: float | None = found(
+        "rows, the extra one included, as a share of an image's tokens, in place of what the rule finds"
+    )
     neighbours: int = parameter("tower_prumerge", "neighbours", "K of the nearest that a token takes in")

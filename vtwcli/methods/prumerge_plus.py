@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from vtwcli.methods.in_front import InFront, parameter
+from vtwcli.methods.in_front import InFront, found, parameter
 from vtwcli.methods.method import Style
 
 
@@ -21,5 +21,9 @@ class PruMergePlus(InFront):
     title: ClassVar[str] = "PruMerge+"
     paper: ClassVar[str | None] = "2403.15388"
     style: ClassVar[Style] = Style("#D55E00", ">", "PruMerge+")
+    score: ClassVar[str] = "tower_prumerge_plus"
 
+    ratio: float | None = found(
+        "rows at most, the extra one included, as a share, in place of what the rule finds"
+    )
     neighbours: int = parameter("tower_prumerge_plus", "neighbours", "K of the nearest that a token takes in")

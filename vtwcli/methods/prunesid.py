@@ -20,5 +20,6 @@ class PruneSID(InFront):
     title: ClassVar[str] = "PruneSID"
     paper: ClassVar[str | None] = "2603.09480"
     style: ClassVar[Style] = Style("#CC79A7", "*", "PruneSID")
+    score: ClassVar[str] = "tower_prunesid"
 
     ratio: float | None = published(192)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from vtwcli.methods.in_front import InFront
+from vtwcli.methods.in_front import InFront, found
 from vtwcli.methods.method import Style
 
 
@@ -22,3 +22,6 @@ class TwoCuts(InFront):
     title: ClassVar[str] = "knee of the class similarity"
     paper: ClassVar[str | None] = "2409.01162"
     style: ClassVar[Style] = Style("#000000", "1", "knee of the class similarity")
+    score: ClassVar[str] = "tower_two_cuts"
+
+    ratio: float | None = found("share of each image's tokens that stay, rounded up, in place of the knee")

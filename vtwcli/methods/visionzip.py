@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from vtwcli.methods.in_front import InFront, parameter, published
+from vtwcli.methods.in_front import InFront, parameter
 from vtwcli.methods.method import Style
 
 
@@ -23,8 +23,8 @@ class VisionZip(InFront):
     title: ClassVar[str] = "VisionZip"
     paper: ClassVar[str | None] = "2412.04467"
     style: ClassVar[Style] = Style("#0072B2", "p", "VisionZip")
+    score: ClassVar[str] = "tower_visionzip"
 
-    ratio: float | None = published(64)
     contextual: int | None = parameter(
         "tower_visionzip", "contextual", "how many of the rows are merged ones; by default 10 of 64"
     )

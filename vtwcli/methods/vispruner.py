@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from vtwcli.methods.in_front import InFront, parameter, published
+from vtwcli.methods.in_front import InFront, parameter
 from vtwcli.methods.method import Style
 
 
@@ -20,8 +20,8 @@ class VisPruner(InFront):
     title: ClassVar[str] = "VisPruner"
     paper: ClassVar[str | None] = "2412.01818"
     style: ClassVar[Style] = Style("#56B4E9", "H", "VisPruner")
+    score: ClassVar[str] = "tower_vispruner"
 
-    ratio: float | None = published(64)
     important: float = parameter(
         "tower_vispruner", "important", "share of the tokens chosen by attention alone"
     )

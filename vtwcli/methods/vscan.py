@@ -22,6 +22,7 @@ class VScan(InFront):
     title: ClassVar[str] = "VScan"
     paper: ClassVar[str | None] = "2505.22654"
     style: ClassVar[Style] = Style("#0072B2", "X", "VScan")
+    score: ClassVar[str] = "tower_vscan"
 
     ratio: float | None = published(96)
     side: int = parameter("tower_vscan", "side", "windows along each side of the image")

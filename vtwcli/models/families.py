@@ -19,6 +19,7 @@ _CROSS = "its text reads images by cross-attention, so there are no visual token
 _NO_ENCODER = "its vision encoder has no export yet"
 _RESAMPLED = "its visual tokens are not of single patches, they each gather from the whole image"
 _BLOCKS = "its image tokens attend to each other in both directions, which the exported graphs do not"
+_CLASS_TOKENS = {"clip_vision_model", "internvl_vision"}  # vision towers that have one
 _ATTENTION = {"full_attention", "sliding_attention"}  # layer types that withdrawal is proved for
 
 
@@ -392,6 +393,15 @@ def family_of(config: Any) -> Family:
     if not row.no_withdraw and not _ATTENTION.issuperset(getattr(text_config, "layer_types", None) or ()):
         row = replace(row, **_refused(_SEQUENTIAL))
     return row
+
+
+def tower_of(family: Family, config: Any) -> str | None:
+    """What scores of the vision tower look at: its ``class token`` where it has one, else the attention that patches
+    ``received``; None where there are no such scores."""
+    if family.no_tower or family.no_withdraw:
+        return None
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    return "class token" if tower in _CLASS_TOKENS else "received"
 
 
 def placeholder_ids(family: Family, config: Any) -> tuple[int, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from vtwcli.schedule.rules import parameters
 from vtwcli.schedule.schedule import Action, Freeze, Keep, Mute, Select, When, Withdraw
-from vtwcli.schedule.words import given, row
+from vtwcli.schedule.words import TOWER, given, row
 
 
 def describe(action: Action, layers: int) -> str:
@@ -48,4 +49,6 @@ def _condition(when: When) -> str:
 def _selection(select: Select) -> str:
     [word] = given("amount", vars(select))
     amount = row("amount", word).says.format(getattr(select, word))
-    return f"{amount} ({row('score', select.score).says})"
+    score = row("score", select.score)
+    says = score.says.format(**parameters(vars(select))) if score.needs == TOWER else score.says
+    return f"{amount} ({says})"

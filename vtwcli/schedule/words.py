@@ -65,8 +65,9 @@ class Word:
 
     Attributes:
         slot: what it is said of.
-        says: its part of a sentence; ``{}`` stands for a value.
-        needs: what must be measured: nothing, the ``last row``'s attention in the layer before, or the ``vision tower``.
+        says: its part of a sentence; ``{}`` stands for a value, in scores of the tower names for their parameters.
+        needs: what must be measured: nothing, the ``last row``'s attention in the layer before, or the ``vision
+            tower``.
         fixed: whether layer and number of tokens are known before a sample is seen.
         onnx: why graphs cannot have it, and what to do; None where they have it.
         since: the first format version that has it.
@@ -116,36 +117,51 @@ WORDS = (
     Word("score", "attention", "most attention from the last token", needs=LAST_ROW),
     Word("score", "random", "drawn at random", onnx=_DRAWN),
     Word("score", "uniform", "evenly spaced"),
-    _tower("tower_cls", "most attention from the class token of the vision tower, in each image"),
-    _tower("tower_received", "most attention received in the vision tower, in each image"),
     _tower(
-        "tower_visionzip", "the class token, what it attends to, and means of the others, as VisionZip does"
+        "tower_cls", "in each image, most attention from the class token in vision layers {first} to {last}"
+    ),
+    _tower("tower_received", "in each image, best {per} by attention received in vision layer {layer}"),
+    _tower(
+        "tower_visionzip",
+        "in each image, the class token, what it attends to, and means of others, as VisionZip does",
     ),
     _tower(
         "tower_prumerge",
-        "outliers of the class token's attention, others merged in, as PruMerge does",
+        "in each image, outliers of the class token's attention, others merged in, as PruMerge does",
         finds=True,
     ),
     _tower(
         "tower_prumerge_plus",
-        "outliers and evenly spaced tokens, others merged in, as PruMerge+ does",
+        "in each image, outliers and evenly spaced tokens, others merged in, as PruMerge+ does",
         finds=True,
     ),
-    _tower("tower_divprune", "those farthest from each other in each image, as DivPrune does"),
-    _tower("tower_cdpruner", "unlike each other and like the question, in each image, as CDPruner does"),
-    _tower("tower_vispruner", "most attention from the class token, and no twins, as VisPruner does"),
+    _tower("tower_divprune", "in each image, those farthest from each other, as DivPrune does"),
+    _tower(
+        "tower_cdpruner", "in each image, those unlike each other and like the question, as CDPruner does"
+    ),
+    _tower(
+        "tower_vispruner",
+        "in each image, most attention from the class token, and no twins, as VisPruner does",
+    ),
     _tower(
         "tower_hiprune",
-        "what receives attention in an early and a late layer of the vision tower, as HiPrune does",
+        "in each image, what receives attention in an early and a late vision layer, as HiPrune does",
     ),
-    _tower("tower_vscan", "most attention from the class token in each window and in all, as VScan does"),
-    _tower("tower_holov", "most attention from the class token, shared by crops of the image, as HoloV does"),
+    _tower(
+        "tower_vscan",
+        "in each image, most attention from the class token by windows and in all, as VScan does",
+    ),
+    _tower(
+        "tower_holov", "in each image, most attention from the class token, by quotas of crops, as HoloV does"
+    ),
     _tower(
         "tower_prunesid",
-        "most attention from the class token, shared by groups of alike tokens, as PruneSID does",
+        "in each image, most attention from the class token, by groups of alike tokens, as PruneSID does",
     ),
     _tower(
-        "tower_two_cuts", "most like the class token, up to the knee of the curve of similarity", finds=True
+        "tower_two_cuts",
+        "in each image, those most like the class token, to the knee of the curve",
+        finds=True,
     ),
     Word("per", "token", since=2),
     Word("per", "row", since=2),

@@ -55,9 +55,12 @@ def plan_of(schedule: Schedule, depth: int, family: Family) -> Plan:
 def can_follow(plan: Plan, layers: Iterable[nn.Module]) -> bool:
     """Whether ``follow`` knows what a schedule does.
 
+    What is chosen in front of the language model needs the vision tower, which it does not run.
     Where a layer has a sliding window, which visual token is the first one for a decode step depends on what its
     cache has dropped.
     """
+    if plan.front is not None:
+        return False
     if not any(mute.sink == "first" and mute.during == "all" for mute in plan.mutes):
         return True
     attentions = [getattr(layer, "self_attn", None) for layer in layers]
