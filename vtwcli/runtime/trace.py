@@ -18,11 +18,17 @@ class ActionTrace:
         layer: at which it started; None if it did not.
         kept: the tokens that ``keep`` kept, counted among the sample's visual tokens from 0; None if it did not
             start, and for ``withdraw``.
+        images: the same for a selection in front of the language model, one list an image, counted within it from 0,
+            in the order in which the rows stand; None for others.
+        positions: of a selection in front of the language model: ``compact`` where later tokens were numbered as in
+            the shorter prompt, ``original`` where positions have several axes.
     """
 
     action: str
     layer: int | None
     kept: list[int] | None = None
+    images: list[list[int]] | None = None
+    positions: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,12 @@ def traced(call: Call) -> Trace:
         for i, (action, start) in enumerate(zip(plan.leaving, fired[row], strict=True)):
             kept = action.action == "keep" and start >= 0
             tokens = call.ordinal[row, call.kept[i][row]].tolist() if kept else None
-            actions.append(ActionTrace(action.action, start if start >= 0 else None, tokens))
+            front = call.front if action.select is plan.front and kept else None
+            images = None if front is None else front.kept[row]
+            positions = None if front is None else "original" if front.absent is None else "compact"
+            actions.append(
+                ActionTrace(action.action, start if start >= 0 else None, tokens, images, positions)
+            )
         counts = enumerate(zip(present[row], call.rows_at, strict=True))
         layers = [LayerTrace(layer, *two) for layer, two in counts]
         samples.append(SampleTrace(number[row], total[row] - number[row], actions, layers))
