@@ -18,7 +18,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from tests import reference
+from tests import reference, tower
 from vtwcli.models.families import FAMILIES
 
 NAME = "slow_schedule"
@@ -56,7 +56,16 @@ AttentionMaskInterface.register(NAME, eager_mask)
 
 
 class _Interpreter:
-    def __init__(self, model: Any, batch: dict, actions: list[dict], prompt: int, decided: Decisions | None):
+    def __init__(
+        self,
+        model: Any,
+        batch: dict,
+        actions: list[dict],
+        prompt: int,
+        decided: Decisions | None,
+        front: list[list[int]] | None = None,
+    ):
+        self.front = front
         self.layers = reference.text_layers(model)
         self.ids, self.prompt, self.decided = batch["input_ids"], prompt, decided
         self.real = batch["attention_mask"].bool()
@@ -204,6 +213,9 @@ class _Interpreter:
         name = select["score"]
         if "above" in select:
             return [i for i in tokens if self.scores[b][i][name] > select["above"]]
+        if name.startswith("tower_"):
+            assert self.front is not None
+            return self.front[b]
         n = len(tokens)
         wanted = min(select["count"], n) if "count" in select else math.ceil(select["ratio"] * n)
         if name == "uniform":
@@ -220,11 +232,16 @@ class _Interpreter:
 
 @contextmanager
 def interpreted(
-    model: Any, batch: dict, actions: list[dict], prompt: int | None = None, decided: Decisions | None = None
+    model: Any,
+    batch: dict,
+    actions: list[dict],
+    prompt: int | None = None,
+    decided: Decisions | None = None,
+    front: list[list[int]] | None = None,
 ) -> Iterator[Decisions]:
     """Inside, a call of the model with ``batch`` runs under the schedule; arguments as ``logits``."""
     prompt = batch["input_ids"].shape[1] if prompt is None else prompt
-    interpreter, handles = _Interpreter(model, batch, actions, prompt, decided), []
+    interpreter, handles = _Interpreter(model, batch, actions, prompt, decided, front), []
     for index, layer in enumerate(interpreter.layers):
         handles.append(layer.register_forward_pre_hook(interpreter.enter(index), with_kwargs=True))
         handles.append(layer.register_forward_hook(interpreter.leave(index), with_kwargs=True))
@@ -248,6 +265,7 @@ def logits(
     actions: list[dict],
     prompt: int | None = None,
     decided: Decisions | None = None,
+    front: list[list[int]] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Decisions]:
     """Logits [B, S, V] of a full recompute, and what the prompt decided.
@@ -256,8 +274,9 @@ def logits(
         actions: of the schedule, in its canonical form.
         prompt: length of the prompt, padding included; everything by default.
         decided: decisions to follow instead of taking them.
+        front: places of the tokens that scores of the vision tower keep, for each sample.
     """
-    with interpreted(model, batch, actions, prompt, decided) as decisions:
+    with interpreted(model, batch, actions, prompt, decided, front) as decisions:
         return model(**batch, use_cache=False, **kwargs).logits, decisions
 
 
@@ -266,10 +285,26 @@ def greedy(model: Any, batch: dict, actions: list[dict], steps: int, count_posit
     """Greedy tokens [B, steps], their logits [B, steps, V], and the decisions of the prompt."""
     batch, prompt, decided = dict(batch), batch["input_ids"].shape[1], None
     family = FAMILIES[model.config.model_type]
+    front = next(
+        (
+            tower.chosen(model, batch, a["select"])
+            for a in actions
+            if a.get("select", {}).get("score", "").startswith("tower_")
+        ),
+        None,
+    )
+    left = torch.zeros_like(batch["attention_mask"])  # the tokens that leave in front of the language model
+    if front is not None:
+        left = reference.visual_mask(model, batch["input_ids"]).long()
+        for b, places in enumerate(front):
+            left[b, places] = 0
     tokens, scores = [], []
     for _ in range(steps):
-        extra = {"position_ids": reference.positions(batch["attention_mask"])} if count_positions else {}
-        out, decided = logits(model, batch, actions, prompt, decided, **extra)
+        extra = {}
+        if count_positions:
+            gone = torch.nn.functional.pad(left, (0, batch["input_ids"].shape[1] - prompt))
+            extra = {"position_ids": reference.positions(batch["attention_mask"]) - gone.cumsum(1) + gone}
+        out, decided = logits(model, batch, actions, prompt, decided, front, **extra)
         token = out[:, -1].argmax(-1, keepdim=True)
         tokens.append(token)
         scores.append(out[:, -1])

@@ -14,7 +14,8 @@ from tests import parity, slow_schedule
 from tests.tiny import LAYERS, TINY, VARIANTS
 from vtwcli.methods import METHODS
 from vtwcli.methods.method import Grid, Shape
-from vtwcli.models.families import family_of
+from vtwcli.models.families import family_of, tower_of
+from vtwcli.runtime import PruningError, pruned
 
 ROWS = {
     "vtw": {"layer": 4},
@@ -27,6 +28,9 @@ ROWS = {
     "random": {"layer": 3, "ratio": 0.5, "seed": 1},
     "uniform": {"layer": 3, "ratio": 0.5},
     "two-step": {"layer": 3, "ratio": 0.5, "withdraw": 5},
+    "fastervlm": {"count": 2},
+    "vtc_cls": {"ratio": 0.4, "first": -2},
+    "fopru": {"ratio": 0.4},
 }  # fmt: skip
 
 # one a kind: plain, grouped keys with any resolution, three-axis positions, DeepStack, sliding window, prefix mask
@@ -51,7 +55,12 @@ def test_a_method_is_its_schedule_written_out(name, kind, attn):
     model = model_of(kind, attn)
     batch = (TINY | VARIANTS)[kind].batch(SAMPLES, dtype=torch.float64)
     schedule = METHODS[name](**ROWS[name]).schedule()
-    schedule.check_depth(LAYERS, family_of(model.config).first_withdrawal)
+    family = family_of(model.config)
+    schedule.check_depth(LAYERS, family.first_withdrawal)
+    if METHODS[name].refused(Shape(LAYERS, family.first_withdrawal, tower_of(family, model.config))):
+        with pytest.raises(PruningError, match="no class token"), pruned(model, schedule):
+            pass
+        return
     actions = schedule.to_dict()["actions"]
     count = not (TINY | VARIANTS)[kind].own_positions
     tokens, scores, _ = slow_schedule.greedy(model, batch, actions, STEPS, count_positions=count)

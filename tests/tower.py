@@ -7,17 +7,25 @@ change.
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface
 
-from tests.tiny import BREAK_ID, IMAGE_ID
+from tests.tiny import IMAGE_ID
 
 NAME = "tests_tower"
 _kept: list[tuple[Any, torch.Tensor]] = []
-PREFIXED = {"llava", "vipllava", "llava_next", "llava_next_video", "video_llava", "internvl"}  # with a class token
+PREFIXED = {
+    "llava",
+    "vipllava",
+    "llava_next",
+    "llava_next_video",
+    "video_llava",
+    "internvl",
+}  # with a class token
 
 
 class Scores(NamedTuple):
@@ -53,7 +61,9 @@ def layers_of(model: Any) -> list[Any]:
     for name, module in model.model.named_modules():
         if name.startswith(("language_model", "text_model", "video_tower")):
             continue
-        if isinstance(module, torch.nn.ModuleList) and any(hasattr(module[0], n) for n in ("self_attn", "attn", "attention")):
+        if isinstance(module, torch.nn.ModuleList) and any(
+            hasattr(module[0], n) for n in ("self_attn", "attn", "attention")
+        ):
             return list(module)
     raise AssertionError("no tower")
 
@@ -61,7 +71,9 @@ def layers_of(model: Any) -> list[Any]:
 @contextmanager
 def keeping(model: Any):
     """Inside, ``_kept`` gets the weights of the tower's attention."""
-    configs = {id(m.config): m.config for layer in layers_of(model) for m in layer.modules() if hasattr(m, "config")}
+    configs = {
+        id(m.config): m.config for layer in layers_of(model) for m in layer.modules() if hasattr(m, "config")
+    }
     before = {key: config._attn_implementation for key, config in configs.items()}
     for config in configs.values():
         config._attn_implementation = NAME
@@ -78,7 +90,9 @@ def rows_of(model: Any, batch: dict, change: Any = None) -> torch.Tensor:
     """What the language model gets for the visual tokens, [V, E]; ``change`` alters what leaves the tower's layers."""
     found: list[torch.Tensor] = []
     text = getattr(model.model, "language_model", None) or model.model.text_model
-    handles = [text.register_forward_pre_hook(lambda m, a, k: found.append(k["inputs_embeds"]), with_kwargs=True)]
+    handles = [
+        text.register_forward_pre_hook(lambda m, a, k: found.append(k["inputs_embeds"]), with_kwargs=True)
+    ]
     if change is not None:
         handles.append(layers_of(model)[-1].register_forward_hook(change, prepend=True))
     try:
@@ -93,7 +107,9 @@ def rows_of(model: Any, batch: dict, change: Any = None) -> torch.Tensor:
 def scores(model: Any, batch: dict, sizes: list[int]) -> Scores:
     """The numbers of all images of a batch, side by side; ``sizes`` are their numbers of tokens."""
     layers = layers_of(model)
-    prefix = int(model.config.model_type in PREFIXED and "siglip" not in str(model.config.vision_config.model_type))
+    prefix = int(
+        model.config.model_type in PREFIXED and "siglip" not in str(model.config.vision_config.model_type)
+    )
     if "pixtral" in str(model.config.vision_config.model_type):
         prefix = 0
     with keeping(model):
@@ -110,7 +126,9 @@ def scores(model: Any, batch: dict, sizes: list[int]) -> Scores:
 
         def change(module, args, out, patch=patch):
             hidden = (out[0] if isinstance(out, tuple) else out).clone(memory_format=torch.contiguous_format)
-            hidden.view(-1, hidden.shape[-1])[patch] += torch.linspace(-1, 2, hidden.shape[-1], dtype=hidden.dtype)
+            hidden.view(-1, hidden.shape[-1])[patch] += torch.linspace(
+                -1, 2, hidden.shape[-1], dtype=hidden.dtype
+            )
             return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
         moved = (rows_of(model, batch, change) - plain).abs().amax(1) > 1e-12
@@ -146,4 +164,35 @@ def mean_of(x: torch.Tensor, owners: dict[int, list[int]]) -> torch.Tensor:
     return out
 
 
-__all__ = ["BREAK_ID", "PREFIXED", "Scores", "scores"]
+def images_of(ids: torch.Tensor) -> list[list[int]]:
+    """Numbers of visual tokens of each row's images, which text keeps apart."""
+    found = []
+    for row in (ids == IMAGE_ID).int().tolist():
+        runs = "".join(map(str, row)).replace("0", " ").split()
+        found.append([len(run) for run in runs])
+    return found
+
+
+def chosen(model: Any, batch: dict, select: dict) -> list[list[int]]:
+    """The places of the tokens that ``tower_cls`` or ``tower_received`` keeps, for each sample."""
+    images = images_of(batch["input_ids"])
+    found, got = scores(model, batch, [size for row in images for size in row]), {}
+    parameters, depth = select.get("parameters", {}), len(layers_of(model))
+    if select["score"] == "tower_cls":
+        first = parameters.get("first", -2) % depth
+        value = sum(found.cls[layer].mean(0) for layer in range(first, depth - 1))
+    else:
+        value = found.received[depth - 2]
+    start = 0
+    for b, row in enumerate(images):
+        places = (batch["input_ids"][b] == IMAGE_ID).nonzero()[:, 0].tolist()
+        got[b], offset = [], 0
+        for size in row:
+            own = value[start : start + size].tolist()
+            wanted = select["count"] if "count" in select else math.ceil(select["ratio"] * size)
+            best = sorted(range(size), key=lambda i, own=own: -own[i])[:wanted]
+            if parameters.get("per") == "row":
+                raise NotImplementedError
+            got[b] += [places[offset + i] for i in best]
+            start, offset = start + size, offset + size
+    return [sorted(got[b]) for b in range(len(images))]

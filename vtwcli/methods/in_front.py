@@ -75,7 +75,6 @@ class InFront(Method):
 
     @classmethod
     def refused(cls, model: Shape) -> str | None:
-        """Why the method does not go with a model; None where it does."""
         if model.tower is None:
             return "the vision tower of this family has no scores"
         if cls.class_token and model.tower != "class token":

@@ -125,6 +125,11 @@ class Method(Section):
         return self.key
 
     @classmethod
+    def refused(cls, model: Shape) -> str | None:
+        """Why the method does not go with a model; None where it does."""
+        return None
+
+    @classmethod
     def compared(cls, model: Shape, grid: Grid, base: Mapping[str, Any]) -> list[Candidate]:
         """What a comparison of methods tries.
 
