@@ -148,13 +148,20 @@ def test_a_method_is_a_shorter_prompt(name, model, batch):
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_a_method_on_other_families(name, kind):
-    model, batch = TINY[kind].build(dtype=torch.float64), TINY[kind].batch(["t3 i t5"], dtype=torch.float64)
+    """Tokens leave, and a prompt gives in a batch what it gives alone."""
+    model = TINY[kind].build(dtype=torch.float64)
     schedule = METHODS[name](ratio=0.5).schedule()
     schedule.check_depth(6, family_of(model.config).first_withdrawal)
-    with torch.no_grad(), pruned(model, schedule) as running:
-        logits = model(**batch).logits
-        trace = running.trace
-    assert logits.isfinite().all()
-    [action] = trace.samples[0].actions
-    assert action.kept
-    assert len(set(action.kept)) == len(action.kept) < trace.samples[0].visual
+    found = []
+    for rows in (["t3 i t5", "t2 i t3 i t2"], ["t3 i t5"]):
+        batch = TINY[kind].batch(rows, dtype=torch.float64)
+        with torch.no_grad(), pruned(model, schedule) as running:
+            logits = model(**batch).logits
+            samples = running.trace.samples
+        found.append((logits[0, batch["attention_mask"][0].bool()][-1], samples[0].actions[0].kept))
+        for sample in samples:
+            kept = sample.actions[0].kept
+            assert kept
+            assert len(set(kept)) == len(kept) < sample.visual
+    assert found[0][1] == found[1][1]
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-6)
