@@ -138,10 +138,9 @@ def _class_weights(picture: Picture) -> Tensor:
 
 def _outliers(weights: Tensor) -> float:
     """Share of the weights that are outliers by the distance of the quartiles."""
-    low, high = weights.double().quantile(
-        torch.tensor([0.25, 0.75], dtype=torch.float64, device=weights.device)
-    )
-    return int((weights.double() > high + 1.5 * (high - low)).sum()) / len(weights)
+    weights = weights.cpu().double()  # not every device has double precision
+    low, high = weights.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
+    return int((weights > high + 1.5 * (high - low)).sum()) / len(weights)
 
 
 def _gathered(picture: Picture, weights: Tensor, chosen: Tensor, neighbours: int) -> Picked:

@@ -26,9 +26,20 @@ def selector(rule: Rule) -> Rule:
         few = tokens if count is None else min(max(count, 0), tokens)
         if few == 0 or (few == tokens and count is not None):
             return Picked(torch.arange(few, device=picture.embeds.device))
-        return rule(picture, count, **parameters)
+        return rule(_together(picture), count, **parameters)
 
     return chosen
+
+
+def _together(picture: Picture) -> Picture:
+    """With all tensors where the embeddings are: tower and language model may lie on different devices."""
+    device = picture.embeds.device
+    layers = {
+        name: {layer: one.to(device) for layer, one in getattr(picture, name).items()}
+        for name in ("cls", "received", "keys", "queries")
+    }
+    features = None if picture.features is None else picture.features.to(device)
+    return picture._replace(question=picture.question.to(device), features=features, **layers)
 
 
 def wide(values: Tensor) -> Tensor:
