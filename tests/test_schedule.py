@@ -66,7 +66,7 @@ def test_schedule_of_a_calibration_result(tmp_path):
         ("- {at: 3}", "actions.0: the key 'action' is required"),
         ("", "a schedule must be a mapping of keys to values, not an empty file"),
         ("- at: 1\n   x: [", ":2:5: mapping values are not allowed here"),
-        ("format_version: 2\nactions: []", ":1:1: format_version: input should be 1, got 2"),
+        ("format_version: 3\nactions: []", ":1:1: format_version: input should be 1 or 2, got 3"),
     ],
 )  # fmt: skip
 def test_errors_name_file_line_and_key(tmp_path, text, message):

@@ -31,9 +31,11 @@ _BLOCK = 256  # rows whose weights exist at a time
 
 @dataclass(eq=False)
 class Look:
-    """What the tower showed of one image; fields as of ``Picture``, and its number of visual tokens."""
+    """What the tower showed of one image; fields as of ``Picture``, its number of visual tokens, and the row that
+    the model made of the first."""
 
     tokens: int
+    head: Tensor
     grid: tuple[int, int] | None
     depth: int
     cls: dict[int, Tensor] = field(default_factory=dict)
@@ -134,9 +136,9 @@ class Tower:
                 setattr(base, name, _Stand(getattr(base, name), see))
                 keep(_Restore(base, name))
 
-    def take(self) -> list[Look]:
-        """What was seen in this thread since the last time, image by image."""
-        return self._seen.pop(threading.get_ident(), [])
+    def last(self) -> list[Look]:
+        """What was last seen in this thread, image by image; ``generate`` without a cache asks for it again."""
+        return self._seen.get(threading.get_ident(), [])
 
     def projector(self) -> torch.nn.Module:
         """What makes rows of the language model's input from features, one by one.
@@ -262,7 +264,8 @@ class Tower:
                 )
             ):
                 raise PruningError("this model's vision tower did not run through the attention that it has")
-            return [Look(n, None, 0) for n in tokens_of(features, given)]
+            tokens = tokens_of(features, given)
+            return [Look(n, row, None, 0) for n, row in zip(tokens, _heads(features, tokens), strict=True)]
         shape = next(
             iter([tuple(x.shape[:2]) for x in (*record.hidden.values(), *record.projected.values())]), None
         )
@@ -275,7 +278,11 @@ class Tower:
         patches = Patches(
             self.base, stack.owner, stack.first, sizes or [shape], features, given, record.packed
         )
-        looks = [Look(n, grid, stack.depth) for n, grid in zip(patches.tokens, patches.grids, strict=True)]
+        heads = _heads(features, patches.tokens)
+        looks = [
+            Look(n, row, grid, stack.depth)
+            for n, row, grid in zip(patches.tokens, heads, patches.grids, strict=True)
+        ]
         for index, chunks in record.chunks.items():
             for name in ("cls", "received"):
                 if index in getattr(stack, name):
@@ -321,6 +328,14 @@ class _Restore:
     def remove(self) -> None:
         """As a hook's."""
         self.module.__dict__.pop(self.name, None)
+
+
+def _heads(features: Any, tokens: list[int]) -> list[Tensor]:
+    """The row of each image's first token."""
+    parts = [features] if isinstance(features, torch.Tensor) else features
+    rows = torch.cat([part.detach().reshape(-1, part.shape[-1]) for part in parts])
+    starts = torch.tensor([0, *tokens[:-1]]).cumsum(0)
+    return list(rows[starts.to(rows.device)])
 
 
 def _any(chunk: _Chunk) -> Tensor | None:
