@@ -26,7 +26,7 @@ def shorten(call: Call, tower: Tower, given: dict[str, Any]) -> dict[str, Any]:
         PruningError: the vision tower was not seen, or what it showed does not fit the prompt.
     """
     given = dict(given)
-    looks = tower.take()
+    looks = tower.last()
     if call.visual is not None:
         embeds: Any = given.get("inputs_embeds")
         if not isinstance(embeds, torch.Tensor) or embeds.shape[:2] != call.visual.shape:
@@ -60,12 +60,15 @@ def _choose(call: Call, tower: Tower, looks: Sequence[Look], embeds: Tensor, fla
         question = embeds[row, behind & call.real[row].to(embeds.device)]
         for look, where in zip(images, places.split([look.tokens for look in images]), strict=True):
             rows = embeds[row, where]
+            if not torch.equal(rows[0], look.head.to(rows)):
+                raise _unseen("other", "these")
             picture = Picture(
                 rows.detach(), question.detach(), look.grid, look.cls, look.received, look.keys,
                 look.queries, look.features, look.depth,
             )  # fmt: skip
             with torch.no_grad():
-                picked = selector.choose(picture, kept_count(select, look.tokens), **parameters)
+                count = None if select.get("found") else kept_count(select, look.tokens)
+                picked = selector.choose(picture, count, **parameters)
                 rows = _rows(picked, rows, tower)
             chosen = picked.kept.to(where.device)
             slots, order = chosen.sort()
@@ -112,10 +115,7 @@ def _shared(numbers: Sequence[int], looks: Sequence[Look]) -> list[list[Look]]:
     """
     total, seen = sum(numbers), sum(look.tokens for look in looks)
     repeats = total // seen if seen else 0
-    wrong = PruningError(
-        f"the prompt has {total} visual tokens, and the vision tower was seen to make {seen}; scores of the vision "
-        "tower go with images that are given as pixel_values in the same call, and not with videos"
-    )
+    wrong = _unseen(total, seen)
     if not seen or repeats * seen != total or len(numbers) % repeats:
         raise wrong
     waiting, found = list(looks), []
@@ -127,6 +127,13 @@ def _shared(numbers: Sequence[int], looks: Sequence[Look]) -> list[list[Look]]:
             raise wrong
         found += [own] * repeats
     return found
+
+
+def _unseen(total: Any, seen: Any) -> PruningError:
+    return PruningError(
+        f"the prompt has {total} visual tokens, and the vision tower was seen to make {seen}; scores of the vision "
+        "tower go with images that are given as pixel_values in the same call, and not with videos"
+    )
 
 
 def _absent(gone: Tensor) -> Tensor:

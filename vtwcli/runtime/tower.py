@@ -31,9 +31,11 @@ _BLOCK = 256  # rows whose weights exist at a time
 
 @dataclass(eq=False)
 class Look:
-    """What the tower showed of one image; fields as of ``Picture``, and its number of visual tokens."""
+    """What the tower showed of one image; fields as of ``Picture``, its number of visual tokens, and the row that
+    the model made of the first."""
 
     tokens: int
+    head: Tensor
     grid: tuple[int, int] | None
     depth: int
     cls: dict[int, Tensor] = field(default_factory=dict)
@@ -134,9 +136,9 @@ class Tower:
                 setattr(base, name, _Stand(getattr(base, name), see))
                 keep(_Restore(base, name))
 
-    def take(self) -> list[Look]:
-        """What was seen in this thread since the last time, image by image."""
-        return self._seen.pop(threading.get_ident(), [])
+    def last(self) -> list[Look]:
+        """What was last seen in this thread, image by image; ``generate`` without a cache asks for it again."""
+        return self._seen.get(threading.get_ident(), [])
 
     def projector(self) -> torch.nn.Module:
         """What makes rows of the language model's input from features, one by one.
@@ -162,6 +164,8 @@ class Tower:
             chosen = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", -1))
             chosen = [chosen] if isinstance(chosen, int) else list(chosen)
             features = [one - 1 if one > 0 else one + depth for one in chosen]
+        if needs.soft and not first:
+            asked, features = [[], sorted({*asked[0], *asked[1]}), [], []], []
         if (asked[0] or asked[2] or asked[3] or features) and not first:
             raise PruningError(
                 "this model's vision tower has no class token, which the schedule's score looks at; take "
@@ -260,7 +264,8 @@ class Tower:
                 )
             ):
                 raise PruningError("this model's vision tower did not run through the attention that it has")
-            return [Look(n, None, 0) for n in tokens_of(features, given)]
+            tokens = tokens_of(features, given)
+            return [Look(n, row, None, 0) for n, row in zip(tokens, _heads(features, tokens), strict=True)]
         shape = next(
             iter([tuple(x.shape[:2]) for x in (*record.hidden.values(), *record.projected.values())]), None
         )
@@ -273,7 +278,11 @@ class Tower:
         patches = Patches(
             self.base, stack.owner, stack.first, sizes or [shape], features, given, record.packed
         )
-        looks = [Look(n, grid, stack.depth) for n, grid in zip(patches.tokens, patches.grids, strict=True)]
+        heads = _heads(features, patches.tokens)
+        looks = [
+            Look(n, row, grid, stack.depth)
+            for n, row, grid in zip(patches.tokens, heads, patches.grids, strict=True)
+        ]
         for index, chunks in record.chunks.items():
             for name in ("cls", "received"):
                 if index in getattr(stack, name):
@@ -282,6 +291,8 @@ class Tower:
                     spread = patches.spread(parts, rows=name == "received")
                     for look, x in zip(looks, spread, strict=True):
                         getattr(look, name)[index] = x if name == "cls" else x[0]
+        if (record.projected or record.hidden) and self.needs.soft and not patches.direct:
+            return looks
         if record.projected or record.hidden:
             patches.check_direct()
         for (part, index), x in record.projected.items():
@@ -319,6 +330,14 @@ class _Restore:
         self.module.__dict__.pop(self.name, None)
 
 
+def _heads(features: Any, tokens: list[int]) -> list[Tensor]:
+    """The row of each image's first token."""
+    parts = [features] if isinstance(features, torch.Tensor) else features
+    rows = torch.cat([part.detach().reshape(-1, part.shape[-1]) for part in parts])
+    starts = torch.tensor([0, *tokens[:-1]]).cumsum(0)
+    return list(rows[starts.to(rows.device)])
+
+
 def _any(chunk: _Chunk) -> Tensor | None:
     return chunk.cls if chunk.cls is not None else chunk.received
 
@@ -329,12 +348,13 @@ def _attention(layer: Any) -> torch.nn.Module | None:
     return found[0] if len(found) == 1 else None
 
 
-def _from_start(layers: tuple[int, ...], depth: int) -> list[int]:
-    """Layers counted from 0."""
-    for layer in layers:
+def _from_start(layers: tuple[float, ...], depth: int) -> list[int]:
+    """Layers counted from 0; floats are shares of the depth."""
+    whole = [min(round(x * depth), depth - 1) if isinstance(x, float) else int(x) for x in layers]
+    for layer in whole:
         if not -depth <= layer < depth:
             raise PruningError(f"the schedule asks for layer {layer} of a vision tower that has {depth}")
-    return [layer % depth for layer in layers]
+    return [layer % depth for layer in whole]
 
 
 def _chunks(module: Any, args: tuple, kwargs: dict[str, Any], cls: bool, received: bool) -> list[_Chunk]:
