@@ -271,12 +271,12 @@ def test_two_processes_give_the_document_of_one(tiny_dir, data, tmp_path):
     for processes in (1, 2):
         ended = launch(
             tmp_path, "eval", str(tiny_dir), "--data", str(data), "--layers", "3", "--limit", "3", "--batch-size", "2",
-            "--max-new-tokens", "4", "--bootstrap", "50", "--no-timing", "--output", "out.json", processes=processes,
+            "--max-new-tokens", "4", "--bootstrap", "50", "--no-timing", "--output", f"{processes}.json",
+            processes=processes,
         )  # fmt: skip
         assert [process.returncode for process, _, _ in ended] == [0] * processes, ended
         assert [out for _, out, _ in ended[1:]] == [""] * (processes - 1)
-        found.append(json.loads((tmp_path / "out.json").read_text()))
-        (tmp_path / "out.json").unlink()
+        found.append(json.loads((tmp_path / f"{processes}.json").read_text()))
     one, two = found
     assert two["run"]["processes"] == 2
     assert without_run(two) == without_run(one)
