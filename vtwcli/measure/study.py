@@ -27,7 +27,6 @@ from vtwcli.measure.candidates import Tried, tried
 from vtwcli.measure.samples import SampleOptions, check_model, load_model, read_samples, swept
 from vtwcli.measure.streamed import streamed_answers
 from vtwcli.methods.method import Candidate, Shape
-from vtwcli.models.families import tower_of
 from vtwcli.models.generation import generate_batches
 from vtwcli.models.inputs import Encoded
 from vtwcli.models.loading import LoadedModel, fits
@@ -140,9 +139,7 @@ class Study(Generic[Options]):
     @property
     def shape(self) -> Shape:
         """What methods need to know of the model."""
-        family = self.loaded.family
-        tower = tower_of(family, self.loaded.model.config)
-        return Shape(len(self.loaded.layers), family.first_withdrawal, tower)
+        return Shape.of(self.loaded.family, self.loaded.model.config)
 
     def least(self, min_layer: int | None) -> int:
         """The first layer that may be K: as asked, by default of the depth, never before the family allows."""

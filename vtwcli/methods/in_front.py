@@ -88,13 +88,13 @@ class InFront(Method):
             return []
         made = []
         if cls.model_fields["ratio"].default is None:
-            made.append(Candidate(cls.key, cls.key, cls().schedule(), {}))
+            made.append(Candidate(cls.key, cls.key, cls().fitted(model).schedule(), {}))
         for ratio in grid.ratios:
-            one = cls(ratio=ratio)
+            one = cls(ratio=ratio).fitted(model)
             made.append(Candidate(f"{cls.key} {ratio:.0%}", cls.key, one.schedule(), {"ratio": ratio}))
         return made
 
     @classmethod
     def at_share(cls, model: Shape, share: float) -> Self | None:
         """The share itself: every layer holds it."""
-        return cls(ratio=share) if cls.refused(model) is None else None
+        return cls(ratio=share).fitted(model) if cls.refused(model) is None else None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Self
 
 from vtwcli.io.section import Section
+from vtwcli.models.families import Family, tower_depth, tower_of
 from vtwcli.schedule.intervention import Intervention
 from vtwcli.schedule.schedule import Schedule
 
@@ -24,11 +25,19 @@ class Shape:
         first_withdrawal: the first layer at which the family's visual tokens may leave.
         tower: what scores of the vision tower look at: its ``class token``, or the attention that patches
             ``received``; None: there are none.
+        tower_depth: number of the tower's layers; None: not known, so published layers are taken as they are.
     """
 
     depth: int
     first_withdrawal: int = 0
     tower: str | None = "class token"
+    tower_depth: int | None = None
+
+    @classmethod
+    def of(cls, family: Family, config: Any) -> Shape:
+        """Read off a model's config, top-level."""
+        depth = config.get_text_config().num_hidden_layers
+        return cls(depth, family.first_withdrawal, tower_of(family, config), tower_depth(config))
 
 
 @dataclass(frozen=True)

@@ -404,6 +404,13 @@ def tower_of(family: Family, config: Any) -> str | None:
     return "class token" if tower in _CLASS_TOKENS else "received"
 
 
+def tower_depth(config: Any) -> int | None:
+    """Number of layers of the vision tower, as its config says it."""
+    vision = getattr(config, "vision_config", None)
+    counts = (getattr(vision, name, None) for name in ("num_hidden_layers", "depth", "num_layers"))
+    return next((count for count in counts if isinstance(count, int)), None)
+
+
 def placeholder_ids(family: Family, config: Any) -> tuple[int, ...]:
     """The token ids that stand for visual tokens in ``input_ids``."""
     ids = (getattr(config, name, None) for name in family.placeholders)

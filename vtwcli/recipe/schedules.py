@@ -44,7 +44,7 @@ def shape_of(model: ModelSection) -> Shape:
     from vtwcli.models.hub import resolve
 
     found = resolve(model.name, trust_remote_code=model.trust_remote_code, weights=False)
-    return Shape(found.config.get_text_config().num_hidden_layers, found.family.first_withdrawal)
+    return Shape.of(found.family, found.config)
 
 
 def schedules_of(
