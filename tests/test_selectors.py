@@ -13,8 +13,8 @@ from vtwcli.runtime.picture import Picture
 from vtwcli.runtime.select_diverse import farthest
 from vtwcli.runtime.select_parts import penultimate, salience, scaled, top
 from vtwcli.runtime.selection import SELECTORS
-from vtwcli.schedule.rules import KEYS
-from vtwcli.schedule.words import row
+from vtwcli.schedule.rules import KEYS, read
+from vtwcli.schedule.words import ScheduleError, row
 
 SAMPLES = range(4)
 
@@ -340,3 +340,19 @@ def test_each_reads_what_it_says(word):
 def test_layers_scale_to_the_towers_depth():
     assert [scaled(8, depth) for depth in (1, 6, 12, 24, 27)] == [0, 2, 4, 8, 9]
     assert [penultimate(depth) for depth in (1, 2, 24, 27)] == [0, 0, 22, 25]
+
+
+@pytest.mark.parametrize(
+    ("select", "message"),
+    [
+        ({"score": "tower_divprune", "found": True}, "finds no number of tokens"),
+        ({"score": "tower_prumerge", "found": False}, "finds no number of tokens"),
+        ({"score": "tower_prumerge", "found": True, "count": 3}, "give exactly one of"),
+        ({"score": "tower_hiprune", "count": 3, "parameters": {"alpha": 2}}, "alpha is 2"),
+        ({"score": "tower_divprune", "count": 3, "parameters": {"alpha": 0.1}}, "has no parameters"),
+    ],
+)
+def test_what_a_selection_cannot_say(select, message):
+    action = {"at": 0, "action": "keep", "select": select}
+    with pytest.raises(ScheduleError, match=message):
+        read({"format_version": 2, "actions": [action]})
