@@ -22,6 +22,7 @@ from vtwcli.methods.method import Candidate, Grid, Shape
 from vtwcli.models.inputs import encode
 from vtwcli.recipe.recipe import BudgetSection, ModelSection, ScheduleSection
 from vtwcli.results.comparison import FORMAT, FORMAT_VERSION, Budget, FullScore, LeftOut, TriedRow
+from vtwcli.sweep.schedules import plan_of, why_not
 
 
 def budget(
@@ -53,14 +54,16 @@ def budget(
         console.note(STREAMED)
     equal = None if options.tokens is None else at_equal_cost(study.shape, options, visual_tokens(study))
     chosen = candidates(study.shape, options, rule) if equal is None else equal.candidates
+    if study.streamed:
+        chosen = streamable(study, chosen)
     free = equal is not None and not study.streamed
     found = study.try_(chosen, options.max_new_tokens, free=free)
     rows, front = compared(chosen, found, study.text)
     more: dict[str, Any] = {}
     if equal is not None:
         more = {"scores": scores_of(found.samples, found.full) if free else {}, "left_out": equal.left_out}
-        for row, target, answers in zip(rows, equal.targets, found.rows, strict=True):
-            row["tokens"] = target
+        for row, answers in zip(rows, found.rows, strict=True):
+            row["tokens"] = equal.targets[row["name"]]
             said = scores_of(found.samples, answers) if free else {}
             row["scores"] = {task: one["value"] for task, one in said.items()}
     return {
@@ -118,12 +121,12 @@ class Equal:
 
     Attributes:
         candidates: the schedules.
-        targets: how many visual tokens a layer of each is to hold on average.
+        targets: how many visual tokens a layer of each is to hold on average, by its name.
         left_out: which methods have none.
     """
 
     candidates: list[Candidate]
-    targets: list[float]
+    targets: dict[str, float]
     left_out: list[LeftOut]
 
 
@@ -137,7 +140,7 @@ def at_equal_cost(model: Shape, options: BudgetSection, visual: float) -> Equal:
         UsageError: more tokens than a prompt has.
     """
     assert options.tokens is not None
-    found, missing = Equal([], [], []), dict[str, list[float]]()
+    found, missing = Equal([], {}, []), dict[str, list[float]]()
     for target in sorted(set(options.tokens), reverse=True):
         if target >= visual:
             raise UsageError(
@@ -151,8 +154,9 @@ def at_equal_cost(model: Shape, options: BudgetSection, visual: float) -> Equal:
                 missing.setdefault(name, []).append(target)
                 continue
             parameters = method.model_dump(mode="json", exclude_none=True)
-            found.candidates.append(Candidate(f"{name} {target:g}", name, method.schedule(), parameters))
-            found.targets.append(target)
+            title = f"{name} {target:g}"
+            found.candidates.append(Candidate(title, name, method.schedule(), parameters))
+            found.targets[title] = target
     for name, targets in missing.items():
         why = METHODS[name].refused(model) or "no setting of it has this average number of tokens"
         found.left_out.append({"method": name, "tokens": targets, "why": why})
@@ -160,6 +164,27 @@ def at_equal_cost(model: Shape, options: BudgetSection, visual: float) -> Equal:
         raise UsageError(
             "--tokens: none of the methods has a setting for these numbers", "more tokens or methods"
         )
+    return found
+
+
+def streamable(study: Study[Any], chosen: Sequence[Candidate]) -> list[Candidate]:
+    """Those that one pass over streamed layers can follow; the others are named on stderr.
+
+    Raises:
+        UsageError: none can be.
+    """
+    found, lost = [], dict[str, list[str]]()
+    for one in chosen:
+        plan = plan_of(one.schedule, study.shape.depth, study.loaded.family)
+        reason = why_not(plan, study.loaded.layers)
+        if reason is None:
+            found.append(one)
+        else:
+            lost.setdefault(reason[0], []).append(one.method)
+    for why, names in lost.items():
+        console.note(f"not compared on streamed layers: {', '.join(dict.fromkeys(names))}; {why}")
+    if not found:
+        raise UsageError("none of these methods can be compared on streamed layers", "leave out --stream")
     return found
 
 

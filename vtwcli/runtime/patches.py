@@ -118,7 +118,7 @@ class Patches:
             rows: they are sums over the rows of attention, of which the mean is meant.
         """
         if self.packed is not None:
-            return self._spread_tiles(torch.cat(parts), rows)
+            return self._spread_tiles(torch.cat(list(parts)), rows)
         flat = torch.cat([part[:, :, self.first :].transpose(0, 1).flatten(1) for part in parts], 1)
         unit = self.merged**2
         if self.given.get("image_grid_thw") is not None:

@@ -171,7 +171,9 @@ class Tower:
                 "this model's vision tower has no class token, which the schedule's score looks at; take "
                 "tower_received or another method"
             )
-        stack = _Stack(self.base.get_submodule(name.rpartition(".")[0]), depth, first, *asked, features)
+        cls, received, keys, queries = asked
+        owner = self.base.get_submodule(name.rpartition(".")[0])
+        stack = _Stack(owner, depth, first, cls, received, keys, queries, features)
         for index, layer in enumerate(layers):
             attention = _attention(layer)
             assert attention is not None
@@ -271,9 +273,7 @@ class Tower:
         )
         sizes: list[tuple[int, int]] = []
         for chunks in record.chunks.values():
-            sizes = [
-                tuple(x.shape[::2] if x.ndim == 3 else x.shape) for c in chunks if (x := _any(c)) is not None
-            ]
+            sizes = [(x.shape[0], x.shape[-1]) for c in chunks if (x := _any(c)) is not None]
             break
         patches = Patches(
             self.base, stack.owner, stack.first, sizes or [shape], features, given, record.packed
