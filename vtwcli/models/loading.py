@@ -136,9 +136,9 @@ def load(
         kind,
         checkpoint,
     )
-    if place.type == "cpu":
-        if said := threads.fit(sum(weight.numel() for weight in loaded.layers[0].parameters())):
-            console.detail(said)
+    size = sum(weight.numel() for weight in loaded.layers[0].parameters())
+    if place.type == "cpu" and (said := threads.fit(size)):
+        console.detail(said)
     return loaded
 
 
