@@ -23,7 +23,7 @@ from vtwcli.measure.answers import reference_answers
 from vtwcli.measure.candidates import Tried, tried
 from vtwcli.measure.samples import SampleOptions, check_model, load_model, read_samples, swept
 from vtwcli.methods.method import Candidate, Shape
-from vtwcli.models.families import tower_of
+from vtwcli.models.families import tower_of, vision_layers
 from vtwcli.models.generation import generate_answers
 from vtwcli.models.inputs import Encoded
 from vtwcli.models.loading import LoadedModel, fits
@@ -134,8 +134,9 @@ class Study(Generic[Options]):
     def shape(self) -> Shape:
         """What methods need to know of the model."""
         family = self.loaded.family
-        tower = tower_of(family, self.loaded.model.config)
-        return Shape(len(self.loaded.layers), family.first_withdrawal, tower)
+        config = self.loaded.model.config
+        tower, layers = tower_of(family, config), vision_layers(config)
+        return Shape(len(self.loaded.layers), family.first_withdrawal, tower, layers)
 
     def least(self, min_layer: int | None) -> int:
         """The first layer that may be K: as asked, by default of the depth, never before the family allows."""

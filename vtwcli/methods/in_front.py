@@ -61,6 +61,6 @@ class InFront(Method):
         """Every ratio of the grid; nothing where the method does not go with the model."""
         made = []
         for ratio in grid.ratios if cls.refused(model) is None else ():
-            one = cls(ratio=ratio)
+            one = cls(ratio=ratio).fitted(model)
             made.append(Candidate(f"{cls.key} {ratio:.0%}", cls.key, one.schedule(), {"ratio": ratio}))
         return made

@@ -24,11 +24,13 @@ class Shape:
         first_withdrawal: the first layer at which the family's visual tokens may leave.
         tower: what scores of the vision tower look at: its ``class token``, or the attention that patches
             ``received``; None: there are none.
+        vision_layers: number of layers of the vision tower.
     """
 
     depth: int
     first_withdrawal: int = 0
     tower: str | None = "class token"
+    vision_layers: int = 24
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,10 @@ class Method(Section):
     def of(cls, values: Iterable[tuple[str, Any]]) -> Self:
         """The method with those of ``values`` that are its parameters and hold something."""
         return cls(**{key: value for key, value in values if key in cls.model_fields and value is not None})
+
+    def fitted(self, model: Shape) -> Self:
+        """These parameters; those that were not given and are published for another depth, scaled to the model."""
+        return self
 
     def schedule(self, **provenance: Any) -> Schedule:
         """The schedule that these parameters make."""

@@ -2,17 +2,18 @@
 
 Of each image stay the tokens with the largest sum over vision layers of the class token's attention, mean over heads;
 the last layer is left out, as in the published code. Its scripts take the first layer of the sum from the command
-line and give none: here it is the ninth from the end (layer 15 of 24). With ``first=-2`` this is FasterVLM.
+line and give none: here it is the ninth from the end (layer 15 of 24), in other towers in proportion. With
+``first=-2`` this is FasterVLM.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import Field
 
 from vtwcli.methods.in_front import InFront
-from vtwcli.methods.method import Style
+from vtwcli.methods.method import Shape, Style
 
 
 class VtcCls(InFront):
@@ -26,6 +27,11 @@ class VtcCls(InFront):
     class_token: ClassVar[bool] = True
 
     first: int = Field(-9, le=-2, description="first vision layer of the sum, counted from the end below 0")
+
+    def fitted(self, model: Shape) -> Self:
+        if "first" in self.model_fields_set:
+            return self
+        return self.model_copy(update={"first": min(-2, -round(9 * model.vision_layers / 24))})
 
     def parameters(self) -> dict[str, Any]:
         return {"first": self.first} if self.first != -2 else {}

@@ -404,6 +404,12 @@ def tower_of(family: Family, config: Any) -> str | None:
     return "class token" if tower in _CLASS_TOKENS else "received"
 
 
+def vision_layers(config: Any) -> int:
+    """Number of layers of the vision tower; 0 where the config does not tell."""
+    vision = getattr(config, "vision_config", None)
+    return getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", None) or 0
+
+
 def placeholder_ids(family: Family, config: Any) -> tuple[int, ...]:
     """The token ids that stand for visual tokens in ``input_ids``."""
     ids = (getattr(config, name, None) for name in family.placeholders)

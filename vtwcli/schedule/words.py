@@ -119,8 +119,8 @@ WORDS = (
         "tower_cls", "in each image, most attention from the class token in vision layers {first} to {last}"
     ),
     _tower("tower_received", "in each image, best {per} by attention received in vision layer {layer}"),
-    Word("per", "token", since=2),
-    Word("per", "row", since=2),
+    Word("per", "token", "tokens", since=2),
+    Word("per", "row", "rows of tokens", since=2),
     Word("amount", "ratio", "{:.0%} of the visual tokens"),
     Word("amount", "count", "{} visual tokens"),
     Word("amount", "above", "the visual tokens above {:g}", fixed=False, onnx=_DYNAMIC),
