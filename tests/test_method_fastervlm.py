@@ -5,7 +5,9 @@ import torch
 
 from tests import golden
 from vtwcli.methods import METHODS
+from vtwcli.methods.method import Shape
 from vtwcli.runtime import entries, pruned
+from vtwcli.schedule.sentences import describe
 
 STEPS = 4
 
@@ -103,3 +105,27 @@ def test_its_neighbours(model, sample):
         )
         _, _, kept, _ = answer(model, inputs, method.schedule())
         assert kept == tokens.sort().values.tolist()
+
+
+def test_in_words():
+    says = [
+        describe(METHODS[name](count=64, **more).schedule().actions[0], 32)
+        for name, more in (("fastervlm", {}), ("vtc_cls", {}), ("fopru", {"strategy": "row"}))
+    ]
+    assert says == [
+        "From layer 0 of 32 on only 64 visual tokens (in each image, most attention from the class token in vision "
+        "layers -2 to -2) remain.",
+        "From layer 0 of 32 on only 64 visual tokens (in each image, most attention from the class token in vision "
+        "layers -9 to -2) remain.",
+        "From layer 0 of 32 on only 64 visual tokens (in each image, best rows of tokens by attention received in "
+        "vision layer -2) remain.",
+    ]
+
+
+def test_layers_of_the_sum_follow_the_tower():
+    assert [METHODS["vtc_cls"]().fitted(Shape(32, vision_layers=n)).first for n in (24, 12, 2)] == [
+        -9,
+        -4,
+        -2,
+    ]
+    assert METHODS["vtc_cls"](first=-5).fitted(Shape(32, vision_layers=12)).first == -5

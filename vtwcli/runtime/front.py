@@ -10,10 +10,30 @@ import torch
 from vtwcli.runtime.call import Call
 from vtwcli.runtime.contract import PruningError, given_cache, strange
 from vtwcli.runtime.picture import Front, Picked, Picture
+from vtwcli.runtime.plan import Plan
 from vtwcli.runtime.rows import Tensor, compact
 from vtwcli.runtime.selection import SELECTORS
 from vtwcli.runtime.tower import Look, Tower
 from vtwcli.schedule.words import kept_count
+
+
+def tapped(
+    plan: Plan, base: torch.nn.Module, text_model: torch.nn.Module, handles: list[Any]
+) -> Tower | None:
+    """The model's vision tower under the plan's selection, its hooks among ``handles``; None where there is none.
+
+    Raises:
+        PruningError: as ``Tower``; the handles are then removed.
+    """
+    if plan.front is None:
+        return None
+    needs = SELECTORS[plan.front["score"]].needs(plan.front_parameters)
+    try:
+        return Tower(base, text_model, needs, handles.append)
+    except PruningError:
+        for handle in handles:
+            handle.remove()
+        raise
 
 
 def shorten(call: Call, tower: Tower, given: dict[str, Any]) -> dict[str, Any]:

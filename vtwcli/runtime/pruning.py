@@ -50,12 +50,10 @@ from vtwcli.runtime.contract import (
     strange,
 )
 from vtwcli.runtime.freeze import leave_layer, part
-from vtwcli.runtime.front import shorten
+from vtwcli.runtime.front import shorten, tapped
 from vtwcli.runtime.masks import not_padding, split_sinks
 from vtwcli.runtime.plan import Plan
 from vtwcli.runtime.rows import Rows, Tensor, take, take_positions
-from vtwcli.runtime.selection import SELECTORS
-from vtwcli.runtime.tower import Tower
 from vtwcli.runtime.trace import Trace, traced
 
 _CALL = "pruning_call"  # carries the state of one forward pass from the text model to its layers
@@ -100,19 +98,12 @@ class Pruning:
         _guard_hooks()
         self._caches = [cache_argument(layer, "hidden_states", "attention_mask") for layer in layers]
         add = self._handles.append
+        self._tower = tapped(self.plan, base, text_model, self._handles)
         add(base.register_forward_pre_hook(self._enter_base, with_kwargs=True))
         add(base.register_forward_hook(self._check_base))
         add(base.register_forward_hook(self._leave_base, always_call=True))
         add(text_model.register_forward_pre_hook(self._enter_text, with_kwargs=True))
         add(text_model.register_forward_hook(self._leave_text, with_kwargs=True))
-        self._tower: Tower | None = None
-        if self.plan.front is not None:
-            try:
-                needs = SELECTORS[self.plan.front["score"]].needs(self.plan.front_parameters)
-                self._tower = Tower(base, text_model, needs, add)
-            except PruningError:
-                self.remove()
-                raise
         if base is not model:
             add(model.register_forward_pre_hook(self._check_labels, with_kwargs=True))
         for index, layer in enumerate(layers):

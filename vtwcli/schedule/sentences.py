@@ -50,5 +50,10 @@ def _selection(select: Select) -> str:
     [word] = given("amount", vars(select))
     amount = row("amount", word).says.format(getattr(select, word))
     score = row("score", select.score)
-    says = score.says.format(**parameters(vars(select))) if score.needs == TOWER else score.says
+    says = score.says
+    if score.needs == TOWER:
+        values = parameters(vars(select))
+        says = says.format(
+            **{key: row(key, x).says if isinstance(x, str) else x for key, x in values.items()}
+        )
     return f"{amount} ({says})"

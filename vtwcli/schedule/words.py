@@ -167,7 +167,7 @@ WORDS = (
         finds=True,
     ),
     Word("per", "token", "tokens", since=2),
-    Word("per", "row", "rows of the grid", since=2),
+    Word("per", "row", "rows of tokens", since=2),
     Word("amount", "ratio", "{:.0%} of the visual tokens"),
     Word("amount", "count", "{} visual tokens"),
     Word("amount", "above", "the visual tokens above {:g}", fixed=False, onnx=_DYNAMIC),
