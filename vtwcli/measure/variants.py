@@ -248,7 +248,7 @@ def open_variants(
     if ort.is_export(model.name):
         return _open_graphs(model, schedules, options)
     own = _load(model, model.name)
-    full = own if options.baseline is None else _load(model, options.baseline)
+    full = own if options.baseline in (None, model.name) else _load(model, options.baseline)
     _check_family(full, own.family.model_type, model.name)
     return full, [Scheduled(name, schedule, own) for name, schedule in schedules]
 
