@@ -31,11 +31,13 @@ class Decisions:
 
     Attributes:
         present: per layer, which tokens of the prompt may be read, [B, S].
+        gone: per layer, which tokens no longer take up a position, [B, S].
         starts: per withdraw or keep action and sample, the layer at which it started, or None.
         kept: per action and sample, the kept tokens, counted among the sample's visual tokens.
     """
 
     present: list[torch.Tensor] = field(default_factory=list)
+    gone: list[torch.Tensor] = field(default_factory=list)
     starts: list[list[int | None]] = field(default_factory=list)
     kept: list[list[list[int] | None]] = field(default_factory=list)
 
@@ -67,12 +69,14 @@ class _Interpreter:
         self.freezes = [a for a in actions if a["action"] == "freeze"]
         rows = len(self.ids)
         self.present = torch.ones_like(self.visual)
+        self.gone = torch.zeros_like(self.visual)
         self.stage, self.count = [0] * rows, [0] * rows
         self.new = Decisions(
             starts=[[None] * rows for _ in self.leaving], kept=[[None] * rows for _ in self.leaving]
         )
         self.layer = -1
         self.scores: list[dict[int, dict[str, float]]] = []
+        self.own: list[dict[int, dict[str, float]]] | None = None  # of the layer about to run
 
     # -- before a layer
 
@@ -81,29 +85,55 @@ class _Interpreter:
             hidden = kwargs.get("hidden_states", args[0] if args else None)
             self.layer = index
             if self.decided is None:
+                here = [
+                    a for a in self.leaving if a["at"] == index and a.get("select", {}).get("layer") == "here"
+                ]
+                if here:  # the layer runs as if nothing left, and its weights are all that is taken of it
+                    self.own = []
+                    module.forward(*args, **self.arguments(index, hidden, kwargs))
                 for b in range(len(self.ids)):
                     self.decide(b)
+                self.own = None
                 self.new.present.append(self.present.clone())
+                self.new.gone.append(self.gone.clone())
             else:
-                self.present = torch.ones_like(self.visual)
-                self.present[:, : self.prompt] = self.decided.present[index]
-            given, length = kwargs["attention_mask"], self.ids.shape[1]
-            if given is None:
-                allowed = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
-            else:
-                allowed = given if given.dtype == torch.bool else given == 0
-            allowed = (allowed & (self.real & self.present)[:, None, None, :]).clone()
-            allowed = allowed.expand(len(self.ids), -1, -1, -1).clone()
-            for mute in self.mutes:
-                if mute.get("sink", "renormalise") == "renormalise" and mute["at"] <= index < mute["until"]:
-                    allowed &= ~self.pairs(mute)[:, None]
-            alone = ~allowed.any(-1, keepdim=True) & torch.eye(length, dtype=torch.bool)
-            allowed |= alone
-            low = torch.finfo(hidden.dtype).min
-            mask = torch.zeros(allowed.shape, dtype=hidden.dtype).masked_fill(~allowed, low)
-            return args, {**kwargs, "attention_mask": mask}
+                for now, then in ((self.present, self.decided.present), (self.gone, self.decided.gone)):
+                    now[:, : self.prompt] = then[index]
+            return args, self.arguments(index, hidden, kwargs)
 
         return hook
+
+    def arguments(self, index: int, hidden: torch.Tensor, kwargs: dict) -> dict:
+        """A layer's arguments with the mask and the positions of the tokens that are there."""
+        given, length = kwargs["attention_mask"], self.ids.shape[1]
+        if given is None:
+            allowed = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+        else:
+            allowed = given if given.dtype == torch.bool else given == 0
+        allowed = (allowed & (self.real & self.present)[:, None, None, :]).clone()
+        allowed = allowed.expand(len(self.ids), -1, -1, -1).clone()
+        for mute in self.mutes:
+            if mute.get("sink", "renormalise") == "renormalise" and mute["at"] <= index < mute["until"]:
+                allowed &= ~self.pairs(mute)[:, None]
+        alone = ~allowed.any(-1, keepdim=True) & torch.eye(length, dtype=torch.bool)
+        allowed |= alone
+        low = torch.finfo(hidden.dtype).min
+        mask = torch.zeros(allowed.shape, dtype=hidden.dtype).masked_fill(~allowed, low)
+        changed = {**kwargs, "attention_mask": mask}
+        if (
+            self.gone.any()
+        ):  # one position less for each token that is gone: that of the token so many places before
+            for name in [name for name in kwargs if name.startswith("position_embeddings")]:
+                changed[name] = tuple(self.moved_up(table) for table in kwargs[name])
+        return changed
+
+    def moved_up(self, table: torch.Tensor) -> torch.Tensor:
+        """Rotary embeddings [B or 1, S, D] at the positions that tokens have now."""
+        rows = []
+        for b in range(len(self.ids)):
+            of = table[b if len(table) > 1 else 0]
+            rows.append([of[i - int(self.gone[b, :i].sum())] for i in range(len(of))])
+        return torch.stack([torch.stack(row) for row in rows])
 
     def leave(self, index: int):
         def hook(module, args, kwargs, output):
@@ -146,7 +176,9 @@ class _Interpreter:
             weights[b] = original[b].masked_fill(gone[b], 0)
             for first in (self.visual[b] & self.present[b]).nonzero()[:1, 0].tolist():
                 weights[b, :, :, first] += (original[b] * moved[b]).sum(-1)
-        if self.decided is None:
+        if self.own is not None:
+            self.own = [self.score(weights[b], values[b], b) for b in range(len(self.ids))]
+        elif self.decided is None:
             self.scores = [self.score(weights[b], values[b], b) for b in range(len(self.ids))]
         return weights
 
@@ -193,6 +225,8 @@ class _Interpreter:
             kept = self.select(b, action["select"], tokens) if action["action"] == "keep" else []
             for i in tokens:
                 self.present[b, i] = i in kept
+            if action.get("positions") == "compact":
+                self.gone[b] = self.visual[b] & ~self.present[b]
             self.stage[b], self.count[b] = number + 1, 0
             self.new.starts[number][b] = self.layer
             if action["action"] == "keep":
@@ -205,7 +239,12 @@ class _Interpreter:
         if "above" in select:
             return [i for i in tokens if self.scores[b][i][name] > select["above"]]
         n = len(tokens)
-        wanted = min(select["count"], n) if "count" in select else math.ceil(select["ratio"] * n)
+        if "count" in select:
+            wanted = min(select["count"], n)
+        elif "share" in select:
+            wanted = min(int(round(select["share"] * int(self.visual[b].sum()), 9)), n)
+        else:
+            wanted = math.ceil(select["ratio"] * n)
         if name == "uniform":
             return [tokens[math.ceil(i * n / wanted)] for i in range(wanted)]
         if name == "random":
@@ -214,7 +253,8 @@ class _Interpreter:
             everything = self.visual[b].nonzero()[:, 0].tolist()
             value = {i: draw[everything.index(i)] for i in tokens}
         else:
-            value = {i: self.scores[b][i][name] for i in tokens}
+            scores = self.own if select.get("layer") == "here" else self.scores
+            value = {i: scores[b][i][name] for i in tokens}
         return sorted(sorted(tokens, key=lambda i: -value[i])[:wanted])
 
 

@@ -15,6 +15,7 @@ from tests.tiny import LAYERS, TINY, VARIANTS
 from vtwcli.methods import METHODS
 from vtwcli.methods.method import Grid, Shape
 from vtwcli.models.families import family_of
+from vtwcli.runtime import PruningError
 
 ROWS = {
     "vtw": {"layer": 4},
@@ -22,6 +23,7 @@ ROWS = {
         "shallow_mid_layer": 2, "layer_threshold": 0.99, "tokens_threshold": 1.0, "exit_threshold": 0.7
     },
     "fastv": {"layer": 3, "count": 4},
+    "pyramiddrop": {"layers": [3, 4, 5], "counts": [5, 3, 2]},
     "attention": {"layer": 3, "ratio": 0.5},
     "contribution": {"layer": 3, "ratio": 0.25},
     "random": {"layer": 3, "ratio": 0.5, "seed": 1},
@@ -53,6 +55,10 @@ def test_a_method_is_its_schedule_written_out(name, kind, attn):
     schedule = METHODS[name](**ROWS[name]).schedule()
     schedule.check_depth(LAYERS, family_of(model.config).first_withdrawal)
     actions = schedule.to_dict()["actions"]
+    if (TINY | VARIANTS)[kind].own_positions and any("positions" in action for action in actions):
+        with pytest.raises(PruningError, match="counts positions along time, rows and columns"):
+            parity.generated(model, batch, schedule, 1)
+        return
     count = not (TINY | VARIANTS)[kind].own_positions
     tokens, scores, _ = slow_schedule.greedy(model, batch, actions, STEPS, count_positions=count)
     out, logits = parity.generated(model, batch, schedule, STEPS)

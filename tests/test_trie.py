@@ -19,7 +19,7 @@ from vtwcli.schedule.schedule import Schedule
 from vtwcli.sweep import schedules as engine
 from vtwcli.sweep import trie
 from vtwcli.sweep.layers import Resident
-from vtwcli.sweep.schedules import Followed, can_follow, follow, plan_of
+from vtwcli.sweep.schedules import Followed, follow, plan_of, why_not
 from vtwcli.sweep.sweep import SweepItem
 
 LAYOUTS = ["t3 i t5", "i t1", "t1 i t1", "i i t3", "t2 i t3 i t4", "i t1 i t2 i t2", "t8"]
@@ -112,7 +112,7 @@ def test_families_with_masks_and_additions_of_their_own(name):
             plan = plan_of(Schedule(actions=tuple(one)), tiny.LAYERS, family_of(model.config))
         except UsageError:
             continue  # before all features have come
-        if can_follow(plan, text_layers(model)):
+        if why_not(plan, text_layers(model)) is None:
             actions.append(one)
     assert (len(actions) < len(ALL)) == (name not in ("llava_onevision", "qwen2_5_vl"))
     assert len(actions) > 10

@@ -18,7 +18,7 @@ from vtwcli.runtime import PruningError
 from vtwcli.runtime.plan import Plan
 from vtwcli.schedule.words import kept_count
 from vtwcli.sweep.layers import LayerSource
-from vtwcli.sweep.schedules import can_follow, follow, plan_of
+from vtwcli.sweep.schedules import follow, plan_of, why_not
 from vtwcli.sweep.sweep import SweepItem
 
 _STREAM_BYTES = 2 << 30  # of hidden states that walk together when layers are streamed
@@ -58,14 +58,11 @@ class Many:
                 plan = plan_of(one.schedule, source.depth, loaded.family)
             except PruningError as error:
                 raise UsageError(f"schedule {one.name}: {error}") from None
-            if can_follow(plan, loaded.layers):
+            reason = why_not(plan, loaded.layers)
+            if reason is None:
                 self.plans[c] = plan
             elif source.together:
-                raise UsageError(
-                    f"schedule {one.name}: moving attention to the first visual token goes with no sliding window "
-                    "when layers are streamed",
-                    "use sink: zero, or leave out --stream",
-                )
+                raise UsageError(f"schedule {one.name}: {reason[0]}", reason[1])
         self._schedules = [candidates[c].schedule for c in self.plans]
 
     def along(

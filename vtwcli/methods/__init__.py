@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from vtwcli.methods.fastv import FastV
 from vtwcli.methods.method import Method
+from vtwcli.methods.pyramiddrop import PyramidDrop
 from vtwcli.methods.subsets import Attention, Contribution, Random, TwoStep, Uniform
 from vtwcli.methods.visipruner import VisiPruner
 from vtwcli.methods.vtw import Vtw
 
 # every method by the name that options, recipes and documents use, in the order of comparisons
 METHODS: dict[str, type[Method]] = {
-    one.key: one for one in (Vtw, VisiPruner, FastV, Attention, Contribution, Random, Uniform, TwoStep)
-}
+    one.key: one for one in (
+        Vtw, VisiPruner, FastV,
+        PyramidDrop,
+        Attention, Contribution, Random, Uniform, TwoStep,
+    )
+}  # fmt: skip

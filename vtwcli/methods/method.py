@@ -113,6 +113,10 @@ class Method(Section):
         """The method with those of ``values`` that are its parameters and hold something."""
         return cls(**{key: value for key, value in values if key in cls.model_fields and value is not None})
 
+    def fitted(self, model: Shape) -> Self:
+        """These parameters; those that were not given and are published for another depth, scaled to the model."""
+        return self
+
     def schedule(self, **provenance: Any) -> Schedule:
         """The schedule that these parameters make."""
         raise NotImplementedError

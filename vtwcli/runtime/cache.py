@@ -23,19 +23,23 @@ class Columns:
         kind: text or visual, [B, T] int8.
         ragged: whether some position is -1.
         visual: whether some kind may be visual.
+        gone: indices of tokens whose positions those behind them have taken over, -1: none, [B, G]; or None.
     """
 
     position: Tensor
     kind: Tensor
     ragged: bool = False
     visual: bool = False
+    gone: Tensor | None = None
     picked: tuple[Any, Columns] | None = None
 
     def pick(self, rows: Tensor) -> Columns:
         """These rows of the batch; the layers of a cache all ask for the same ones in turn."""
         if self.picked is None or self.picked[0] is not rows:
             index = rows.to(self.position.device)
-            taken = replace(self, position=self.position[index], kind=self.kind[index], picked=None)
+            gone = None if self.gone is None else self.gone[index]
+            position, kind = self.position[index], self.kind[index]
+            taken = replace(self, position=position, kind=kind, gone=gone, picked=None)
             self.picked = (rows, taken)
         return self.picked[1]
 
@@ -48,7 +52,7 @@ class Columns:
         """The entries ``rows`` [B, T'], in each row of the batch its own."""
         assert rows.index is not None
         position = self.position.gather(1, rows.index).masked_fill(~rows.key, -1)
-        return Columns(position, self.kind.gather(1, rows.index), rows.ragged, self.visual)
+        return Columns(position, self.kind.gather(1, rows.index), rows.ragged, self.visual, self.gone)
 
 
 class PrunedLayer(DynamicLayer):
@@ -141,6 +145,7 @@ class PrunedLayer(DynamicLayer):
             torch.cat([one.kind, two.kind], 1),
             one.ragged or two.ragged,
             one.visual or two.visual,
+            two.gone,
         )
 
     def _hold(self, rows: Rows, columns: Columns) -> None:
@@ -180,7 +185,7 @@ class PrunedLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
         self.seen, self.aside, self._coming = 0, None, None
-        self.columns = self.columns.slice(slice(0, 0))
+        self.columns = replace(self.columns.slice(slice(0, 0)), gone=None)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens seen."""
@@ -198,7 +203,9 @@ class PrunedLayer(DynamicLayer):
         self.seen += tokens_to_remove
         position = self.columns.position.masked_fill(self.columns.position >= self.seen, -1)
         stay = (position >= 0).any(0).nonzero()[:, 0]
-        columns = replace(self.columns, position=position).slice(stay)
+        gone = self.columns.gone
+        gone = None if gone is None else gone.masked_fill(gone >= self.seen, -1)
+        columns = replace(self.columns, position=position, gone=gone).slice(stay)
         self.columns = replace(columns, ragged=bool((columns.position < 0).any()))
         stay = stay.to(self.keys.device)
         self.keys, self.values = self.keys.index_select(2, stay), self.values.index_select(2, stay)

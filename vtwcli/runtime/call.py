@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from vtwcli.runtime.cache import Columns
 from vtwcli.runtime.contract import attention_kind, strange
 from vtwcli.runtime.masks import check_mask, flash_mask, gathered, sunk
 from vtwcli.runtime.plan import Plan, PlannedAction
+from vtwcli.runtime.positions import Turned, gone_at, lowering
 from vtwcli.runtime.rows import TEXT, Rows, Split, Tensor, compact, split
+from vtwcli.runtime.selection import best, drawn, spaced
 from vtwcli.schedule.words import kept_count
 
 
@@ -101,6 +103,9 @@ class Call:
         self.fired: list[Tensor] = []
         self.kept: dict[int, Tensor] = {}
         self.probe: dict[str, Tensor] | None = None
+        self.scores: dict[int, Tensor] = {}
+        self.gone: Tensor | None = None
+        self.angles: list[Turned] = []
         self.tap: Tap | None = None
         self.past = 0
         self.cache: Any = None
@@ -206,7 +211,7 @@ class Call:
         if not self.plan.may_probe(layer):
             return False
         return any(
-            (a.at == layer + 1 and a.measured)
+            (a.at == layer + 1 and a.before)
             or (a.at is None and layer > a.after and bool((self.stage == number).any()))
             for number, a in enumerate(self.plan.leaving)
         )
@@ -245,16 +250,22 @@ class Call:
                 continue
             stays = self.present & ~self.visual
             if action.action == "keep":
-                chosen = self._select(action)
+                chosen = self._select(number, action)
                 stays = stays | chosen
                 before_now = self.kept.get(number, torch.zeros_like(chosen))
                 self.kept[number] = torch.where(starts[:, None], chosen, before_now)
             self.present = torch.where(starts[:, None], stays, self.present)
+            if action.positions == "compact":
+                gone, missing = self.gone, self.visual & ~self.present
+                gone = torch.zeros_like(missing) if gone is None else gone
+                self.gone = torch.where(starts[:, None], missing, gone)
             self.stage = torch.where(starts, number + 1, self.stage)
             self.count = self.count.masked_fill(starts, 0)
             self.fired[number] = self.fired[number].masked_fill(starts, layer)
             left = True
-        return compact(self.present | self.is_last, self.present) if left else before
+        if not left:
+            return before
+        return replace(compact(self.present | self.is_last, self.present), gone=self.gone)
 
     def _condition(self, action: PlannedAction, awaited: Tensor) -> Tensor:
         """Rows [B] at which an ``auto`` action starts, given the layer before."""
@@ -268,41 +279,29 @@ class Call:
         self.count = torch.where(awaited, torch.where(holds, self.count + 1, without), self.count)
         return awaited & (self.count >= action.when.get("layers", 1))
 
-    def _select(self, action: PlannedAction) -> Tensor:
+    def _select(self, number: int, action: PlannedAction) -> Tensor:
         """The visual tokens [B, S] that ``keep`` keeps among those present."""
         assert self.visual is not None
         there, select = self.present & self.visual, action.select
-        number = there.sum(1)
+        total = there.sum(1)
         if select.get("above") is not None:
-            return there & (self._measured(select["score"]) > select["above"])
-        wanted = torch.tensor([kept_count(select, n) for n in number.tolist()], device=number.device)
+            return there & (self._measured(number, action) > select["above"])
+        counts = zip(total.tolist(), self.number.tolist(), strict=True)
+        wanted = torch.tensor([kept_count(select, *two) for two in counts], device=total.device)
         if select["score"] == "uniform":
-            # of n tokens the ceil(i n / m)-th for i = 0..m-1: those with (j m) mod n < m
-            ordinal = there.cumsum(1) - 1
-            return there & ((ordinal * wanted[:, None]) % number.clamp(min=1)[:, None] < wanted[:, None])
+            return spaced(there, wanted)
         if select["score"] == "random":
-            score = self._random(select.get("seed", 0))
-        else:
-            score = self._measured(select["score"])
-        score = score.masked_fill(~there, -torch.inf)
-        order = score.argsort(dim=1, descending=True, stable=True)
-        rank = order.argsort(dim=1)
-        return there & (rank < wanted[:, None])
+            return best(drawn(self.visual, select.get("seed", 0)), there, wanted)
+        return best(self._measured(number, action), there, wanted)
 
-    def _measured(self, name: str) -> Tensor:
-        """A score [B, S] that the layer before gave."""
+    def _measured(self, number: int, action: PlannedAction) -> Tensor:
+        """An action's score [B, S], as a layer gave it."""
+        if number in self.scores:
+            return self.scores[number]
+        name = action.select["score"]
         if self.probe is None:
             raise strange(f"the attention of this model gave no {name}")
         return self.probe[name]
-
-    def _random(self, seed: int) -> Tensor:
-        """Scores [B, S] that depend on the seed and the number of a sample's visual tokens only."""
-        assert self.visual is not None
-        score = torch.zeros(self.shape, device=self.visual.device)
-        for row, number in enumerate(self.number.tolist()):
-            draw = torch.rand(number, generator=torch.Generator().manual_seed(seed))
-            score[row, self.visual[row]] = draw.to(score.device)
-        return score
 
     # ------------------------------------------------------------------ what a layer is given
 
@@ -329,8 +328,18 @@ class Call:
                 position = torch.cat([old.position, position], 1)
                 kind = torch.cat([old.kind, kind], 1)
                 ragged, visual = ragged or old.ragged, visual or old.visual
+            gone = None if old is None else old.gone
+            if rows.gone is not None:
+                gone = gone_at(rows.gone.to(device), past, gone)
             # the memo holds what its keys are the ids of, so that no other object gets them
-            self.memo[key] = Columns(position, kind, ragged, visual), old, rows
+            self.memo[key] = Columns(position, kind, ragged, visual, gone), old, rows
+        return self.memo[key][0]
+
+    def lowering(self, rows: Rows, old: Tensor | None) -> Tensor | None:
+        """By how much positions are lower where ``rows`` run, [B, S or 1]; see ``positions.lowering``."""
+        key = ("lowering", id(rows), id(old))
+        if key not in self.memo:
+            self.memo[key] = lowering(rows.gone, old), rows, old
         return self.memo[key][0]
 
     def mask(

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vtwcli.runtime.contract import PruningError
-from vtwcli.schedule.rules import check_depth, earliest_starts, read
-from vtwcli.schedule.words import LAST_ROW, ScheduleError, row
+from vtwcli.schedule.rules import check_depth, earliest_starts, read, version_of
+from vtwcli.schedule.words import ScheduleError, row
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class PlannedAction:
     readers: str = "text"
     columns: str = "all"
     during: str = "all"
+    positions: str = "original"
 
     @classmethod
     def of(cls, action: Mapping[str, Any]) -> PlannedAction:
@@ -34,8 +35,18 @@ class PlannedAction:
 
     @property
     def measured(self) -> bool:
-        """Whether the selection needs attention numbers of the layer before."""
-        return bool(self.select) and row("score", self.select["score"]).needs == LAST_ROW
+        """Whether the selection needs numbers that a layer gives."""
+        return bool(self.select) and row("score", self.select["score"]).needs is not None
+
+    @property
+    def here(self) -> bool:
+        """Whether they are those of its own layer."""
+        return self.measured and self.select["layer"] == "here"
+
+    @property
+    def before(self) -> bool:
+        """Whether they are the last row's in the layer before."""
+        return self.measured and not self.here
 
     def covers(self, layer: int) -> bool:
         """Whether a range action acts in ``layer``."""
@@ -44,6 +55,9 @@ class PlannedAction:
 
 class Plan:
     """A valid schedule, asked layer by layer.
+
+    Attributes:
+        newer: whether it says what the first version of the form cannot.
 
     Raises:
         PruningError: an action that this runtime cannot execute on a model of this depth.
@@ -56,6 +70,7 @@ class Plan:
         except ScheduleError as error:
             raise PruningError(str(error)) from None
         self.depth = depth
+        self.newer = version_of(actions) > 1
         self.key = json.dumps(schedule.get("actions", ()), sort_keys=True)
         planned = [PlannedAction.of(action) for action in actions]
         self.leaving = [a for a in planned if a.action in ("withdraw", "keep")]
@@ -65,13 +80,14 @@ class Plan:
             if self.leaving[i].at is None:  # nothing is looked at before the action above has started
                 self.leaving[i] = replace(self.leaving[i], after=start - 2)
         for number, a in enumerate(planned, 1):
-            if a.at == 0 and a.measured:
+            if a.at == 0 and a.before:
                 raise PruningError(
                     f"action {number} ({a.action}): score {a.select['score']} comes from the layer before; "
                     "start at 1 or later"
                 )
         for layer in range(depth):
-            if self.may_probe(layer) and any(a.covers(layer) and a.readers != "visual" for a in self.mutes):
+            looks = self.may_probe(layer) or self.looks_in(layer)
+            if looks and any(a.covers(layer) and a.readers != "visual" for a in self.mutes):
                 raise PruningError(
                     f"layer {layer} is muted, so it has no scores or conditions; let 'keep' start two layers "
                     "after the mute ends, and 'auto' look after it ('after': its 'until' or later)"
@@ -82,8 +98,17 @@ class Plan:
         if layer + 1 >= self.depth:
             return False
         return any(
-            (a.at == layer + 1 and a.measured) or (a.at is None and layer > a.after) for a in self.leaving
+            (a.at == layer + 1 and a.before) or (a.at is None and layer > a.after) for a in self.leaving
         )
+
+    def looks_in(self, layer: int) -> dict[int, PlannedAction]:
+        """The actions, by number, that ask ``layer`` itself before it runs."""
+        return {i: a for i, a in enumerate(self.leaving) if a.at == layer and a.here}
+
+    @property
+    def renumbers(self) -> bool:
+        """Whether positions change."""
+        return any(a.positions == "compact" for a in self.leaving)
 
     def sinks(self, layer: int, prefill: bool) -> list[PlannedAction]:
         """Mutes in ``layer`` that act on values, after the softmax."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vtwcli.schedule.words import FORMAT_VERSION, MUTED, ScheduleError, given, row, words
+from vtwcli.schedule.words import FORMAT_VERSION, MUTED, SELECTED, ScheduleError, given, row, words
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Key:
         default: ``...`` where it is required; None: nothing.
         least, most: bounds of a number.
         auto: whether the word ``auto`` does too.
+        since: the first version of the form that has it.
     """
 
     kind: type
@@ -29,6 +30,7 @@ class Key:
     least: float | None = None
     most: float | None = None
     auto: bool = False
+    since: int = 1
 
 
 _START = {"at": Key(int, ..., 0, auto=True), "after": Key(int, None, 0), "when": Key(dict)}
@@ -36,7 +38,7 @@ _SPAN = {"at": Key(int, ..., 0), "until": Key(int, ..., 1)}
 
 KEYS: dict[str, dict[str, Key]] = {
     "withdraw": _START,
-    "keep": {**_START, "select": Key(dict, ...)},
+    "keep": {**_START, "select": Key(dict, ...), "positions": Key(str, words("positions")[0])},
     "mute": {**_SPAN, **{slot: Key(str, words(slot)[0]) for slot in MUTED}},
     "freeze": _SPAN,
     "when": {
@@ -49,8 +51,10 @@ KEYS: dict[str, dict[str, Key]] = {
         "score": Key(str, ...),
         "ratio": Key(float, None, 0, 1),
         "count": Key(int, None, 0),
+        "share": Key(float, None, 0, 1, since=2),
         "above": Key(float),
         "seed": Key(int, 0),
+        **{slot: Key(str, words(slot)[0]) for slot in SELECTED},
     },
 }
 """The keys of each action, of ``when`` and of ``select``."""
@@ -71,12 +75,28 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
             raise ScheduleError("'at: auto' needs a condition under 'when'")
         if data["at"] != "auto" and not (data.get("when") is None and data.get("after") is None):
             raise ScheduleError("'when' and 'after' go with 'at: auto' only")
+        if data["at"] == "auto":
+            _check_auto(data.get("select"))
     elif part == "when":
         _one_of("condition", data)
     elif part == "select":
         _one_of("amount", data)
         if data.get("above") is not None and row("score", data["score"]).needs is None:
             raise ScheduleError(f"score {data['score']} has no threshold; give ratio or count")
+        if row("score", data["score"]).needs is None and (said := said_of(part, data, SELECTED)):
+            raise ScheduleError(f"score {data['score']} is not measured, so '{said[0]}' says nothing")
+
+
+def said_of(part: str, data: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Which of a part's keys hold something else than their defaults."""
+    return [key for key in keys if data.get(key) not in (None, KEYS[part][key].default)]
+
+
+def _check_auto(select: Any) -> None:
+    """What ``auto`` looks at is the last row of the layers behind it."""
+    data = select if isinstance(select, Mapping) or select is None else vars(select)
+    if data is not None and (said := said_of("select", data, SELECTED)):
+        raise ScheduleError(f"'{said[0]}: {data[said[0]]}' needs a layer, not 'at: auto'")
 
 
 def _one_of(slot: str, data: Mapping[str, Any]) -> None:
@@ -111,8 +131,8 @@ def read(schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
         ScheduleError: it is none, or a newer one than is known here.
     """
     version, actions = schedule.get("format_version"), schedule.get("actions", ())
-    if version != FORMAT_VERSION:
-        raise ScheduleError(f"schedule format {version!r} is not {FORMAT_VERSION}; update the runtime")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise ScheduleError(f"schedule format {version!r} is not 1 or {FORMAT_VERSION}; update the runtime")
     found = []
     for number, data in enumerate(actions, 1):
         name = data.get("action") if isinstance(data, Mapping) else data
@@ -122,7 +142,35 @@ def read(schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
         rest = {key: value for key, value in data.items() if key != "action"}
         found.append({"action": name, **_read_part(name, rest, f"action {number} ({name})")})
     check_order(found)
+    check_version(version, found)
     return found
+
+
+def version_of(actions: Iterable[Mapping[str, Any]]) -> int:
+    """The oldest version of the form that can say valid actions."""
+    return max((_version_of(action["action"], action) for action in actions), default=1)
+
+
+def _version_of(part: str, data: Mapping[str, Any]) -> int:
+    found = [1]
+    for name in said_of(part, data, KEYS[part]):
+        key, value = KEYS[part][name], data[name]
+        found.append(key.since)
+        if key.kind is dict:
+            found.append(_version_of(name, value))
+        elif key.kind is str:
+            found.append(row(name, value).since)
+    return max(found)
+
+
+def check_version(version: int, actions: Iterable[Mapping[str, Any]]) -> None:
+    """Hold the version that a schedule gives itself against what it says.
+
+    Raises:
+        ScheduleError: a word or key came later.
+    """
+    if version < (needed := version_of(actions)):
+        raise ScheduleError(f"format_version is {version}, but what the schedule says needs {needed}")
 
 
 def _read_part(part: str, data: Any, where: str) -> dict[str, Any]:

@@ -73,15 +73,20 @@ class Select(_Part):
             heads), ``random`` (seeded) or ``uniform`` (every n-th).
         ratio: share of the visual tokens, rounded up.
         count: number of visual tokens; a row with fewer keeps all.
+        share: of the visual tokens that the prompt brought, however many are left; rounded down.
         above: keep the tokens whose score exceeds this value.
         seed: of the random score.
+        layer: where a measured score is taken: in the layer ``before`` that in which tokens leave, or ``here``, in
+            that layer as it sees the rows that enter it.
     """
 
     score: Annotated[str, OneOf("score")]
     ratio: float | None = _key("select", "ratio")
     count: int | None = _key("select", "count")
+    share: float | None = _key("select", "share")
     above: float | None = _key("select", "above")
     seed: int = _key("select", "seed")
+    layer: Annotated[str, OneOf("layer")] = _key("select", "layer")
 
 
 class _Starting(_Part):
@@ -106,10 +111,15 @@ class Withdraw(_Starting):
 
 
 class Keep(_Starting):
-    """From this layer on only the selected visual tokens exist."""
+    """From this layer on only the selected visual tokens exist.
+
+    Attributes:
+        positions: ``original`` ones stay, or rows are numbered anew behind the removal (``compact``).
+    """
 
     action: Literal["keep"]
     select: Select
+    positions: Annotated[str, OneOf("positions")] = _key("keep", "positions")
 
 
 class _Range(_Part):
@@ -148,12 +158,12 @@ class Schedule(Section):
     """What happens to visual tokens at each layer, with its provenance.
 
     Attributes:
-        format_version: of the canonical form.
+        format_version: of the canonical form: the oldest that can say it.
         actions: in order of their start layers.
         provenance: model id and revision, the calibration that produced it, tool version.
     """
 
-    format_version: Literal[1] = words.FORMAT_VERSION
+    format_version: Literal[1, 2] = 1
     actions: tuple[Action, ...] = ()
     provenance: dict[str, Any] = Field(default_factory=dict)
 
@@ -168,7 +178,11 @@ class Schedule(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> Schedule:
-        rules.check_order(self.plain())
+        actions = self.plain()
+        rules.check_order(actions)
+        if "format_version" in self.model_fields_set:
+            rules.check_version(self.format_version, actions)
+        object.__setattr__(self, "format_version", rules.version_of(actions))
         return self
 
     @classmethod

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from vtwcli.schedule.rules import said_of
 from vtwcli.schedule.schedule import Action, Freeze, Keep, Mute, Select, When, Withdraw
-from vtwcli.schedule.words import given, row
+from vtwcli.schedule.words import SELECTED, given, row
 
 
 def describe(action: Action, layers: int) -> str:
@@ -26,6 +27,8 @@ def describe(action: Action, layers: int) -> str:
         return "No visual token leaves."
     if isinstance(action, Keep):
         says = says.format(_selection(action.select))
+        if action.positions != "original":
+            says += f"; {row('positions', action.positions).says}"
     return f"From {_start(action, layers)} {says}."
 
 
@@ -48,4 +51,6 @@ def _condition(when: When) -> str:
 def _selection(select: Select) -> str:
     [word] = given("amount", vars(select))
     amount = row("amount", word).says.format(getattr(select, word))
-    return f"{amount} ({row('score', select.score).says})"
+    score = row("score", select.score).says
+    said = [row(slot, getattr(select, slot)).says for slot in said_of("select", vars(select), SELECTED)]
+    return f"{amount} ({', '.join([score, *said])})"

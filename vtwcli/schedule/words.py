@@ -2,12 +2,17 @@
 
 This file and ``rules`` need Python alone: exported directories carry copies of them.
 
-A schedule is a plain dict, ``{"format_version": 1, "actions": [...]}``; its actions, by layer (0-based):
+A schedule is a plain dict, ``{"format_version": 1, "actions": [...]}``, with version 2 where a word or key occurs that
+came later (``since``); its actions, by layer (0-based):
 
 - ``{"at": K, "action": "withdraw"}``: from layer K on there are no visual tokens.
 - ``{"at": K, "action": "keep", "select": {...}}``: from layer K on only the selected visual tokens exist. ``select``
   holds a ``score`` (``contribution``, ``attention``, ``random`` with ``seed``, ``uniform``) and one of ``ratio``,
-  ``count`` and ``above``. The two measured scores come from layer K - 1.
+  ``count``, ``share`` (a ratio of the tokens that the prompt brought, rounded down) and ``above``. The two measured
+  scores come from layer K - 1; with ``layer: here`` from layer K itself, as its own norm, queries and keys see the
+  rows that enter it, at the positions that they had until then. With ``positions: compact`` rows behind tokens that
+  left move up: from layer K on positions, those of answer tokens too, are lower by the number of visual tokens in
+  front of them that are gone; otherwise all keep theirs.
 - ``{"at": A, "until": B, "action": "mute"}``: in layers A..B-1 ``readers`` (``text``, ``visual`` or ``all`` rows) do
   not read visual columns (``columns``: ``all`` or the ``first_half`` of them); their attention mass is renormalised
   over the rest, moved onto the ``first`` visual token, or set to ``zero`` after the softmax (``sink``). Tokens behind
@@ -34,7 +39,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""The newest form of a schedule; the oldest that can say it is what is written."""
 
 
 class ScheduleError(ValueError):
@@ -64,6 +70,7 @@ class Word:
         needs: what must be measured in the layer before: nothing, or the ``last row``'s attention.
         fixed: whether layer and number of tokens are known before a sample is seen.
         onnx: why graphs cannot have it, and what to do; None where they have it.
+        since: the first version of the form that has it.
     """
 
     slot: str
@@ -72,6 +79,7 @@ class Word:
     needs: str | None = None
     fixed: bool = True
     onnx: tuple[str, str] | None = None
+    since: int = 1
 
 
 _NO_GRAPH = (
@@ -83,6 +91,19 @@ _FROZEN = "visual tokens are not updated; they still serve as keys and values"
 _CHANGES = "some visual token changes the attention output (cosine below {:g})"
 _STILL = "no visual token changes the attention output any more (cosine at least {:g})"
 _CONTRIBUTION = "largest contribution to the last token's attention output"
+_HERE = (
+    "scores of the layer itself (layer: here) cannot be exported to ONNX: graphs are cut where tokens leave, and the "
+    "scores would come from behind the cut",
+    "use layer: before, or --format hf",
+)
+_COMPACT = (
+    "positions: compact cannot be exported to ONNX: graphs take positions from the rows of the prompt",
+    "use positions: original, or --format hf",
+)
+_SHARE = (
+    "a share of the prompt's visual tokens cannot be exported to ONNX: graphs know how many are left",
+    "use ratio or count, or --format hf",
+)
 _DRAWN = "keep with random scores cannot be exported to ONNX, they are drawn by torch", "use uniform"
 
 WORDS = (
@@ -99,7 +120,12 @@ WORDS = (
     Word("score", "uniform", "evenly spaced"),
     Word("amount", "ratio", "{:.0%} of the visual tokens"),
     Word("amount", "count", "{} visual tokens"),
+    Word("amount", "share", "{:.3g} of the prompt's visual tokens", onnx=_SHARE, since=2),
     Word("amount", "above", "the visual tokens above {:g}", fixed=False, onnx=_DYNAMIC),
+    Word("layer", "before", "in the layer before"),
+    Word("layer", "here", "as the layer itself sees it", onnx=_HERE, since=2),
+    Word("positions", "original", "rows keep their positions"),
+    Word("positions", "compact", "rows behind those that left move up", onnx=_COMPACT, since=2),
     Word("sink", "renormalise", "the attention goes to the other tokens"),
     Word("sink", "first", "the attention goes to the first visual token"),
     Word("sink", "zero", "the attention is dropped"),
@@ -115,6 +141,9 @@ WORDS = (
 
 MUTED = ("sink", "readers", "columns", "during")
 """The slots of ``mute``."""
+
+SELECTED = ("layer",)
+"""The slots of ``select`` beside its score and amount."""
 
 _ROWS = {(row.slot, row.word): row for row in WORDS}
 
@@ -142,6 +171,8 @@ def used(actions: Iterable[Mapping[str, Any]]) -> Iterator[Word]:
         select, when = action.get("select") or {}, action.get("when") or {}
         if select:
             yield row("score", select["score"])
+            yield from (row(slot, select[slot]) for slot in SELECTED if slot in select)
+        yield from (row(slot, action[slot]) for slot in ("positions",) if slot in action)
         for slot, data in (("condition", when), ("amount", select)):
             yield from (row(slot, word) for word in given(slot, data))
         yield from (row(slot, action[slot]) for slot in MUTED if slot in action)
@@ -162,8 +193,8 @@ def count_of(ratio: float, present: int) -> int:
     return math.ceil(ratio * present)
 
 
-def kept_count(select: Mapping[str, Any], present: int) -> int:
-    """How many of ``present`` tokens a selection keeps.
+def kept_count(select: Mapping[str, Any], present: int, visual: int | None = None) -> int:
+    """How many of ``present`` tokens a selection keeps, of a prompt that had ``visual`` ones (by default as many).
 
     Raises:
         ScheduleError: a threshold, which keeps a number that depends on the sample.
@@ -172,6 +203,9 @@ def kept_count(select: Mapping[str, Any], present: int) -> int:
         return min(int(select["count"]), present)
     if select.get("ratio") is not None:
         return count_of(select["ratio"], present)
+    if select.get("share") is not None:
+        # 300/576 of 576 are 300, whatever the last bit
+        return min(int(round(select["share"] * (present if visual is None else visual), 9)), present)
     raise ScheduleError("a threshold keeps a number of tokens that depends on the sample")
 
 
@@ -189,7 +223,7 @@ def visual_per_layer(actions: Sequence[Mapping[str, Any]], layers: int, visual: 
             if action["at"] == layer and action["action"] == "withdraw":
                 present = 0
             elif action["at"] == layer and action["action"] == "keep":
-                present = kept_count(action["select"], present)
+                present = kept_count(action["select"], present, visual)
         counts.append(present)
     return counts
 

@@ -52,17 +52,24 @@ def plan_of(schedule: Schedule, depth: int, family: Family) -> Plan:
     return Plan(schedule.to_dict(), depth, family.first_withdrawal)
 
 
-def can_follow(plan: Plan, layers: Iterable[nn.Module]) -> bool:
-    """Whether ``follow`` knows what a schedule does.
+def why_not(plan: Plan, layers: Iterable[nn.Module]) -> tuple[str, str] | None:
+    """Why ``follow`` does not know what a schedule does, and what to do instead; None where it does.
 
     Where a layer has a sliding window, which visual token is the first one for a decode step depends on what its
     cache has dropped.
     """
+    if plan.newer:
+        return "what it says runs on the whole model only", "leave out --stream"
     if not any(mute.sink == "first" and mute.during == "all" for mute in plan.mutes):
-        return True
+        return None
     attentions = [getattr(layer, "self_attn", None) for layer in layers]
     named = [x for one in attentions for x in (one, getattr(one, "config", None))]
-    return all(getattr(x, "sliding_window", None) is None for x in named)
+    if all(getattr(x, "sliding_window", None) is None for x in named):
+        return None
+    return (
+        "moving attention to the first visual token goes with no sliding window when layers are streamed",
+        "use sink: zero, or leave out --stream",
+    )
 
 
 @torch.no_grad()

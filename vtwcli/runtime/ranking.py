@@ -1,0 +1,143 @@
+"""Scores of visual tokens by the attention of chosen rows, in the layer before or as the next one itself sees them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vtwcli.runtime.cache import Columns, PrunedLayer
+from vtwcli.runtime.call import Call
+from vtwcli.runtime.contract import CACHE_NAMES, cache_argument, strange
+from vtwcli.runtime.freeze import Enough, entries_of
+from vtwcli.runtime.masks import rows_mask
+from vtwcli.runtime.rows import Rows, Tensor, compact
+from vtwcli.runtime.scores import last_row_numbers, placed
+from vtwcli.runtime.weights import row_weights
+
+_BLOCK = 64  # rows whose weights are there at once
+
+
+@dataclass(eq=False)
+class Sight:
+    """What a layer's attention sees.
+
+    Attributes:
+        module: the attention.
+        given: its arguments, by name.
+        rows: whose hidden states it gets.
+        columns: what the entries are that it reads.
+        keys, values: those entries, [B, H_kv, T, D].
+        past: tokens seen before the chunk.
+        mask: the model's own, see ``masks.check_mask``.
+    """
+
+    module: Any
+    given: dict[str, Any]
+    rows: Rows
+    columns: Columns
+    keys: Tensor
+    values: Tensor
+    past: int
+    mask: Tensor | None
+
+
+def look(call: Call, sight: Sight, select: Mapping[str, Any]) -> Tensor:
+    """The score [B, S] that a selection asks for: the mean over the rows that it names."""
+    hidden = sight.given["hidden_states"]
+    index, device = call.index(sight.rows, hidden.device), hidden.device
+    asked = call.is_last.to(device).gather(1, index) & sight.rows.query.to(device)
+    part = compact(asked)
+    assert part.index is not None
+    tokens = index.gather(1, part.index)
+    total: Any = 0
+    for start in range(0, tokens.shape[1], _BLOCK):
+        near = slice(start, start + _BLOCK)
+        block = Rows(tokens[:, near], part.query[:, near], part.query[:, near], True)
+        mask = rows_mask(sight.mask, block, sight.columns, sight.past, call.shape[1], hidden)
+        weights = row_weights(sight.module, sight.given, part.index[:, near], mask, sight.keys, sight.values)
+        total = total + _scores(select, weights, sight.values, block.query)
+    scores = total / part.query.sum(1, keepdim=True).clamp(min=1)
+    device = call.last.device
+    return placed(scores.to(device), sight.columns.position.to(device), sight.past, call.shape[1])
+
+
+def _scores(select: Mapping[str, Any], weights: Tensor, values: Tensor, query: Tensor) -> Tensor:
+    """The sum over rows of their scores of the columns, [B, T]; those that are no ``query`` [B, Q] give none."""
+    if select["score"] == "contribution":
+        return last_row_numbers(weights[:, :, -1], values)["contribution"]
+    wide = torch.float64 if weights.dtype == torch.float64 else torch.float32
+    return (weights.to(wide).mean(1) * query[:, :, None]).sum(1)
+
+
+def own_sight(layer: Any, index: int, name: str, given: Mapping[str, Any], call: Call, rows: Rows) -> Sight:
+    """What layer ``index`` would see of the rows that enter it, if none of them left.
+
+    Args:
+        layer: of the model.
+        name: by which it takes its cache.
+        given: its arguments for these rows, positions too, but for the mask, which is the model's own.
+        rows: that enter it.
+
+    Raises:
+        PruningError: a layer that does not hand its attention what it needs.
+    """
+    here = next(layer.parameters()).device
+    cache, mask = given[name], given.get("attention_mask")
+    moved = {key: _moved(value, here) for key, value in given.items() if key != name}
+    moved |= {name: None, "attention_mask": None}
+    entries = entries_of(layer, name, moved)
+    attention = _attention_arguments(layer, moved)
+    if entries is None:
+        raise strange(f"{type(layer).__name__} does not hand its keys to the cache")
+    hidden, old, past = moved["hidden_states"], None, 0
+    if cache is not None and len(getattr(cache, "layers", ())) > index:
+        held = cache.layers[index]
+        past = held.get_seq_length()
+        if not isinstance(held, PrunedLayer):
+            old = PrunedLayer(held, call.shape[0], hidden.device).columns
+        else:
+            held.recall()
+            old = held.columns
+        if held.keys is not None and held.keys.numel():
+            entries = (
+                torch.cat([held.keys.to(here), entries[0]], 2),
+                torch.cat([held.values.to(here), entries[1]], 2),
+            )
+    columns = call.columns(old, rows, past, hidden.device)
+    return Sight(layer.self_attn, attention, rows, columns, *entries, past, mask)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(_moved(one, device) for one in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def _attention_arguments(layer: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a layer calls its attention with; it runs no further."""
+    seen: dict[str, Any] = {}
+
+    def asked(*args: Any, **kwargs: Any) -> None:
+        seen.update(kwargs)
+        if args:
+            seen["hidden_states"] = args[0]
+        raise Enough
+
+    one, attention = copy.copy(layer), copy.copy(layer.self_attn)
+    attention.__dict__["forward"] = asked
+    one._modules = {**one._modules, "self_attn": attention}
+    one.__dict__.pop("forward", None)  # as wrapped by accelerate it would run the original
+    one.training = False
+    with suppress(Enough):
+        one.forward(**given)
+    if not isinstance(seen.get("hidden_states"), torch.Tensor):
+        raise strange(f"{type(layer).__name__} does not call its self_attn with hidden states")
+    for cache in CACHE_NAMES:
+        seen.pop(cache, None)
+    seen[cache_argument(layer.self_attn)] = None
+    return seen
