@@ -6,6 +6,7 @@ their place or number them anew. Every generated token recomputes everything; ru
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,11 +72,11 @@ Rule = Callable[["Plain", int, State], None]
 
 
 class Plain:
-    """The text model of a ``LlavaForConditionalGeneration``, written out."""
+    """The text model of a ``LlavaForConditionalGeneration``, written out, in float64."""
 
     def __init__(self, model: Any) -> None:
-        self.model, config = model, model.config.text_config
-        self.text = model.model.language_model
+        config, text = model.config.text_config, model.model.language_model
+        self.head, self.text = copy.deepcopy(model.lm_head).double(), copy.deepcopy(text).double()
         self.heads, self.kv = config.num_attention_heads, config.num_key_value_heads
         self.width, self.eps = config.hidden_size // self.heads, config.rms_norm_eps
         self.theta = config.rope_parameters["rope_theta"]
@@ -84,12 +85,12 @@ class Plain:
         return x * (x.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt() * weight
 
     def turned(self, x: Tensor, pos: Tensor) -> Tensor:
-        """Rows x [H, n, E] at positions [n]."""
-        turns = pos[:, None].double() / self.theta ** (torch.arange(0, self.width, 2).double() / self.width)
-        cos, sin = (
-            torch.cat([turns, turns], -1).cos().to(x.dtype),
-            torch.cat([turns, turns], -1).sin().to(x.dtype),
+        """Rows x [H, n, E] at positions [n]; angles are float32 everywhere."""
+        turns = pos[:, None].float() * (
+            1 / self.theta ** (torch.arange(0, self.width, 2).float() / self.width)
         )
+        turns = torch.cat([turns, turns], -1)
+        cos, sin = turns.cos().to(x.dtype), turns.sin().to(x.dtype)
         first, second = x.chunk(2, -1)
         return x * cos + torch.cat([-second, first], -1) * sin
 
@@ -126,7 +127,7 @@ class Plain:
             anew: whether every token's pass is a prompt of its own.
         """
         x0 = self.text.embed_tokens(ids)
-        x0[visual.start : visual.stop] = features
+        x0[visual.start : visual.stop] = features.double()
         tokens, logits, lengths = [], [], []
         for step in range(steps):
             prompt = len(x0) if anew else len(ids)
@@ -138,7 +139,7 @@ class Plain:
                 state.before = state.x
                 state.keys = self.queries_keys(index, state.x, state.pos)[1]
                 state.x, state.weights = self.layer(index, state.x, state.pos)
-            last = self.model.lm_head(self.norm(state.x[-1], self.text.norm.weight))
+            last = self.head(self.norm(state.x[-1], self.text.norm.weight))
             logits.append(last)
             tokens.append(int(last.argmax()))
             x0 = torch.cat([x0, self.text.embed_tokens(last.argmax())[None]])

@@ -77,6 +77,7 @@ class _Interpreter:
         self.layer = -1
         self.scores: list[dict[int, dict[str, float]]] = []
         self.own: list[dict[int, dict[str, float]]] | None = None  # of the layer about to run
+        self.weights = self.own_weights = torch.empty(0)
 
     # -- before a layer
 
@@ -178,7 +179,9 @@ class _Interpreter:
                 weights[b, :, :, first] += (original[b] * moved[b]).sum(-1)
         if self.own is not None:
             self.own = [self.score(weights[b], values[b], b) for b in range(len(self.ids))]
+            self.own_weights = original
         elif self.decided is None:
+            self.weights = original
             self.scores = [self.score(weights[b], values[b], b) for b in range(len(self.ids))]
         return weights
 
@@ -255,7 +258,21 @@ class _Interpreter:
         else:
             scores = self.own if select.get("layer") == "here" else self.scores
             value = {i: scores[b][i][name] for i in tokens}
+        if select.get("rows", "last") != "last":
+            weights = (self.own_weights if select.get("layer") == "here" else self.weights)[b]
+            rows = self.askers(b, select["rows"], tokens)
+            value = {i: sum(float(weights[:, row, i].mean()) for row in rows) for i in tokens}
         return sorted(sorted(tokens, key=lambda i: -value[i])[:wanted])
+
+    def askers(self, b: int, rows: str, tokens: list[int]) -> list[int]:
+        """Whose attention is asked; ``tokens`` are the visual ones that are there."""
+        real = [i for i in range(self.prompt) if self.real[b, i]]
+        everything = self.visual[b].nonzero()[:, 0].tolist()
+        if rows == "visual":
+            return tokens
+        if rows == "all":
+            return [i for i in real if i in tokens or i not in everything]
+        return [i for i in real if i > max(everything, default=-1)] or real[-1:]
 
 
 @contextmanager

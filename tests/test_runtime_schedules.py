@@ -113,6 +113,15 @@ SCHEDULES: dict[str, list[dict]] = {
         {"at": 4, "action": "keep", "positions": "compact", "select": {**OWN, "count": 2}},
         {"at": 5, "action": "withdraw"},
     ],
+    "keep by text, then by vision": [
+        {"at": 1, "action": "keep", "select": {"score": "attention", "rows": "text", "share": 0.6}},
+        {"at": 3, "action": "keep", "select": {"score": "attention", "rows": "visual", "share": 0.3}},
+    ],
+    "keep by all, then by its own layer's text": [
+        {"at": 0, "until": 1, **MUTE, "readers": "visual"},
+        {"at": 2, "action": "keep", "select": {"score": "attention", "rows": "all", "count": 5}},
+        {"at": 3, "action": "keep", "positions": "compact", "select": {**OWN, "rows": "text", "count": 2}},
+    ],
     "freeze and close up": [
         {"at": 0, "until": 4, "action": "freeze"},
         {"at": 2, "action": "keep", "positions": "compact", "select": {**OWN, "count": 4}},

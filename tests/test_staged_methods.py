@@ -8,8 +8,10 @@ import torch
 from tests import golden
 from tests.plain import Plain, Rule, State, best
 from tests.test_golden import answer
+from vtwcli.methods.himap import HiMAP
 from vtwcli.methods.method import Shape
 from vtwcli.methods.pyramiddrop import PyramidDrop
+from vtwcli.runtime import pruned
 
 ATOL = 2e-5
 STEPS = 4
@@ -21,17 +23,13 @@ def model(request):
     return golden.model(mha=request.param == "mha")
 
 
-def same(
-    model, method, rule: Rule, sample: int = 0, steps: int = STEPS, anew: bool = False
-) -> list[list[int]]:
+def same(model, method, rule: Rule, sample: int = 0, steps: int = STEPS) -> list[list[int]]:
     """The rule by hand and the runtime agree; returns whom the runtime kept at each stage."""
     inputs = golden.inputs(model, sample)
     features = model.model.multi_modal_projector.features
-    tokens, logits, lengths = Plain(model).answer(
-        inputs["input_ids"][0], features, VISUAL, rule, steps, anew=anew
-    )
+    tokens, logits, lengths = Plain(model).answer(inputs["input_ids"][0], features, VISUAL, rule, steps)
     got, got_tokens, trace, entries = answer(model, method.schedule(), sample, steps)
-    torch.testing.assert_close(got, logits, rtol=0, atol=ATOL)
+    torch.testing.assert_close(got.double(), logits, rtol=0, atol=ATOL)
     assert got_tokens == tokens
     assert [layer.rows for layer in trace.samples[0].layers] == lengths
     assert entries == [n + steps - 1 for n in lengths]
@@ -52,6 +50,44 @@ def test_pyramiddrop(model, sample):
     found = same(model, PyramidDrop(layers=layers, ratios=ratios), rule, sample)
     assert found == [kept[index] for index in layers]
     assert [len(one) for one in found] == [288, 172, 72]
+
+
+@pytest.mark.parametrize("sample", [0, 3])
+def test_himap(model, sample):
+    counts, kept = {2: 288, 8: 72}, {}
+
+    def rule(plain: Plain, index: int, state: State) -> None:
+        if index in counts:
+            assert state.weights is not None
+            rows = state.question if index == 2 else state.image
+            scores = state.weights.mean(0)[rows].sum(0)
+            kept[index] = state.keep(best(scores, state.image, counts[index]))
+
+    found = same(model, HiMAP(), rule, sample)
+    assert found == [kept[2], kept[8]]
+
+
+def test_himap_as_published_ranks_anew_at_every_step(model):
+    counts, kept = {2: 200, 8: 50}, []
+
+    def rule(plain: Plain, index: int, state: State) -> None:
+        if index in counts:
+            rows = state.question if index == 2 else state.image
+            scores = state.weights.mean(0)[rows].sum(0)
+            kept.append(state.keep(best(scores, state.image, counts[index])))
+
+    inputs = golden.inputs(model, 1)
+    args = inputs["input_ids"][0], model.model.multi_modal_projector.features, VISUAL, rule, 3
+    tokens, logits, _ = Plain(model).answer(*args, anew=True)
+    for step in range(3):
+        with torch.no_grad(), pruned(model, HiMAP(counts=[200, 50]).schedule()) as running:
+            out = model(**inputs, use_cache=False).logits[0, -1]
+        torch.testing.assert_close(out.double(), logits[step], rtol=0, atol=ATOL)
+        stages = running.trace.samples[0].actions
+        assert [[golden.BEFORE + i for i in one.kept] for one in stages] == kept[2 * step : 2 * step + 2]
+        assert int(out.argmax()) == tokens[step]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], out.argmax().view(1, 1)], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
 
 
 def test_stages_are_scaled_to_the_depth():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vtwcli.methods.fastv import FastV
+from vtwcli.methods.himap import HiMAP
 from vtwcli.methods.method import Method
 from vtwcli.methods.pyramiddrop import PyramidDrop
 from vtwcli.methods.subsets import Attention, Contribution, Random, TwoStep, Uniform
@@ -13,7 +14,7 @@ from vtwcli.methods.vtw import Vtw
 METHODS: dict[str, type[Method]] = {
     one.key: one for one in (
         Vtw, VisiPruner, FastV,
-        PyramidDrop,
+        PyramidDrop, HiMAP,
         Attention, Contribution, Random, Uniform, TwoStep,
     )
 }  # fmt: skip

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from vtwcli.runtime.cache import Columns
 from vtwcli.runtime.call import Tap
 from vtwcli.runtime.contract import attention_kind, given_cache, strange
 from vtwcli.runtime.masks import sunk
+from vtwcli.runtime.ranking import Sight, look
 from vtwcli.runtime.rows import TEXT, Rows, Tensor, compact, take
 from vtwcli.runtime.scores import last_row_numbers, placed
 from vtwcli.runtime.weights import attend, not_compiled, row_weights
@@ -38,8 +40,12 @@ def leave_attention(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
         room = torch.cat([output[0], output[0].new_zeros(output[0].shape[0], 1, part.shape[2])], 1)
         output = (room.scatter(1, place, part)[:, :-1], *output[1:])
     if tap.probes:
+        call = tap.call
         with torch.no_grad():
-            tap.call.probe = _probe(module, given, tap)
+            for number, action in call.plan.asks_in(tap.layer).items():
+                call.scores[number] = look(call, _sight(module, given, tap), action.select)
+            if call.plan.asks_last(tap.layer):
+                call.probe = _probe(module, given, tap)
     return output
 
 
@@ -73,6 +79,17 @@ def _text_again(module: Any, given: dict[str, Any], tap: Tap) -> tuple[Rows, Ten
     return here, attend(module, given, here.index, mask, keys, values)[0]
 
 
+def _sight(module: Any, given: dict[str, Any], tap: Tap) -> Sight:
+    """What the attention saw."""
+    columns, (batch, length) = tap.columns, tap.call.shape
+    assert tap.keys is not None and tap.values is not None
+    if columns is None:
+        total, wide = tap.past + length, tap.keys.shape[2]
+        position = torch.arange(total - wide, total, device=tap.keys.device).expand(batch, wide)
+        columns = Columns(position, torch.zeros_like(position, dtype=torch.int8))
+    return Sight(module, given, tap.rows, columns, tap.keys, tap.values, tap.past, tap.given)
+
+
 def _probe(module: Any, given: dict[str, Any], tap: Tap) -> dict[str, Tensor]:
     """Scores of the chunk's tokens [B, S], from the last row of each sample."""
     call = tap.call
@@ -89,9 +106,8 @@ def _probe(module: Any, given: dict[str, Any], tap: Tap) -> dict[str, Tensor]:
         mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, torch.finfo(like.dtype).min)
     weights = row_weights(module, given, last, mask, tap.keys, tap.values)
     numbers = last_row_numbers(weights[:, :, 0], tap.values)
-    (batch, length), device = call.shape, call.last.device
-    position = None if tap.columns is None else tap.columns.position.to(device)
-    if position is None:
-        total = tap.past + length
-        position = torch.arange(total - tap.keys.shape[2], total, device=device).expand(batch, -1)
-    return {name: placed(x.to(device), position, tap.past, length) for name, x in numbers.items()}
+    device, position = call.last.device, _sight(module, given, tap).columns.position
+    return {
+        name: placed(x.to(device), position.to(device), tap.past, call.shape[1])
+        for name, x in numbers.items()
+    }

@@ -45,8 +45,18 @@ class PlannedAction:
 
     @property
     def before(self) -> bool:
-        """Whether they are the last row's in the layer before."""
+        """Whether they are those of the layer before."""
         return self.measured and not self.here
+
+    @property
+    def asks(self) -> bool:
+        """Whether they are others than the last row's."""
+        return self.before and self.select["rows"] != "last"
+
+    @property
+    def asks_visual(self) -> bool:
+        """Whether they are those of visual rows, among others."""
+        return self.measured and self.select["rows"] in ("visual", "all")
 
     def covers(self, layer: int) -> bool:
         """Whether a range action acts in ``layer``."""
@@ -87,7 +97,13 @@ class Plan:
                 )
         for layer in range(depth):
             looks = self.may_probe(layer) or self.looks_in(layer)
-            if looks and any(a.covers(layer) and a.readers != "visual" for a in self.mutes):
+            mutes = [a for a in self.mutes if a.covers(layer)]
+            wide = [a for a in (self.asks_in(layer) | self.looks_in(layer)).values() if a.asks_visual]
+            if wide and (any(a.readers != "text" for a in mutes) or self.frozen(layer)):
+                raise PruningError(
+                    f"layer {layer} is frozen or muted, so its visual rows have no scores to give; use rows: text"
+                )
+            if looks and any(a.readers != "visual" for a in mutes):
                 raise PruningError(
                     f"layer {layer} is muted, so it has no scores or conditions; let 'keep' start two layers "
                     "after the mute ends, and 'auto' look after it ('after': its 'until' or later)"
@@ -104,6 +120,17 @@ class Plan:
     def looks_in(self, layer: int) -> dict[int, PlannedAction]:
         """The actions, by number, that ask ``layer`` itself before it runs."""
         return {i: a for i, a in enumerate(self.leaving) if a.at == layer and a.here}
+
+    def asks_last(self, layer: int) -> bool:
+        """Whether something behind ``layer`` may ask its last row."""
+        return any(
+            (a.at == layer + 1 and a.before and not a.asks) or (a.at is None and layer > a.after)
+            for a in self.leaving
+        )
+
+    def asks_in(self, layer: int) -> dict[int, PlannedAction]:
+        """The actions, by number, that ask other rows of ``layer`` than the last."""
+        return {i: a for i, a in enumerate(self.leaving) if a.at == layer + 1 and a.asks}
 
     @property
     def renumbers(self) -> bool:

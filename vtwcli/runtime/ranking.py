@@ -46,11 +46,24 @@ class Sight:
     mask: Tensor | None
 
 
+def askers(call: Call, rows: str) -> Tensor:
+    """Which of the tokens that are there a score asks, [B, S]; ``rows`` as ``select`` names them."""
+    assert call.visual is not None and call.real is not None
+    if rows == "all":
+        return call.present
+    if rows == "visual":
+        return call.present & call.visual
+    if rows == "last":
+        return call.is_last
+    behind = call.real & (call.visual.flip(1).cumsum(1).flip(1) == 0) & (call.number > 0)[:, None]
+    return torch.where(behind.any(1)[:, None], behind, call.is_last)
+
+
 def look(call: Call, sight: Sight, select: Mapping[str, Any]) -> Tensor:
     """The score [B, S] that a selection asks for: the mean over the rows that it names."""
     hidden = sight.given["hidden_states"]
     index, device = call.index(sight.rows, hidden.device), hidden.device
-    asked = call.is_last.to(device).gather(1, index) & sight.rows.query.to(device)
+    asked = askers(call, select["rows"]).to(device).gather(1, index) & sight.rows.query.to(device)
     part = compact(asked)
     assert part.index is not None
     tokens = index.gather(1, part.index)

@@ -85,6 +85,8 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
             raise ScheduleError(f"score {data['score']} has no threshold; give ratio or count")
         if row("score", data["score"]).needs is None and (said := said_of(part, data, SELECTED)):
             raise ScheduleError(f"score {data['score']} is not measured, so '{said[0]}' says nothing")
+        if data["score"] != "attention" and (said := said_of(part, data, ("rows",))):
+            raise ScheduleError(f"score {data['score']} is the last row's; '{said[0]}' goes with attention")
 
 
 def said_of(part: str, data: Mapping[str, Any], keys: Iterable[str]) -> list[str]:

@@ -76,6 +76,8 @@ class Select(_Part):
         share: of the visual tokens that the prompt brought, however many are left; rounded down.
         above: keep the tokens whose score exceeds this value.
         seed: of the random score.
+        rows: whose attention is asked: that of the ``last`` row, of ``text`` behind the image, of ``visual`` rows or
+            of ``all``.
         layer: where a measured score is taken: in the layer ``before`` that in which tokens leave, or ``here``, in
             that layer as it sees the rows that enter it.
     """
@@ -86,6 +88,7 @@ class Select(_Part):
     share: float | None = _key("select", "share")
     above: float | None = _key("select", "above")
     seed: int = _key("select", "seed")
+    rows: Annotated[str, OneOf("rows")] = _key("select", "rows")
     layer: Annotated[str, OneOf("layer")] = _key("select", "layer")
 
 

@@ -12,7 +12,9 @@ came later (``since``); its actions, by layer (0-based):
   scores come from layer K - 1; with ``layer: here`` from layer K itself, as its own norm, queries and keys see the
   rows that enter it, at the positions that they had until then. With ``positions: compact`` rows behind tokens that
   left move up: from layer K on positions, those of answer tokens too, are lower by the number of visual tokens in
-  front of them that are gone; otherwise all keep theirs.
+  front of them that are gone; otherwise all keep theirs. ``rows`` are those whose attention is asked, in the mean:
+  the ``last``, ``text`` behind the last visual token (the last row where there is none), the ``visual`` ones that are
+  left, or ``all`` that are.
 - ``{"at": A, "until": B, "action": "mute"}``: in layers A..B-1 ``readers`` (``text``, ``visual`` or ``all`` rows) do
   not read visual columns (``columns``: ``all`` or the ``first_half`` of them); their attention mass is renormalised
   over the rest, moved onto the ``first`` visual token, or set to ``zero`` after the softmax (``sink``). Tokens behind
@@ -91,6 +93,10 @@ _FROZEN = "visual tokens are not updated; they still serve as keys and values"
 _CHANGES = "some visual token changes the attention output (cosine below {:g})"
 _STILL = "no visual token changes the attention output any more (cosine at least {:g})"
 _CONTRIBUTION = "largest contribution to the last token's attention output"
+_ASKERS = (
+    "scores by other rows than the last cannot be exported to ONNX: graphs look at the last row only",
+    "use rows: last, or --format hf",
+)
 _HERE = (
     "scores of the layer itself (layer: here) cannot be exported to ONNX: graphs are cut where tokens leave, and the "
     "scores would come from behind the cut",
@@ -122,6 +128,10 @@ WORDS = (
     Word("amount", "count", "{} visual tokens"),
     Word("amount", "share", "{:.3g} of the prompt's visual tokens", onnx=_SHARE, since=2),
     Word("amount", "above", "the visual tokens above {:g}", fixed=False, onnx=_DYNAMIC),
+    Word("rows", "last", "of the last token"),
+    Word("rows", "text", "of the text behind the image", onnx=_ASKERS, since=2),
+    Word("rows", "visual", "of the visual tokens", onnx=_ASKERS, since=2),
+    Word("rows", "all", "of all tokens", onnx=_ASKERS, since=2),
     Word("layer", "before", "in the layer before"),
     Word("layer", "here", "as the layer itself sees it", onnx=_HERE, since=2),
     Word("positions", "original", "rows keep their positions"),
@@ -142,7 +152,7 @@ WORDS = (
 MUTED = ("sink", "readers", "columns", "during")
 """The slots of ``mute``."""
 
-SELECTED = ("layer",)
+SELECTED = ("rows", "layer")
 """The slots of ``select`` beside its score and amount."""
 
 _ROWS = {(row.slot, row.word): row for row in WORDS}
