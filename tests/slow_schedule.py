@@ -46,6 +46,7 @@ def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, soft
     """Plain attention [B, H, Q, D]; the running interpreter changes and looks at the weights."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    _running[-1].keys = key[:, ::groups]
     scores = query @ key.transpose(2, 3) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -77,14 +78,16 @@ class _Interpreter:
         self.layer = -1
         self.scores: list[dict[int, dict[str, float]]] = []
         self.own: list[dict[int, dict[str, float]]] | None = None  # of the layer about to run
-        self.weights = self.own_weights = torch.empty(0)
+        self.weights = self.own_weights = self.keys = torch.empty(0)
+        self.norm = model.get_submodule(FAMILIES[model.config.model_type].text_model).norm
+        self.entry = self.entry_before = torch.empty(0)
 
     # -- before a layer
 
     def enter(self, index: int):
         def hook(module, args, kwargs):
             hidden = kwargs.get("hidden_states", args[0] if args else None)
-            self.layer = index
+            self.layer, self.entry_before, self.entry = index, self.entry, hidden
             if self.decided is None:
                 here = [
                     a for a in self.leaving if a["at"] == index and a.get("select", {}).get("layer") == "here"
@@ -240,7 +243,15 @@ class _Interpreter:
         """The tokens to keep, in order."""
         name = select["score"]
         if "above" in select:
-            return [i for i in tokens if self.scores[b][i][name] > select["above"]]
+            scores = (
+                self.changes(b, tokens)
+                if name == "change"
+                else {
+                    i: (self.own if select.get("layer") == "here" else self.scores)[b][i][name]
+                    for i in tokens
+                }
+            )
+            return [i for i in tokens if scores[i] > select["above"]]
         n = len(tokens)
         if "count" in select:
             wanted = min(select["count"], n)
@@ -255,14 +266,37 @@ class _Interpreter:
             draw = torch.rand(total, generator=torch.Generator().manual_seed(select.get("seed", 0))).tolist()
             everything = self.visual[b].nonzero()[:, 0].tolist()
             value = {i: draw[everything.index(i)] for i in tokens}
-        else:
+        elif name == "change":
+            value = self.changes(b, tokens)
+        elif name != "duplication":
             scores = self.own if select.get("layer") == "here" else self.scores
             value = {i: scores[b][i][name] for i in tokens}
+        if name == "duplication":
+            return self.distinct(b, tokens, min(4 + 8 * (wanted // 8), n) if "share" in select else wanted)
         if select.get("rows", "last") != "last":
             weights = (self.own_weights if select.get("layer") == "here" else self.weights)[b]
             rows = self.askers(b, select["rows"], tokens)
             value = {i: sum(float(weights[:, row, i].mean()) for row in rows) for i in tokens}
         return sorted(sorted(tokens, key=lambda i: -value[i])[:wanted])
+
+    def changes(self, b: int, tokens: list[int]) -> dict[int, float]:
+        """What the layer before changed."""
+        return {i: float((self.entry[b, i] - self.entry_before[b, i]).norm()) for i in tokens}
+
+    def distinct(self, b: int, tokens: list[int], wanted: int) -> list[int]:
+        """DART's choice among ``tokens``."""
+        text, states = self.askers(b, "text", tokens), self.norm(self.entry[b])
+        sizes = {i: float(self.keys[b, :, i].abs().sum()) for i in tokens + text}
+        visual_pivots = sorted(sorted(tokens, key=lambda i: -sizes[i])[: min(4, wanted)])
+        pivots = visual_pivots + sorted(sorted(text, key=lambda i: -sizes[i])[:4])
+        kept, rest = list(visual_pivots), [i for i in tokens if i not in visual_pivots]
+        for number, pivot in enumerate(pivots):
+            share = (wanted - len(visual_pivots)) // len(pivots)
+            share += number < (wanted - len(visual_pivots)) % len(pivots)
+            near = {i: float(torch.cosine_similarity(states[pivot], states[i], dim=0)) for i in rest}
+            taken = sorted(rest, key=lambda i: near[i])[:share]
+            kept, rest = kept + taken, [i for i in rest if i not in taken]
+        return sorted(kept)
 
     def askers(self, b: int, rows: str, tokens: list[int]) -> list[int]:
         """Whose attention is asked; ``tokens`` are the visual ones that are there."""
@@ -325,7 +359,8 @@ def greedy(model: Any, batch: dict, actions: list[dict], steps: int, count_posit
     family = FAMILIES[model.config.model_type]
     tokens, scores = [], []
     for _ in range(steps):
-        extra = {"position_ids": reference.positions(batch["attention_mask"])} if count_positions else {}
+        counted = reference.positions(batch["attention_mask"]) + int(family.model_type == "paligemma")
+        extra = {"position_ids": counted} if count_positions else {}  # paligemma counts from one
         out, decided = logits(model, batch, actions, prompt, decided, **extra)
         token = out[:, -1].argmax(-1, keepdim=True)
         tokens.append(token)

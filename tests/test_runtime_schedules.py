@@ -122,6 +122,17 @@ SCHEDULES: dict[str, list[dict]] = {
         {"at": 2, "action": "keep", "select": {"score": "attention", "rows": "all", "count": 5}},
         {"at": 3, "action": "keep", "positions": "compact", "select": {**OWN, "rows": "text", "count": 2}},
     ],
+    "keep what changes, then what differs": [
+        {"at": 2, "action": "keep", "positions": "compact", "select": {"score": "change", "share": 0.7}},
+        {"at": 3, "action": "keep", "select": {"score": "duplication", "count": 5}},
+        {"at": 4, "action": "keep", "select": {"score": "change", "above": 1.0}},
+    ],
+    "freeze, keep what differs": [
+        {"at": 1, "until": 3, "action": "freeze"},
+        {"at": 3, "action": "keep", "select": {"score": "duplication", "ratio": 0.6}},
+        {"at": 3, "until": 5, "action": "freeze"},
+        {"at": 5, "action": "keep", "select": {"score": "change", "ratio": 0.5}},
+    ],
     "freeze and close up": [
         {"at": 0, "until": 4, "action": "freeze"},
         {"at": 2, "action": "keep", "positions": "compact", "select": {**OWN, "count": 4}},

@@ -8,9 +8,11 @@ import torch
 from tests import golden
 from tests.plain import Plain, Rule, State, best
 from tests.test_golden import answer
+from vtwcli.methods.dart import Dart
 from vtwcli.methods.himap import HiMAP
 from vtwcli.methods.method import Shape
 from vtwcli.methods.pyramiddrop import PyramidDrop
+from vtwcli.methods.v2drop import V2Drop
 from vtwcli.runtime import pruned
 
 ATOL = 2e-5
@@ -88,6 +90,44 @@ def test_himap_as_published_ranks_anew_at_every_step(model):
         assert int(out.argmax()) == tokens[step]
         inputs["input_ids"] = torch.cat([inputs["input_ids"], out.argmax().view(1, 1)], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+
+
+@pytest.mark.parametrize("sample", [1, 2])
+def test_v2drop(model, sample):
+    counts, kept = {2: 288, 6: 144, 8: 1}, {}
+
+    def rule(plain: Plain, index: int, state: State) -> None:
+        if index in counts:
+            assert state.before is not None
+            scores = (state.x - state.before).norm(dim=1)
+            kept[index] = state.keep(best(scores, state.image, counts[index]))
+
+    found = same(model, V2Drop(layers=[2, 6, 8]), rule, sample)
+    assert found == list(kept.values())
+
+
+@pytest.mark.parametrize(("ratio", "count"), [(0.333, 188), (0.111, 60)])
+def test_dart(model, ratio, count):
+    kept = []
+
+    def rule(plain: Plain, index: int, state: State) -> None:
+        if index != 2:
+            return
+        assert state.keys is not None
+        z = plain.norm(state.x, plain.text.norm.weight)
+        z = z / z.norm(dim=1, keepdim=True)
+        size = state.keys.transpose(0, 1).flatten(1).abs().sum(1)
+        image, text = best(size, state.image, 4), best(size, state.question, 4)
+        chosen, pool = set(image), set(state.image) - set(image)
+        for pivot in image + text:
+            near = sorted(pool, key=lambda j: float(z[pivot] @ z[j]))[: int(golden.VISUAL * ratio / 8)]
+            chosen |= set(near)
+            pool -= set(near)
+        kept.append(state.keep(sorted(chosen)))
+
+    found = same(model, Dart(ratios=ratio), rule)
+    assert found == kept[:1]
+    assert len(found[0]) == count
 
 
 def test_stages_are_scaled_to_the_depth():

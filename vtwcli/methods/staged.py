@@ -99,4 +99,5 @@ class Staged(Method):
 
 def scaled(ratios: Sequence[float], first: float) -> tuple[float, ...]:
     """Ratios in the same proportions that begin with ``first``."""
-    return tuple(round(min(1.0, one * first / ratios[0]), 6) for one in ratios)
+    whole = ratios[0] or 1.0
+    return tuple(round(min(1.0, one * first / whole), 6) for one in ratios)

@@ -11,10 +11,11 @@ from vtwcli.runtime.cache import Columns
 from vtwcli.runtime.call import Tap
 from vtwcli.runtime.contract import attention_kind, given_cache, strange
 from vtwcli.runtime.masks import sunk
-from vtwcli.runtime.ranking import Sight, look
+from vtwcli.runtime.ranking import Sight, key_sizes, look
 from vtwcli.runtime.rows import TEXT, Rows, Tensor, compact, take
 from vtwcli.runtime.scores import last_row_numbers, placed
 from vtwcli.runtime.weights import attend, not_compiled, row_weights
+from vtwcli.schedule.words import KEYS
 
 
 @not_compiled
@@ -44,6 +45,8 @@ def leave_attention(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
         with torch.no_grad():
             for number, action in call.plan.asks_in(tap.layer).items():
                 call.scores[number] = look(call, _sight(module, given, tap), action.select)
+            if any(a.needs == KEYS for a in call.plan.by_states(tap.layer + 1).values()):
+                call.sizes = key_sizes(call, _sight(module, given, tap))
             if call.plan.asks_last(tap.layer):
                 call.probe = _probe(module, given, tap)
     return output

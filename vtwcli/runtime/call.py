@@ -104,12 +104,14 @@ class Call:
         self.kept: dict[int, Tensor] = {}
         self.probe: dict[str, Tensor] | None = None
         self.scores: dict[int, Tensor] = {}
+        self.entered: Tensor | None = None  # rows at the entry of the layer before, where they are compared
+        self.sizes: Tensor | None = None
         self.gone: Tensor | None = None
         self.angles: list[Turned] = []
         self.tap: Tap | None = None
         self.past = 0
         self.cache: Any = None
-        self.entered = 0  # how many layers have been
+        self.begun = 0  # how many layers have been
         self.over = False
         if visual is None:
             return
@@ -162,10 +164,10 @@ class Call:
             PruningError: a layer or its attention was passed by, or a cache does not hold what the schedule says.
         """
         self._check_tap()
-        if self.entered != self.plan.depth:
-            raise strange(f"the model called {self.entered} of its {self.plan.depth} layers")
+        if self.begun != self.plan.depth:
+            raise strange(f"the model called {self.begun} of its {self.plan.depth} layers")
         self._check_cache()
-        self.tap, self.cache, self.over = None, None, True
+        self.tap, self.cache, self.entered, self.over = None, None, None, True
         self.memo.clear()
         return self.at.get(self.plan.depth - 1)
 
@@ -173,9 +175,9 @@ class Call:
         """A layer begins: the ones before it must have run, and handed on the rows that they were given."""
         if self.over:
             return  # run again, by gradient checkpointing
-        if layer != self.entered:
-            raise strange(f"layer {layer} runs where layer {self.entered} was to run")
-        self.entered += 1
+        if layer != self.begun:
+            raise strange(f"layer {layer} runs where layer {self.begun} was to run")
+        self.begun += 1
         self.check_rows(layer - 1, hidden)
 
     def check_rows(self, layer: int, hidden: Any) -> None:

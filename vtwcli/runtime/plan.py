@@ -9,7 +9,7 @@ from typing import Any
 
 from vtwcli.runtime.contract import PruningError
 from vtwcli.schedule.rules import check_depth, earliest_starts, read, version_of
-from vtwcli.schedule.words import ScheduleError, row
+from vtwcli.schedule.words import HIDDEN, KEYS, LAST_ROW, ScheduleError, row
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PlannedAction:
     @property
     def measured(self) -> bool:
         """Whether the selection needs numbers that a layer gives."""
-        return bool(self.select) and row("score", self.select["score"]).needs is not None
+        return self.needs is not None
 
     @property
     def here(self) -> bool:
@@ -44,14 +44,19 @@ class PlannedAction:
         return self.measured and self.select["layer"] == "here"
 
     @property
+    def needs(self) -> str | None:
+        """What the score is made of, see ``words.Word``."""
+        return row("score", self.select["score"]).needs if self.select else None
+
+    @property
     def before(self) -> bool:
-        """Whether they are those of the layer before."""
-        return self.measured and not self.here
+        """Whether the attention of the layer before gives them."""
+        return self.needs in (LAST_ROW, KEYS) and not self.here
 
     @property
     def asks(self) -> bool:
         """Whether they are others than the last row's."""
-        return self.before and self.select["rows"] != "last"
+        return self.before and self.needs == LAST_ROW and self.select["rows"] != "last"
 
     @property
     def asks_visual(self) -> bool:
@@ -90,7 +95,7 @@ class Plan:
             if self.leaving[i].at is None:  # nothing is looked at before the action above has started
                 self.leaving[i] = replace(self.leaving[i], after=start - 2)
         for number, a in enumerate(planned, 1):
-            if a.at == 0 and a.before:
+            if a.at == 0 and a.measured and not a.here:
                 raise PruningError(
                     f"action {number} ({a.action}): score {a.select['score']} comes from the layer before; "
                     "start at 1 or later"
@@ -124,9 +129,14 @@ class Plan:
     def asks_last(self, layer: int) -> bool:
         """Whether something behind ``layer`` may ask its last row."""
         return any(
-            (a.at == layer + 1 and a.before and not a.asks) or (a.at is None and layer > a.after)
+            (a.at == layer + 1 and a.before and a.needs == LAST_ROW and not a.asks)
+            or (a.at is None and layer > a.after)
             for a in self.leaving
         )
+
+    def by_states(self, layer: int) -> dict[int, PlannedAction]:
+        """The actions, by number, that start in ``layer`` and look at the rows that enter it."""
+        return {i: a for i, a in enumerate(self.leaving) if a.at == layer and a.needs in (HIDDEN, KEYS)}
 
     def asks_in(self, layer: int) -> dict[int, PlannedAction]:
         """The actions, by number, that ask other rows of ``layer`` than the last."""

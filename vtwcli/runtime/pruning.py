@@ -54,7 +54,7 @@ from vtwcli.runtime.freeze import leave_layer, part
 from vtwcli.runtime.masks import not_padding, split_sinks
 from vtwcli.runtime.plan import Plan
 from vtwcli.runtime.positions import Turned, renumber
-from vtwcli.runtime.ranking import look, own_sight
+from vtwcli.runtime.ranking import by_states, look, own_sight
 from vtwcli.runtime.rows import Rows, take, take_positions
 from vtwcli.runtime.trace import Trace, traced
 from vtwcli.runtime.weights import not_compiled
@@ -81,6 +81,7 @@ class Pruning:
             ) from error
         self.plan = Plan(schedule, len(layers), int(layout.get("first_withdrawal", 0)))
         self.placeholders = tuple(layout["placeholder_ids"])
+        self._norm = getattr(text_model, "norm", None)
         self._calls: dict[int, Call] = {}  # per thread, from the base model's start to the text model's
         self._inside: dict[int, Call] = {}  # per thread, inside the text model
         self._traced: Call | None = None
@@ -230,6 +231,10 @@ class Pruning:
                 raise PruningError(
                     "gradient checkpointing does not go with sinks, freeze, scores or conditions"
                 )
+        if self.plan.by_states(index + 1) and not call.over:
+            tap = kwargs.get(name)
+            frozen = tap.frozen if isinstance(tap, Tap) else None
+            call.entered = kwargs["hidden_states"] if frozen is None else frozen.hidden
         if args:
             args = (kwargs.pop("hidden_states"),)
         return args, kwargs
@@ -250,7 +255,10 @@ class Pruning:
 
     def _ask(self, index: int, module: Any, call: Call, rows: Rows, kwargs: dict[str, Any]) -> None:
         """Let a layer tell what it would see of the ``rows`` that enter it, where that decides who stays."""
-        asked = self.plan.looks_in(index)
+        by_state, asked = self.plan.by_states(index), self.plan.looks_in(index)
+        if by_state:
+            with torch.no_grad():
+                call.scores |= by_states(call, rows, kwargs["hidden_states"], self._norm, by_state)
         if not asked:
             return
         given, name = dict(kwargs), self._caches[index]

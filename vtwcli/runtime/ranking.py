@@ -15,9 +15,12 @@ from vtwcli.runtime.call import Call
 from vtwcli.runtime.contract import CACHE_NAMES, cache_argument, strange
 from vtwcli.runtime.freeze import Enough, entries_of
 from vtwcli.runtime.masks import rows_mask
+from vtwcli.runtime.plan import PlannedAction
 from vtwcli.runtime.rows import Rows, Tensor, compact
 from vtwcli.runtime.scores import last_row_numbers, placed
+from vtwcli.runtime.states import change, distinct, wide
 from vtwcli.runtime.weights import row_weights
+from vtwcli.schedule.words import HIDDEN, kept_count
 
 _BLOCK = 64  # rows whose weights are there at once
 
@@ -83,8 +86,53 @@ def _scores(select: Mapping[str, Any], weights: Tensor, values: Tensor, query: T
     """The sum over rows of their scores of the columns, [B, T]; those that are no ``query`` [B, Q] give none."""
     if select["score"] == "contribution":
         return last_row_numbers(weights[:, :, -1], values)["contribution"]
-    wide = torch.float64 if weights.dtype == torch.float64 else torch.float32
-    return (weights.to(wide).mean(1) * query[:, :, None]).sum(1)
+    return (wide(weights).mean(1) * query[:, :, None]).sum(1)
+
+
+def key_sizes(call: Call, sight: Sight) -> Tensor:
+    """The sum of absolute values of each token's keys over heads, [B, S]."""
+    sizes, columns = wide(sight.keys).abs().sum((1, 3)).to(call.last.device), sight.columns
+    return placed(sizes, columns.position.to(sizes.device), sight.past, call.shape[1])
+
+
+def by_states(
+    call: Call, rows: Rows, hidden: Tensor, norm: Any, asked: Mapping[int, PlannedAction]
+) -> dict[int, Tensor]:
+    """The scores [B, S] of actions, by number, that look at the ``rows`` that enter their layer.
+
+    Args:
+        hidden: those rows, [B, T, D].
+        norm: the model's last.
+    """
+    found, device = {}, call.last.device
+    for number, action in asked.items():
+        if action.needs == HIDDEN:
+            if call.entered is None or call.entered.shape != hidden.shape:
+                raise strange("the rows of the layer before are not those that enter this one")
+            index = call.index(rows, device).masked_fill(~rows.query.to(device), -1)
+            score = placed(change(call.entered, hidden).to(device), index, 0, call.shape[1])
+        else:
+            score = _distinct(call, rows, wide(norm(hidden)).to(device), action.select)
+        found[number] = score
+    return found
+
+
+def _distinct(call: Call, rows: Rows, states: Tensor, select: Mapping[str, Any]) -> Tensor:
+    """1 for the tokens of each sample that are least like its pivots, 0 for others, [B, S]."""
+    assert call.visual is not None
+    if call.sizes is None:
+        raise strange("the attention of this model gave no keys")
+    index, score = call.index(rows, states.device), torch.zeros(call.shape, device=states.device)
+    there, text = call.present & call.visual, askers(call, "text")
+    for b, number in enumerate(call.number.tolist()):
+        where = torch.zeros(call.shape[1], dtype=torch.long, device=states.device)
+        where[index[b, rows.query[b]]] = rows.query[b].nonzero()[:, 0]
+        mine, others = there[b].nonzero()[:, 0], text[b].nonzero()[:, 0]
+        if len(mine):
+            wanted = kept_count(select, len(mine), number)
+            parts = states[b, where[mine]], states[b, where[others]]
+            score[b, mine] = distinct(*parts, call.sizes[b, mine], call.sizes[b, others], wanted).float()
+    return score
 
 
 def own_sight(layer: Any, index: int, name: str, given: Mapping[str, Any], call: Call, rows: Rows) -> Sight:

@@ -10,7 +10,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vtwcli.schedule.words import FORMAT_VERSION, MUTED, SELECTED, ScheduleError, given, row, words
+from vtwcli.schedule.words import (
+    FORMAT_VERSION,
+    HIDDEN,
+    LAST_ROW,
+    MUTED,
+    SELECTED,
+    ScheduleError,
+    given,
+    row,
+    words,
+)
+from vtwcli.schedule.words import (
+    KEYS as KEYED,
+)
 
 
 @dataclass(frozen=True)
@@ -81,10 +94,11 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
         _one_of("condition", data)
     elif part == "select":
         _one_of("amount", data)
-        if data.get("above") is not None and row("score", data["score"]).needs is None:
+        needs = row("score", data["score"]).needs
+        if data.get("above") is not None and needs in (None, KEYED):
             raise ScheduleError(f"score {data['score']} has no threshold; give ratio or count")
-        if row("score", data["score"]).needs is None and (said := said_of(part, data, SELECTED)):
-            raise ScheduleError(f"score {data['score']} is not measured, so '{said[0]}' says nothing")
+        if needs != LAST_ROW and (said := said_of(part, data, SELECTED)):
+            raise ScheduleError(f"score {data['score']} is no attention, so '{said[0]}' says nothing")
         if data["score"] != "attention" and (said := said_of(part, data, ("rows",))):
             raise ScheduleError(f"score {data['score']} is the last row's; '{said[0]}' goes with attention")
 
@@ -99,6 +113,8 @@ def _check_auto(select: Any) -> None:
     data = select if isinstance(select, Mapping) or select is None else vars(select)
     if data is not None and (said := said_of("select", data, SELECTED)):
         raise ScheduleError(f"'{said[0]}: {data[said[0]]}' needs a layer, not 'at: auto'")
+    if data is not None and row("score", data["score"]).needs in (HIDDEN, KEYED):
+        raise ScheduleError(f"score {data['score']} needs a layer, not 'at: auto'")
 
 
 def _one_of(slot: str, data: Mapping[str, Any]) -> None:

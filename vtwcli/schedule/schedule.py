@@ -70,7 +70,8 @@ class Select(_Part):
 
     Attributes:
         score: ``contribution`` (norm of the last row's per-token contribution), ``attention`` (last row, mean over
-            heads), ``random`` (seeded) or ``uniform`` (every n-th).
+            heads), ``change`` (by the layer before), ``duplication`` (the least like a few pivots), ``random`` (seeded)
+            or ``uniform`` (every n-th).
         ratio: share of the visual tokens, rounded up.
         count: number of visual tokens; a row with fewer keeps all.
         share: of the visual tokens that the prompt brought, however many are left; rounded down.

@@ -7,14 +7,16 @@ came later (``since``); its actions, by layer (0-based):
 
 - ``{"at": K, "action": "withdraw"}``: from layer K on there are no visual tokens.
 - ``{"at": K, "action": "keep", "select": {...}}``: from layer K on only the selected visual tokens exist. ``select``
-  holds a ``score`` (``contribution``, ``attention``, ``random`` with ``seed``, ``uniform``) and one of ``ratio``,
-  ``count``, ``share`` (a ratio of the tokens that the prompt brought, rounded down) and ``above``. The two measured
-  scores come from layer K - 1; with ``layer: here`` from layer K itself, as its own norm, queries and keys see the
-  rows that enter it, at the positions that they had until then. With ``positions: compact`` rows behind tokens that
+  holds a ``score`` and one of ``ratio``, ``count``, ``share`` (a ratio of the tokens that the prompt brought, rounded
+  down) and ``above``. Scores are ``contribution`` and ``attention``, from layer K - 1; ``change``, the distance between
+  a token's rows at the entries of layers K - 1 and K; ``duplication``, which puts those in front that are least like a
+  few pivots (DART, arXiv 2502.11494; ``states.distinct``), and of which a share is rounded so that each pivot takes as
+  many; ``random`` with a ``seed``; ``uniform``. With ``layer: here`` attention is that of layer K itself, as its own
+  norm, queries and keys see the rows that enter it, at the positions that they had until then. ``rows`` are those
+  whose attention is asked, in the mean: the ``last``, ``text`` behind the last visual token (the last row where there
+  is none), the ``visual`` ones that are left, or ``all`` that are. With ``positions: compact`` rows behind tokens that
   left move up: from layer K on positions, those of answer tokens too, are lower by the number of visual tokens in
-  front of them that are gone; otherwise all keep theirs. ``rows`` are those whose attention is asked, in the mean:
-  the ``last``, ``text`` behind the last visual token (the last row where there is none), the ``visual`` ones that are
-  left, or ``all`` that are.
+  front of them that are gone; otherwise all keep theirs.
 - ``{"at": A, "until": B, "action": "mute"}``: in layers A..B-1 ``readers`` (``text``, ``visual`` or ``all`` rows) do
   not read visual columns (``columns``: ``all`` or the ``first_half`` of them); their attention mass is renormalised
   over the rest, moved onto the ``first`` visual token, or set to ``zero`` after the softmax (``sink``). Tokens behind
@@ -53,7 +55,9 @@ class ScheduleError(ValueError):
         self.message, self.hint = message, hint
 
 
-LAST_ROW = "last row"
+LAST_ROW, HIDDEN, KEYS = "last row", "hidden states", "keys"
+PIVOTS: Final = (4, 4)
+"""Visual rows and rows of text that ``duplication`` is measured from."""
 _DYNAMIC = (
     "a dynamic schedule cannot be exported to ONNX: where and what is removed depends on the sample, and graphs are "
     "cut at fixed layers",
@@ -69,7 +73,8 @@ class Word:
     Attributes:
         slot: what it is said of.
         says: its part of a sentence; ``{}`` stands for a value.
-        needs: what must be measured in the layer before: nothing, or the ``last row``'s attention.
+        needs: what must be measured: nothing, attention (the ``last row``'s), ``hidden states``, or the ``keys`` of the
+            layer before too.
         fixed: whether layer and number of tokens are known before a sample is seen.
         onnx: why graphs cannot have it, and what to do; None where they have it.
         since: the first version of the form that has it.
@@ -93,6 +98,10 @@ _FROZEN = "visual tokens are not updated; they still serve as keys and values"
 _CHANGES = "some visual token changes the attention output (cosine below {:g})"
 _STILL = "no visual token changes the attention output any more (cosine at least {:g})"
 _CONTRIBUTION = "largest contribution to the last token's attention output"
+_STATES = (
+    "scores of hidden states (change, duplication) cannot be exported to ONNX: graphs hand out attention only",
+    "use attention or uniform, or --format hf",
+)
 _ASKERS = (
     "scores by other rows than the last cannot be exported to ONNX: graphs look at the last row only",
     "use rows: last, or --format hf",
@@ -122,6 +131,8 @@ WORDS = (
     Word("condition", "cosine_above", _STILL, needs=LAST_ROW, fixed=False, onnx=_DYNAMIC),
     Word("score", "contribution", _CONTRIBUTION, needs=LAST_ROW),
     Word("score", "attention", "most attention from the last token", needs=LAST_ROW),
+    Word("score", "change", "largest change by the layer before", needs=HIDDEN, onnx=_STATES, since=2),
+    Word("score", "duplication", "least like a few pivots", needs=KEYS, onnx=_STATES, since=2),
     Word("score", "random", "drawn at random", onnx=_DRAWN),
     Word("score", "uniform", "evenly spaced"),
     Word("amount", "ratio", "{:.0%} of the visual tokens"),
@@ -215,7 +226,10 @@ def kept_count(select: Mapping[str, Any], present: int, visual: int | None = Non
         return count_of(select["ratio"], present)
     if select.get("share") is not None:
         # 300/576 of 576 are 300, whatever the last bit
-        return min(int(round(select["share"] * (present if visual is None else visual), 9)), present)
+        wanted = select["share"] * (present if visual is None else visual)
+        if select["score"] == "duplication":
+            wanted = PIVOTS[0] + sum(PIVOTS) * int(round(wanted / sum(PIVOTS), 9))
+        return min(int(round(wanted, 9)), present)
     raise ScheduleError("a threshold keeps a number of tokens that depends on the sample")
 
 
