@@ -25,6 +25,8 @@ ROWS = {
     "fastv": {"layer": 3, "count": 4},
     "pyramiddrop": {"layers": [3, 4, 5], "counts": [5, 3, 2]},
     "himap": {"layers": [3, 5], "counts": [5, 2]},
+    "sparsevlm": {"layers": [3, 4], "counts": [4, 2]},
+    "sparsevlm_plus": {"layers": [3, 5], "counts": [5, 2], "heads": 2},
     "v2drop": {"layers": [3, 4, 5], "ratios": [0.6, 0.4, 0]},
     "dart": {"layers": [3], "counts": 5},
     "attention": {"layer": 3, "ratio": 0.5},

@@ -7,6 +7,7 @@ from vtwcli.methods.fastv import FastV
 from vtwcli.methods.himap import HiMAP
 from vtwcli.methods.method import Method
 from vtwcli.methods.pyramiddrop import PyramidDrop
+from vtwcli.methods.sparsevlm import SparseVLM, SparseVLMPlus
 from vtwcli.methods.subsets import Attention, Contribution, Random, TwoStep, Uniform
 from vtwcli.methods.v2drop import V2Drop
 from vtwcli.methods.visipruner import VisiPruner
@@ -16,7 +17,7 @@ from vtwcli.methods.vtw import Vtw
 METHODS: dict[str, type[Method]] = {
     one.key: one for one in (
         Vtw, VisiPruner, FastV,
-        PyramidDrop, HiMAP, V2Drop, Dart,
+        PyramidDrop, HiMAP, SparseVLM, SparseVLMPlus, V2Drop, Dart,
         Attention, Contribution, Random, Uniform, TwoStep,
     )
 }  # fmt: skip

@@ -10,11 +10,14 @@ import torch
 from vtwcli.runtime.cache import Columns
 from vtwcli.runtime.contract import attention_kind, strange
 from vtwcli.runtime.masks import check_mask, flash_mask, gathered, sunk
+from vtwcli.runtime.merge import Recycled, recycled
 from vtwcli.runtime.plan import Plan, PlannedAction
 from vtwcli.runtime.positions import Turned, gone_at, lowering
 from vtwcli.runtime.rows import TEXT, Rows, Split, Tensor, compact, split
 from vtwcli.runtime.selection import best, drawn, spaced
 from vtwcli.schedule.words import kept_count
+
+NOBODY = torch.iinfo(torch.long).min  # no token's number
 
 
 @dataclass(eq=False)
@@ -106,6 +109,8 @@ class Call:
         self.scores: dict[int, Tensor] = {}
         self.entered: Tensor | None = None  # rows at the entry of the layer before, where they are compared
         self.sizes: Tensor | None = None
+        self.raters: Tensor | None = None
+        self.incoming: Tensor | None = None  # rows at a layer's entry, where some are merged
         self.gone: Tensor | None = None
         self.angles: list[Turned] = []
         self.tap: Tap | None = None
@@ -125,6 +130,8 @@ class Call:
         last = (real * (place + 1)).argmax(1)
         self.last = torch.where(real.any(1), last, torch.full_like(last, length - 1))
         self.ordinal = visual.cumsum(1) - 1
+        self.token = self.ordinal.clone()  # a visual token's number; merged ones have -1, -2, ...
+        self.merged = torch.zeros(batch, dtype=torch.long, device=device)
         self.number = visual.sum(1)
         half = visual & (self.ordinal < (self.number // 2)[:, None])
         self.kind = visual.to(torch.int8) + half.to(torch.int8)
@@ -238,7 +245,7 @@ class Call:
     def _decide(self, layer: int, before: Rows) -> Rows:
         """Let start what starts in ``layer``: ``stage`` counts the actions each sample has behind it."""
         assert self.visual is not None
-        stage, left = self.stage, False
+        stage, left, moved = self.stage, False, None
         for number, action in enumerate(self.plan.leaving):
             if action.at is None:
                 if self.probe is None or layer - 1 <= action.after:
@@ -253,9 +260,12 @@ class Call:
             stays = self.present & ~self.visual
             if action.action == "keep":
                 chosen = self._select(number, action)
+                names = torch.where(chosen & starts[:, None], self.token, NOBODY)
+                self.kept[number] = torch.where(starts[:, None], names, self.kept.get(number, names))
+                if action.rest:
+                    moved = self._recycle(number, action, before, chosen)
+                    chosen = moved.present
                 stays = stays | chosen
-                before_now = self.kept.get(number, torch.zeros_like(chosen))
-                self.kept[number] = torch.where(starts[:, None], chosen, before_now)
             self.present = torch.where(starts[:, None], stays, self.present)
             if action.positions == "compact":
                 gone, missing = self.gone, self.visual & ~self.present
@@ -267,7 +277,22 @@ class Call:
             left = True
         if not left:
             return before
-        return replace(compact(self.present | self.is_last, self.present), gone=self.gone)
+        return replace(compact(self.present | self.is_last, self.present), gone=self.gone, moved=moved)
+
+    def _recycle(self, number: int, action: PlannedAction, before: Rows, chosen: Tensor) -> Recycled:
+        """Merge some of the tokens that are not ``chosen``; tokens are named anew by their slots."""
+        assert self.visual is not None and self.incoming is not None
+        place = torch.zeros(self.shape, dtype=torch.long, device=self.visual.device)
+        index = self.index(before, place.device)
+        place.scatter_(1, index, torch.arange(index.shape[1], device=place.device).expand_as(index))
+        there, score = self.present & self.visual, self._measured(number, action)
+        said = {"rest": action.rest}
+        found = recycled(said, there, chosen, self.is_last, score, self.incoming, place)
+        named = torch.where(
+            found.made >= 0, -1 - self.merged[:, None] - found.made, self.token.gather(1, found.origin)
+        )
+        self.token, self.merged = named, self.merged + (found.made >= 0).sum(1)
+        return found
 
     def _condition(self, action: PlannedAction, awaited: Tensor) -> Tensor:
         """Rows [B] at which an ``auto`` action starts, given the layer before."""
@@ -309,12 +334,15 @@ class Call:
 
     def slots(self, before: Rows, now: Rows) -> Tensor | None:
         """Where the rows of ``now`` lie among those of ``before``, [B, T]."""
-        if before.index is None or now.index is None:
-            return now.index
-        place = torch.zeros(self.shape, dtype=torch.long, device=now.index.device)
-        arange = torch.arange(before.index.shape[1], device=now.index.device).expand_as(before.index)
+        wanted = now.index
+        if now.moved is not None and wanted is not None:
+            wanted = now.moved.origin.to(wanted.device).gather(1, wanted)
+        if before.index is None or wanted is None:
+            return wanted
+        place = torch.zeros(self.shape, dtype=torch.long, device=wanted.device)
+        arange = torch.arange(before.index.shape[1], device=wanted.device).expand_as(before.index)
         place.scatter_(1, before.index, arange)
-        return place.gather(1, now.index)
+        return place.gather(1, wanted)
 
     def columns(self, old: Columns | None, rows: Rows, past: int, device: torch.device) -> Columns:
         """The entries of a cache layer once ``rows`` are added to the ``old`` ones."""

@@ -27,6 +27,7 @@ class PlannedAction:
     columns: str = "all"
     during: str = "all"
     positions: str = "original"
+    rest: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
     def of(cls, action: Mapping[str, Any]) -> PlannedAction:
@@ -55,8 +56,10 @@ class PlannedAction:
 
     @property
     def asks(self) -> bool:
-        """Whether they are others than the last row's."""
-        return self.before and self.needs == LAST_ROW and self.select["rows"] != "last"
+        """Whether they are more than the last row's."""
+        if not self.before or self.needs != LAST_ROW:
+            return False
+        return self.select["rows"] != "last" or "heads" in self.select or self.select["level"]
 
     @property
     def asks_visual(self) -> bool:
@@ -100,6 +103,12 @@ class Plan:
                     f"action {number} ({a.action}): score {a.select['score']} comes from the layer before; "
                     "start at 1 or later"
                 )
+        starts = [a.at for a in self.leaving]
+        for number, a in enumerate(planned, 1):
+            if a.rest and starts.count(a.at) > 1:
+                raise PruningError(
+                    f"action {number} ({a.action}): 'rest' needs a layer of its own, not {a.at}"
+                )
         for layer in range(depth):
             looks = self.may_probe(layer) or self.looks_in(layer)
             mutes = [a for a in self.mutes if a.covers(layer)]
@@ -141,6 +150,15 @@ class Plan:
     def asks_in(self, layer: int) -> dict[int, PlannedAction]:
         """The actions, by number, that ask other rows of ``layer`` than the last."""
         return {i: a for i, a in enumerate(self.leaving) if a.at == layer + 1 and a.asks}
+
+    def merges(self, layer: int) -> bool:
+        """Whether rows are merged at the entry of ``layer``."""
+        return any(a.at == layer and a.rest for a in self.leaving)
+
+    @property
+    def rates(self) -> bool:
+        """Whether raters are asked."""
+        return any(a.measured and a.select["rows"] == "raters" for a in self.leaving)
 
     @property
     def renumbers(self) -> bool:

@@ -54,7 +54,7 @@ from vtwcli.runtime.freeze import leave_layer, part
 from vtwcli.runtime.masks import not_padding, split_sinks
 from vtwcli.runtime.plan import Plan
 from vtwcli.runtime.positions import Turned, renumber
-from vtwcli.runtime.ranking import by_states, look, own_sight
+from vtwcli.runtime.ranking import by_states, look, own_sight, raters
 from vtwcli.runtime.rows import Rows, take, take_positions
 from vtwcli.runtime.trace import Trace, traced
 from vtwcli.runtime.weights import not_compiled
@@ -255,6 +255,9 @@ class Pruning:
 
     def _ask(self, index: int, module: Any, call: Call, rows: Rows, kwargs: dict[str, Any]) -> None:
         """Let a layer tell what it would see of the ``rows`` that enter it, where that decides who stays."""
+        if index == 0 and self.plan.rates:
+            call.raters = raters(call, kwargs["hidden_states"])
+        call.incoming = kwargs["hidden_states"] if self.plan.merges(index) else None
         by_state, asked = self.plan.by_states(index), self.plan.looks_in(index)
         if by_state:
             with torch.no_grad():
@@ -343,6 +346,8 @@ class Pruning:
         if before is not rows:
             slots = rows.index if before is None else call.slots(before, rows)
             kwargs["hidden_states"] = take(kwargs["hidden_states"], slots, 1)
+            if rows.moved is not None:
+                kwargs["hidden_states"] = rows.moved.put(kwargs["hidden_states"], rows)
         assert rows.index is not None
         take_positions(kwargs, rows.index, call.shape[1], attention)
 

@@ -12,11 +12,11 @@ import torch
 
 from vtwcli.runtime.cache import Columns, PrunedLayer
 from vtwcli.runtime.call import Call
-from vtwcli.runtime.contract import CACHE_NAMES, cache_argument, strange
+from vtwcli.runtime.contract import CACHE_NAMES, POSITIONS, cache_argument, strange
 from vtwcli.runtime.freeze import Enough, entries_of
 from vtwcli.runtime.masks import rows_mask
 from vtwcli.runtime.plan import PlannedAction
-from vtwcli.runtime.rows import Rows, Tensor, compact
+from vtwcli.runtime.rows import Rows, Tensor, compact, take
 from vtwcli.runtime.scores import last_row_numbers, placed
 from vtwcli.runtime.states import change, distinct, wide
 from vtwcli.runtime.weights import row_weights
@@ -58,8 +58,40 @@ def askers(call: Call, rows: str) -> Tensor:
         return call.present & call.visual
     if rows == "last":
         return call.is_last
+    if rows == "raters":
+        assert call.raters is not None
+        return call.raters
+    return _question(call)
+
+
+def _question(call: Call) -> Tensor:
+    """The text behind the image, [B, S]; the last row where there is none."""
+    assert call.visual is not None and call.real is not None
     behind = call.real & (call.visual.flip(1).cumsum(1).flip(1) == 0) & (call.number > 0)[:, None]
     return torch.where(behind.any(1)[:, None], behind, call.is_last)
+
+
+def raters(call: Call, hidden: Tensor) -> Tensor:
+    """The rows of text behind the image that suit it, [B, S].
+
+    A row's share is that of its dot product with a visual row, in a softmax over the text and in the mean over the
+    image; raters have more than the mean. Where none has, all are.
+
+    Args:
+        hidden: the embedded prompt, [B, S, D].
+    """
+    assert call.visual is not None
+    found = question = _question(call)
+    for b in range(len(question)):
+        image, text = (hidden[b, which[b].to(hidden.device)] for which in (call.visual, question))
+        if len(image) and len(text):
+            share = (wide(image) @ wide(text).T).softmax(1).mean(0).to(question.device)
+            above = torch.zeros_like(question[b])
+            above[question[b]] = share > share.mean()
+            if bool(above.any()):
+                found = found.clone()
+                found[b] = above
+    return found
 
 
 def look(call: Call, sight: Sight, select: Mapping[str, Any]) -> Tensor:
@@ -76,17 +108,67 @@ def look(call: Call, sight: Sight, select: Mapping[str, Any]) -> Tensor:
         block = Rows(tokens[:, near], part.query[:, near], part.query[:, near], True)
         mask = rows_mask(sight.mask, block, sight.columns, sight.past, call.shape[1], hidden)
         weights = row_weights(sight.module, sight.given, part.index[:, near], mask, sight.keys, sight.values)
-        total = total + _scores(select, weights, sight.values, block.query)
+        total = total + _scores(select, weights, sight, block.query, part.index[:, near])
+    if select["score"] == "attention":
+        total = _of_heads(total, select, visual_columns(call, sight))
     scores = total / part.query.sum(1, keepdim=True).clamp(min=1)
     device = call.last.device
     return placed(scores.to(device), sight.columns.position.to(device), sight.past, call.shape[1])
 
 
-def _scores(select: Mapping[str, Any], weights: Tensor, values: Tensor, query: Tensor) -> Tensor:
-    """The sum over rows of their scores of the columns, [B, T]; those that are no ``query`` [B, Q] give none."""
+def _scores(select: Mapping[str, Any], weights: Tensor, sight: Sight, query: Tensor, index: Tensor) -> Tensor:
+    """The sum over rows of their scores of the columns: contributions [B, T], or attention by head [B, H, T].
+
+    Args:
+        weights: of the rows ``index`` [B, Q], [B, H, Q, T].
+        query: which of them are tokens', [B, Q].
+    """
     if select["score"] == "contribution":
-        return last_row_numbers(weights[:, :, -1], values)["contribution"]
-    return (wide(weights).mean(1) * query[:, :, None]).sum(1)
+        return last_row_numbers(weights[:, :, -1], sight.values)["contribution"]
+    weights = wide(weights) * query[:, None, :, None]
+    if select["level"]:
+        weights = weights / _distances(sight, index)[:, None]
+    return weights.sum(2)
+
+
+def _of_heads(total: Tensor, select: Mapping[str, Any], visual: Tensor) -> Tensor:
+    """The mean [B, T] over heads of [B, H, T]; where only some count, over those that sum up to most on ``visual``."""
+    number = select.get("heads")
+    if number is not None and number < total.shape[1]:
+        most = (total * visual[:, None]).sum(2).topk(number, dim=1).indices
+        total = total.gather(1, most[:, :, None].expand(-1, -1, total.shape[2]))
+    return total.mean(1)
+
+
+def visual_columns(call: Call, sight: Sight) -> Tensor:
+    """Which of the columns are visual tokens of the chunk that are there, [B, T]."""
+    assert call.visual is not None
+    position, device = sight.columns.position, sight.keys.device
+    place = (position - sight.past).to(call.visual.device)
+    there = (call.present & call.visual).gather(1, place.clamp(min=0)) & (place >= 0)
+    return there.to(device)
+
+
+def _distances(sight: Sight, index: Tensor) -> Tensor:
+    """What rotary embedding makes of rows of ones: their scaled products between rows ``index`` and columns, [B, Q, T].
+
+    Columns of earlier turns, which are no visual tokens of this prompt, count as 1.
+    """
+    angles = sight.given.get(POSITIONS)
+    if not isinstance(angles, tuple | list) or len(angles) != 2:
+        raise strange(f"the attention gets no {POSITIONS} of cosines and sines")
+    cos, sin = (wide(x) for x in angles)
+    half = cos.shape[-1] // 2
+    sign = torch.cat([-torch.ones(half), torch.ones(cos.shape[-1] - half)]).to(cos)
+    turned = cos + sign * sin  # [B or 1, n, E]
+    if turned.ndim != 3:
+        raise strange(f"the attention gets {POSITIONS} of {list(cos.shape)}")
+    turned = turned.expand(len(index), -1, -1)
+    width = sight.keys.shape[-1]  # of which some may not turn
+    product = take(turned, index, 1) @ turned.transpose(1, 2) + (width - turned.shape[-1])
+    product = product / width**0.5
+    earlier = sight.keys.shape[2] - turned.shape[1]
+    return torch.cat([torch.ones_like(product[:, :, :1]).expand(-1, -1, earlier), product], 2)
 
 
 def key_sizes(call: Call, sight: Sight) -> Tensor:

@@ -25,6 +25,7 @@ class Rows:
         key: others may read the row, [B, T].
         ragged: whether some row is a filler or may not be read.
         lonely: whether some token has a row that others may not read.
+        moved: where rows were merged: a ``merge.Recycled``.
         gone: tokens whose positions those behind them have taken over, [B, S]; None: positions are as they were.
     """
 
@@ -34,6 +35,7 @@ class Rows:
     ragged: bool = False
     lonely: bool = False
     gone: Tensor | None = None
+    moved: Any = None
 
 
 def compact(stay: Tensor, readable: Tensor | None = None) -> Rows:

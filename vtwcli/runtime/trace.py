@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vtwcli.runtime.call import Call
+from vtwcli.runtime.call import NOBODY, Call
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class ActionTrace:
         action: ``withdraw`` or ``keep``.
         layer: at which it started; None if it did not.
         kept: the tokens that ``keep`` kept, counted among the sample's visual tokens from 0; None if it did not
-            start, and for ``withdraw``.
+            start, and for ``withdraw``. Rows that were merged count as tokens -1, -2, ... in the order in which they
+            were made.
     """
 
     action: str
@@ -97,7 +98,7 @@ def traced(call: Call) -> Trace:
         actions = []
         for i, (action, start) in enumerate(zip(plan.leaving, fired[row], strict=True)):
             kept = action.action == "keep" and start >= 0
-            tokens = call.ordinal[row, call.kept[i][row]].tolist() if kept else None
+            tokens = [token for token in call.kept[i][row].tolist() if token != NOBODY] if kept else None
             actions.append(ActionTrace(action.action, start if start >= 0 else None, tokens))
         counts = enumerate(zip(present[row], call.rows_at, strict=True))
         layers = [LayerTrace(layer, *two) for layer, two in counts]

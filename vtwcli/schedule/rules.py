@@ -15,6 +15,8 @@ from vtwcli.schedule.words import (
     HIDDEN,
     LAST_ROW,
     MUTED,
+    REST_INTO,
+    REST_SHARE,
     SELECTED,
     ScheduleError,
     given,
@@ -46,12 +48,19 @@ class Key:
     since: int = 1
 
 
+_OF_ATTENTION = ("heads", "level")  # keys of ``select`` that go with attention
+
 _START = {"at": Key(int, ..., 0, auto=True), "after": Key(int, None, 0), "when": Key(dict)}
 _SPAN = {"at": Key(int, ..., 0), "until": Key(int, ..., 1)}
 
 KEYS: dict[str, dict[str, Key]] = {
     "withdraw": _START,
-    "keep": {**_START, "select": Key(dict, ...), "positions": Key(str, words("positions")[0])},
+    "keep": {
+        **_START,
+        "select": Key(dict, ...),
+        "positions": Key(str, words("positions")[0]),
+        "rest": Key(dict),
+    },
     "mute": {**_SPAN, **{slot: Key(str, words(slot)[0]) for slot in MUTED}},
     "freeze": _SPAN,
     "when": {
@@ -68,9 +77,17 @@ KEYS: dict[str, dict[str, Key]] = {
         "above": Key(float),
         "seed": Key(int, 0),
         **{slot: Key(str, words(slot)[0]) for slot in SELECTED},
+        "heads": Key(int, None, 1, since=2),
+        "level": Key(bool, False, since=2),
+    },
+    "rest": {
+        "merge": Key(str, ...),
+        "share": Key(float, REST_SHARE, 0, 1),
+        "into": Key(float, REST_INTO, 0, 1),
+        "seed": Key(int, 0),
     },
 }
-"""The keys of each action, of ``when`` and of ``select``."""
+"""The keys of each action, of ``when``, of ``select`` and of ``rest``."""
 
 
 def check_rules(part: str, data: Mapping[str, Any]) -> None:
@@ -90,6 +107,8 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
             raise ScheduleError("'when' and 'after' go with 'at: auto' only")
         if data["at"] == "auto":
             _check_auto(data.get("select"))
+        if data.get("rest") is not None:
+            _check_rest(data)
     elif part == "when":
         _one_of("condition", data)
     elif part == "select":
@@ -97,10 +116,25 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
         needs = row("score", data["score"]).needs
         if data.get("above") is not None and needs in (None, KEYED):
             raise ScheduleError(f"score {data['score']} has no threshold; give ratio or count")
-        if needs != LAST_ROW and (said := said_of(part, data, SELECTED)):
+        if needs != LAST_ROW and (said := said_of(part, data, (*SELECTED, *_OF_ATTENTION))):
             raise ScheduleError(f"score {data['score']} is no attention, so '{said[0]}' says nothing")
-        if data["score"] != "attention" and (said := said_of(part, data, ("rows",))):
+        if data["score"] != "attention" and (said := said_of(part, data, ("rows", *_OF_ATTENTION))):
             raise ScheduleError(f"score {data['score']} is the last row's; '{said[0]}' goes with attention")
+
+
+def _check_rest(data: Mapping[str, Any]) -> None:
+    """Merged rows stand for tokens of a rank, at positions of their own."""
+    select = data["select"] if isinstance(data["select"], Mapping) else vars(data["select"])
+    if data["positions"] != "compact":
+        raise ScheduleError(
+            "merged tokens ('rest') have no place among original positions; say positions: compact"
+        )
+    if row("score", select["score"]).needs not in (LAST_ROW, HIDDEN) or select.get("above") is not None:
+        raise ScheduleError(
+            "'rest' ranks the tokens that are not kept; give a measured score, and a number of tokens"
+        )
+    if data["at"] == "auto":
+        raise ScheduleError("'rest' needs a layer, not 'at: auto'")
 
 
 def said_of(part: str, data: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
@@ -111,7 +145,7 @@ def said_of(part: str, data: Mapping[str, Any], keys: Iterable[str]) -> list[str
 def _check_auto(select: Any) -> None:
     """What ``auto`` looks at is the last row of the layers behind it."""
     data = select if isinstance(select, Mapping) or select is None else vars(select)
-    if data is not None and (said := said_of("select", data, SELECTED)):
+    if data is not None and (said := said_of("select", data, (*SELECTED, *_OF_ATTENTION))):
         raise ScheduleError(f"'{said[0]}: {data[said[0]]}' needs a layer, not 'at: auto'")
     if data is not None and row("score", data["score"]).needs in (HIDDEN, KEYED):
         raise ScheduleError(f"score {data['score']} needs a layer, not 'at: auto'")

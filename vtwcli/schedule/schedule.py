@@ -81,6 +81,8 @@ class Select(_Part):
             of ``all``.
         layer: where a measured score is taken: in the layer ``before`` that in which tokens leave, or ``here``, in
             that layer as it sees the rows that enter it.
+        heads: how many heads count: those with the most attention from these rows to visual tokens; by default all.
+        level: whether weights are divided by what rotary embedding alone makes of the distance.
     """
 
     score: Annotated[str, OneOf("score")]
@@ -91,6 +93,24 @@ class Select(_Part):
     seed: int = _key("select", "seed")
     rows: Annotated[str, OneOf("rows")] = _key("select", "rows")
     layer: Annotated[str, OneOf("layer")] = _key("select", "layer")
+    heads: int | None = _key("select", "heads")
+    level: bool = _key("select", "level")
+
+
+class Rest(_Part):
+    """What becomes of the tokens that ``keep`` does not keep.
+
+    Attributes:
+        merge: ``cluster``: the best of them are merged into means, which stand behind the kept ones.
+        share: of them, to be merged; rounded down, and one more.
+        into: clusters for each of these; rounded down, and one more.
+        seed: of the noise that tells equal densities apart.
+    """
+
+    merge: Annotated[str, OneOf("merge")]
+    share: float = _key("rest", "share")
+    into: float = _key("rest", "into")
+    seed: int = _key("rest", "seed")
 
 
 class _Starting(_Part):
@@ -118,12 +138,14 @@ class Keep(_Starting):
     """From this layer on only the selected visual tokens exist.
 
     Attributes:
+        rest: what becomes of the others; by default they are dropped.
         positions: ``original`` ones stay, or rows are numbered anew behind the removal (``compact``).
     """
 
     action: Literal["keep"]
     select: Select
     positions: Annotated[str, OneOf("positions")] = _key("keep", "positions")
+    rest: Rest | None = None
 
 
 class _Range(_Part):

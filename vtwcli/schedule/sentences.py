@@ -29,6 +29,8 @@ def describe(action: Action, layers: int) -> str:
         says = says.format(_selection(action.select))
         if action.positions != "original":
             says += f"; {row('positions', action.positions).says}"
+        if action.rest is not None:
+            says += f"; {row('merge', action.rest.merge).says}"
     return f"From {_start(action, layers)} {says}."
 
 
@@ -53,4 +55,8 @@ def _selection(select: Select) -> str:
     amount = row("amount", word).says.format(getattr(select, word))
     score = row("score", select.score).says
     said = [row(slot, getattr(select, slot)).says for slot in said_of("select", vars(select), SELECTED)]
+    if select.heads is not None:
+        said.append(f"in the {select.heads} heads that read the image most")
+    if select.level:
+        said.append("levelled by distance")
     return f"{amount} ({', '.join([score, *said])})"

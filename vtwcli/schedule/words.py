@@ -8,15 +8,25 @@ came later (``since``); its actions, by layer (0-based):
 - ``{"at": K, "action": "withdraw"}``: from layer K on there are no visual tokens.
 - ``{"at": K, "action": "keep", "select": {...}}``: from layer K on only the selected visual tokens exist. ``select``
   holds a ``score`` and one of ``ratio``, ``count``, ``share`` (a ratio of the tokens that the prompt brought, rounded
-  down) and ``above``. Scores are ``contribution`` and ``attention``, from layer K - 1; ``change``, the distance between
-  a token's rows at the entries of layers K - 1 and K; ``duplication``, which puts those in front that are least like a
-  few pivots (DART, arXiv 2502.11494; ``states.distinct``), and of which a share is rounded so that each pivot takes as
-  many; ``random`` with a ``seed``; ``uniform``. With ``layer: here`` attention is that of layer K itself, as its own
-  norm, queries and keys see the rows that enter it, at the positions that they had until then. ``rows`` are those
-  whose attention is asked, in the mean: the ``last``, ``text`` behind the last visual token (the last row where there
-  is none), the ``visual`` ones that are left, or ``all`` that are. With ``positions: compact`` rows behind tokens that
-  left move up: from layer K on positions, those of answer tokens too, are lower by the number of visual tokens in
-  front of them that are gone; otherwise all keep theirs.
+  down) and ``above``.
+
+  - Scores are ``contribution`` and ``attention``, from layer K - 1; ``change``, the distance between a token's rows at
+    the entries of layers K - 1 and K; ``duplication``, which puts those in front that are least like a few pivots
+    (DART, arXiv 2502.11494; ``states.distinct``), and of which a share is rounded so that each pivot takes as many;
+    ``random`` with a ``seed``; ``uniform``.
+  - With ``layer: here`` attention is that of layer K itself, as its own norm, queries and keys see the rows that enter
+    it, at the positions that they had until then.
+  - ``rows`` are those whose attention is asked, in the mean: the ``last``, ``text`` behind the last visual token (the
+    last row where there is none), ``raters`` among these, the ``visual`` ones that are left, or ``all`` that are.
+    Raters are the rows of text whose share of the embedded image's dot products, in a softmax over the text and in the
+    mean over the image, is above the mean.
+  - Of its heads only those ``heads`` count whose weights from these rows to visual tokens sum up to most; with
+    ``level: true`` weights are first divided by what rotary embedding makes of rows of ones at both positions.
+  - With ``positions: compact`` rows behind tokens that left move up: from layer K on positions, those of answer tokens
+    too, are lower by the number of visual tokens in front of them that are gone; otherwise all keep theirs.
+  - With ``rest`` (``merge: cluster``) n tokens that are not kept leave rows behind: the int(``share`` n) + 1 = m of the
+    highest score are merged, by DPC-kNN, into int(``into`` m) + 1 means, which stand behind the kept ones (SparseVLM,
+    arXiv 2410.04417; ``merge.clusters``).
 - ``{"at": A, "until": B, "action": "mute"}``: in layers A..B-1 ``readers`` (``text``, ``visual`` or ``all`` rows) do
   not read visual columns (``columns``: ``all`` or the ``first_half`` of them); their attention mass is renormalised
   over the rest, moved onto the ``first`` visual token, or set to ``zero`` after the softmax (``sink``). Tokens behind
@@ -58,6 +68,8 @@ class ScheduleError(ValueError):
 LAST_ROW, HIDDEN, KEYS = "last row", "hidden states", "keys"
 PIVOTS: Final = (4, 4)
 """Visual rows and rows of text that ``duplication`` is measured from."""
+REST_SHARE: Final = 0.3
+REST_INTO: Final = 0.1
 _DYNAMIC = (
     "a dynamic schedule cannot be exported to ONNX: where and what is removed depends on the sample, and graphs are "
     "cut at fixed layers",
@@ -119,6 +131,10 @@ _SHARE = (
     "a share of the prompt's visual tokens cannot be exported to ONNX: graphs know how many are left",
     "use ratio or count, or --format hf",
 )
+_MERGED = (
+    "merged tokens (rest: cluster) cannot be exported to ONNX: graphs take rows away and make none",
+    "leave out rest, or use --format hf",
+)
 _DRAWN = "keep with random scores cannot be exported to ONNX, they are drawn by torch", "use uniform"
 
 WORDS = (
@@ -141,12 +157,14 @@ WORDS = (
     Word("amount", "above", "the visual tokens above {:g}", fixed=False, onnx=_DYNAMIC),
     Word("rows", "last", "of the last token"),
     Word("rows", "text", "of the text behind the image", onnx=_ASKERS, since=2),
+    Word("rows", "raters", "of the text that the image suits", onnx=_ASKERS, since=2),
     Word("rows", "visual", "of the visual tokens", onnx=_ASKERS, since=2),
     Word("rows", "all", "of all tokens", onnx=_ASKERS, since=2),
     Word("layer", "before", "in the layer before"),
     Word("layer", "here", "as the layer itself sees it", onnx=_HERE, since=2),
     Word("positions", "original", "rows keep their positions"),
     Word("positions", "compact", "rows behind those that left move up", onnx=_COMPACT, since=2),
+    Word("merge", "cluster", "the best of the others are merged into clusters", onnx=_MERGED, since=2),
     Word("sink", "renormalise", "the attention goes to the other tokens"),
     Word("sink", "first", "the attention goes to the first visual token"),
     Word("sink", "zero", "the attention is dropped"),
@@ -194,6 +212,7 @@ def used(actions: Iterable[Mapping[str, Any]]) -> Iterator[Word]:
             yield row("score", select["score"])
             yield from (row(slot, select[slot]) for slot in SELECTED if slot in select)
         yield from (row(slot, action[slot]) for slot in ("positions",) if slot in action)
+        yield from (row("merge", action["rest"]["merge"]) for _ in ("rest",) if action.get("rest"))
         for slot, data in (("condition", when), ("amount", select)):
             yield from (row(slot, word) for word in given(slot, data))
         yield from (row(slot, action[slot]) for slot in MUTED if slot in action)
@@ -233,6 +252,15 @@ def kept_count(select: Mapping[str, Any], present: int, visual: int | None = Non
     raise ScheduleError("a threshold keeps a number of tokens that depends on the sample")
 
 
+def merged_count(action: Mapping[str, Any], dropped: int) -> tuple[int, int]:
+    """How many of the ``dropped`` tokens of a ``keep`` are merged, and into how many."""
+    rest = action.get("rest")
+    if not rest or not dropped:
+        return 0, 0
+    merged = min(int(rest.get("share", REST_SHARE) * dropped) + 1, dropped)
+    return merged, min(int(rest.get("into", REST_INTO) * merged) + 1, merged)
+
+
 def visual_per_layer(actions: Sequence[Mapping[str, Any]], layers: int, visual: int) -> list[int]:
     """Number of visual tokens present in each layer for a sample that has ``visual`` of them.
 
@@ -247,7 +275,8 @@ def visual_per_layer(actions: Sequence[Mapping[str, Any]], layers: int, visual: 
             if action["at"] == layer and action["action"] == "withdraw":
                 present = 0
             elif action["at"] == layer and action["action"] == "keep":
-                present = kept_count(action["select"], present, visual)
+                kept = kept_count(action["select"], present, visual)
+                present = kept + merged_count(action, present - kept)[1]
         counts.append(present)
     return counts
 
