@@ -31,11 +31,13 @@ class Decisions:
 
     Attributes:
         present: per layer, which tokens of the prompt may be read, [B, S].
+        gone: per layer, which tokens no longer take up a position, [B, S].
         starts: per withdraw or keep action and sample, the layer at which it started, or None.
         kept: per action and sample, the kept tokens, counted among the sample's visual tokens.
     """
 
     present: list[torch.Tensor] = field(default_factory=list)
+    gone: list[torch.Tensor] = field(default_factory=list)
     starts: list[list[int | None]] = field(default_factory=list)
     kept: list[list[list[int] | None]] = field(default_factory=list)
 
@@ -44,6 +46,7 @@ def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, soft
     """Plain attention [B, H, Q, D]; the running interpreter changes and looks at the weights."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    _running[-1].keys = key[:, ::groups]
     scores = query @ key.transpose(2, 3) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -76,43 +79,74 @@ class _Interpreter:
         self.freezes = [a for a in actions if a["action"] == "freeze"]
         rows = len(self.ids)
         self.present = torch.ones_like(self.visual)
+        self.gone = torch.zeros_like(self.visual)
         self.stage, self.count = [0] * rows, [0] * rows
         self.new = Decisions(
             starts=[[None] * rows for _ in self.leaving], kept=[[None] * rows for _ in self.leaving]
         )
         self.layer = -1
         self.scores: list[dict[int, dict[str, float]]] = []
+        self.own: list[dict[int, dict[str, float]]] | None = None  # of the layer about to run
+        self.weights = self.own_weights = self.keys = torch.empty(0)
+        self.norm = model.get_submodule(FAMILIES[model.config.model_type].text_model).norm
+        self.entry = self.entry_before = torch.empty(0)
 
     # -- before a layer
 
     def enter(self, index: int):
         def hook(module, args, kwargs):
             hidden = kwargs.get("hidden_states", args[0] if args else None)
-            self.layer = index
+            self.layer, self.entry_before, self.entry = index, self.entry, hidden
             if self.decided is None:
+                here = [
+                    a for a in self.leaving if a["at"] == index and a.get("select", {}).get("layer") == "here"
+                ]
+                if here:  # the layer runs as if nothing left, and its weights are all that is taken of it
+                    self.own = []
+                    module.forward(*args, **self.arguments(index, hidden, kwargs))
                 for b in range(len(self.ids)):
                     self.decide(b)
+                self.own = None
                 self.new.present.append(self.present.clone())
+                self.new.gone.append(self.gone.clone())
             else:
-                self.present = torch.ones_like(self.visual)
-                self.present[:, : self.prompt] = self.decided.present[index]
-            given, length = kwargs["attention_mask"], self.ids.shape[1]
-            if given is None:
-                allowed = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
-            else:
-                allowed = given if given.dtype == torch.bool else given == 0
-            allowed = (allowed & (self.real & self.present)[:, None, None, :]).clone()
-            allowed = allowed.expand(len(self.ids), -1, -1, -1).clone()
-            for mute in self.mutes:
-                if mute.get("sink", "renormalise") == "renormalise" and mute["at"] <= index < mute["until"]:
-                    allowed &= ~self.pairs(mute)[:, None]
-            alone = ~allowed.any(-1, keepdim=True) & torch.eye(length, dtype=torch.bool)
-            allowed |= alone
-            low = torch.finfo(hidden.dtype).min
-            mask = torch.zeros(allowed.shape, dtype=hidden.dtype).masked_fill(~allowed, low)
-            return args, {**kwargs, "attention_mask": mask}
+                for now, then in ((self.present, self.decided.present), (self.gone, self.decided.gone)):
+                    now[:, : self.prompt] = then[index]
+            return args, self.arguments(index, hidden, kwargs)
 
         return hook
+
+    def arguments(self, index: int, hidden: torch.Tensor, kwargs: dict) -> dict:
+        """A layer's arguments with the mask and the positions of the tokens that are there."""
+        given, length = kwargs["attention_mask"], self.ids.shape[1]
+        if given is None:
+            allowed = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+        else:
+            allowed = given if given.dtype == torch.bool else given == 0
+        allowed = (allowed & (self.real & self.present)[:, None, None, :]).clone()
+        allowed = allowed.expand(len(self.ids), -1, -1, -1).clone()
+        for mute in self.mutes:
+            if mute.get("sink", "renormalise") == "renormalise" and mute["at"] <= index < mute["until"]:
+                allowed &= ~self.pairs(mute)[:, None]
+        alone = ~allowed.any(-1, keepdim=True) & torch.eye(length, dtype=torch.bool)
+        allowed |= alone
+        low = torch.finfo(hidden.dtype).min
+        mask = torch.zeros(allowed.shape, dtype=hidden.dtype).masked_fill(~allowed, low)
+        changed = {**kwargs, "attention_mask": mask}
+        if (
+            self.gone.any()
+        ):  # one position less for each token that is gone: that of the token so many places before
+            for name in [name for name in kwargs if name.startswith("position_embeddings")]:
+                changed[name] = tuple(self.moved_up(table) for table in kwargs[name])
+        return changed
+
+    def moved_up(self, table: torch.Tensor) -> torch.Tensor:
+        """Rotary embeddings [B or 1, S, D] at the positions that tokens have now."""
+        rows = []
+        for b in range(len(self.ids)):
+            of = table[b if len(table) > 1 else 0]
+            rows.append([of[i - int(self.gone[b, :i].sum())] for i in range(len(of))])
+        return torch.stack([torch.stack(row) for row in rows])
 
     def leave(self, index: int):
         def hook(module, args, kwargs, output):
@@ -155,7 +189,11 @@ class _Interpreter:
             weights[b] = original[b].masked_fill(gone[b], 0)
             for first in (self.visual[b] & self.present[b]).nonzero()[:1, 0].tolist():
                 weights[b, :, :, first] += (original[b] * moved[b]).sum(-1)
-        if self.decided is None:
+        if self.own is not None:
+            self.own = [self.score(weights[b], values[b], b) for b in range(len(self.ids))]
+            self.own_weights = original
+        elif self.decided is None:
+            self.weights = original
             self.scores = [self.score(weights[b], values[b], b) for b in range(len(self.ids))]
         return weights
 
@@ -204,6 +242,8 @@ class _Interpreter:
             kept = self.select(b, action["select"], tokens) if action["action"] == "keep" else []
             for i in tokens:
                 self.present[b, i] = i in kept
+            if action.get("positions") == "compact":
+                self.gone[b] = self.visual[b] & ~self.present[b]
             self.stage[b], self.count[b] = number + 1, 0
             self.new.starts[number][b] = self.layer
             if action["action"] == "keep":
@@ -214,12 +254,25 @@ class _Interpreter:
         """The tokens to keep, in order."""
         name = select["score"]
         if "above" in select:
-            return [i for i in tokens if self.scores[b][i][name] > select["above"]]
+            scores = (
+                self.changes(b, tokens)
+                if name == "change"
+                else {
+                    i: (self.own if select.get("layer") == "here" else self.scores)[b][i][name]
+                    for i in tokens
+                }
+            )
+            return [i for i in tokens if scores[i] > select["above"]]
         if name.startswith("tower_"):
             assert self.front is not None
             return self.front[b]
         n = len(tokens)
-        wanted = min(select["count"], n) if "count" in select else math.ceil(select["ratio"] * n)
+        if "count" in select:
+            wanted = min(select["count"], n)
+        elif "share" in select:
+            wanted = min(int(round(select["share"] * int(self.visual[b].sum()), 9)), n)
+        else:
+            wanted = math.ceil(select["ratio"] * n)
         if name == "uniform":
             return [tokens[math.ceil(i * n / wanted)] for i in range(wanted)]
         if name == "random":
@@ -227,9 +280,47 @@ class _Interpreter:
             draw = torch.rand(total, generator=torch.Generator().manual_seed(select.get("seed", 0))).tolist()
             everything = self.visual[b].nonzero()[:, 0].tolist()
             value = {i: draw[everything.index(i)] for i in tokens}
-        else:
-            value = {i: self.scores[b][i][name] for i in tokens}
+        elif name == "change":
+            value = self.changes(b, tokens)
+        elif name != "duplication":
+            scores = self.own if select.get("layer") == "here" else self.scores
+            value = {i: scores[b][i][name] for i in tokens}
+        if name == "duplication":
+            return self.distinct(b, tokens, min(4 + 8 * (wanted // 8), n) if "share" in select else wanted)
+        if select.get("rows", "last") != "last":
+            weights = (self.own_weights if select.get("layer") == "here" else self.weights)[b]
+            rows = self.askers(b, select["rows"], tokens)
+            value = {i: sum(float(weights[:, row, i].mean()) for row in rows) for i in tokens}
         return sorted(sorted(tokens, key=lambda i: -value[i])[:wanted])
+
+    def changes(self, b: int, tokens: list[int]) -> dict[int, float]:
+        """What the layer before changed."""
+        return {i: float((self.entry[b, i] - self.entry_before[b, i]).norm()) for i in tokens}
+
+    def distinct(self, b: int, tokens: list[int], wanted: int) -> list[int]:
+        """DART's choice among ``tokens``."""
+        text, states = self.askers(b, "text", tokens), self.norm(self.entry[b])
+        sizes = {i: float(self.keys[b, :, i].abs().sum()) for i in tokens + text}
+        visual_pivots = sorted(sorted(tokens, key=lambda i: -sizes[i])[: min(4, wanted)])
+        pivots = visual_pivots + sorted(sorted(text, key=lambda i: -sizes[i])[:4])
+        kept, rest = list(visual_pivots), [i for i in tokens if i not in visual_pivots]
+        for number, pivot in enumerate(pivots):
+            share = (wanted - len(visual_pivots)) // len(pivots)
+            share += number < (wanted - len(visual_pivots)) % len(pivots)
+            near = {i: float(torch.cosine_similarity(states[pivot], states[i], dim=0)) for i in rest}
+            taken = sorted(rest, key=lambda i: near[i])[:share]
+            kept, rest = kept + taken, [i for i in rest if i not in taken]
+        return sorted(kept)
+
+    def askers(self, b: int, rows: str, tokens: list[int]) -> list[int]:
+        """Whose attention is asked; ``tokens`` are the visual ones that are there."""
+        real = [i for i in range(self.prompt) if self.real[b, i]]
+        everything = self.visual[b].nonzero()[:, 0].tolist()
+        if rows == "visual":
+            return tokens
+        if rows == "all":
+            return [i for i in real if i in tokens or i not in everything]
+        return [i for i in real if i > max(everything, default=-1)] or real[-1:]
 
 
 @contextmanager
@@ -302,10 +393,10 @@ def greedy(model: Any, batch: dict, actions: list[dict], steps: int, count_posit
             left[b, places] = 0
     tokens, scores = [], []
     for _ in range(steps):
-        extra = {}
-        if count_positions:
-            gone = torch.nn.functional.pad(left, (0, batch["input_ids"].shape[1] - prompt))
-            extra = {"position_ids": reference.positions(batch["attention_mask"]) - gone.cumsum(1) + gone}
+        counted = reference.positions(batch["attention_mask"]) + int(family.model_type == "paligemma")
+        gone = torch.nn.functional.pad(left, (0, batch["input_ids"].shape[1] - prompt))
+        # paligemma counts from one
+        extra = {"position_ids": counted - gone.cumsum(1) + gone} if count_positions else {}
         out, decided = logits(model, batch, actions, prompt, decided, front, **extra)
         token = out[:, -1].argmax(-1, keepdim=True)
         tokens.append(token)

@@ -23,6 +23,12 @@ ROWS = {
         "shallow_mid_layer": 2, "layer_threshold": 0.99, "tokens_threshold": 1.0, "exit_threshold": 0.7
     },
     "fastv": {"layer": 3, "count": 4},
+    "pyramiddrop": {"layers": [3, 4, 5], "counts": [5, 3, 2]},
+    "himap": {"layers": [3, 5], "counts": [5, 2]},
+    "sparsevlm": {"layers": [3, 4], "counts": [4, 2]},
+    "sparsevlm_plus": {"layers": [3, 5], "counts": [5, 2], "heads": 2},
+    "v2drop": {"layers": [3, 4, 5], "ratios": [0.6, 0.4, 0]},
+    "dart": {"layers": [3], "counts": 5},
     "attention": {"layer": 3, "ratio": 0.5},
     "contribution": {"layer": 3, "ratio": 0.25},
     "random": {"layer": 3, "ratio": 0.5, "seed": 1},
@@ -67,6 +73,10 @@ def test_a_method_is_its_schedule_written_out(name, kind, attn):
             pass
         return
     actions = schedule.to_dict()["actions"]
+    if (TINY | VARIANTS)[kind].own_positions and any("positions" in action for action in actions):
+        with pytest.raises(PruningError, match="counts positions along time, rows and columns"):
+            parity.generated(model, batch, schedule, 1)
+        return
     count = not (TINY | VARIANTS)[kind].own_positions
     tokens, scores, _ = slow_schedule.greedy(model, batch, actions, STEPS, count_positions=count)
     out, logits = parity.generated(model, batch, schedule, STEPS)

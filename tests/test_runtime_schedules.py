@@ -35,6 +35,8 @@ THIRTEEN_B = [
 ]
 FILTER = {"at": "auto", "action": "keep", "select": {"score": "contribution", "above": 0.5}}
 LEAVE = {"at": "auto", "action": "withdraw"}
+UNIFORM = {"score": "uniform", "ratio": 0.5}
+OWN = {"score": "attention", "layer": "here"}
 
 SCHEDULES: dict[str, list[dict]] = {
     "withdraw": [{"at": 3, "action": "withdraw"}],
@@ -100,6 +102,43 @@ SCHEDULES: dict[str, list[dict]] = {
         {"at": 3, "action": "keep", "select": {"score": "attention", "ratio": 0.5}},
         {"at": 4, "until": 6, **MUTE, "sink": "first"},
     ],
+    "keep by its own layer": [
+        {"at": 0, "action": "keep", "select": {"score": "attention", "share": 0.7, "layer": "here"}},
+        {"at": 3, "action": "keep", "select": {"score": "contribution", "share": 0.3, "layer": "here"}},
+    ],
+    "close up": [{"at": 2, "action": "keep", "positions": "compact", "select": UNIFORM}],
+    "close up by stages": [
+        {"at": 1, "action": "keep", "positions": "compact", "select": {**OWN, "share": 0.6}},
+        {"at": 3, "action": "keep", "select": {"score": "attention", "ratio": 0.6}},
+        {"at": 4, "action": "keep", "positions": "compact", "select": {**OWN, "count": 2}},
+        {"at": 5, "action": "withdraw"},
+    ],
+    "keep by text, then by vision": [
+        {"at": 1, "action": "keep", "select": {"score": "attention", "rows": "text", "share": 0.6}},
+        {"at": 3, "action": "keep", "select": {"score": "attention", "rows": "visual", "share": 0.3}},
+    ],
+    "keep by all, then by its own layer's text": [
+        {"at": 0, "until": 1, **MUTE, "readers": "visual"},
+        {"at": 2, "action": "keep", "select": {"score": "attention", "rows": "all", "count": 5}},
+        {"at": 3, "action": "keep", "positions": "compact", "select": {**OWN, "rows": "text", "count": 2}},
+    ],
+    "keep what changes, then what differs": [
+        {"at": 2, "action": "keep", "positions": "compact", "select": {"score": "change", "share": 0.7}},
+        {"at": 3, "action": "keep", "select": {"score": "duplication", "count": 5}},
+        {"at": 4, "action": "keep", "select": {"score": "change", "above": 1.0}},
+    ],
+    "freeze, keep what differs": [
+        {"at": 1, "until": 3, "action": "freeze"},
+        {"at": 3, "action": "keep", "select": {"score": "duplication", "ratio": 0.6}},
+        {"at": 3, "until": 5, "action": "freeze"},
+        {"at": 5, "action": "keep", "select": {"score": "change", "ratio": 0.5}},
+    ],
+    "freeze and close up": [
+        {"at": 0, "until": 4, "action": "freeze"},
+        {"at": 2, "action": "keep", "positions": "compact", "select": {**OWN, "count": 4}},
+        {"at": 4, "until": 6, **MUTE},
+    ],
+    "auto, close up": [{**FILTER, "after": 0, "when": {"cosine_below": 0.8}, "positions": "compact"}],
     "auto withdraw": [{**LEAVE, "after": 0, "when": {"cosine_above": 0.9}}],
     "auto, fixed end": [
         {**FILTER, "after": 0, "when": {"cosine_below": 0.8}},

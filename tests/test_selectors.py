@@ -12,7 +12,7 @@ from vtwcli.runtime import entries, pruned
 from vtwcli.runtime.picture import Picture
 from vtwcli.runtime.select_diverse import farthest
 from vtwcli.runtime.select_parts import penultimate, salience, scaled, top
-from vtwcli.runtime.selection import SELECTORS
+from vtwcli.runtime.selectors import SELECTORS
 from vtwcli.schedule.rules import KEYS, read
 from vtwcli.schedule.words import ScheduleError, row
 

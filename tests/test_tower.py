@@ -12,7 +12,7 @@ from tests.tiny import TINY, VARIANTS
 from vtwcli.models.families import FAMILIES, family_of, tower_of
 from vtwcli.runtime import PruningError, pruned
 from vtwcli.runtime.picture import Needs, Picked
-from vtwcli.runtime.selection import SELECTORS, Selector
+from vtwcli.runtime.selectors import SELECTORS, Selector
 
 MODELS = TINY | VARIANTS
 REFUSED = [n for n, row in FAMILIES.items() if row.no_withdraw or row.no_tower]

@@ -32,13 +32,15 @@ def numbers(method: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return json.loads((HERE / f"{method}.json").read_text()), load_file(HERE / f"{method}.safetensors")
 
 
-def model(dtype: torch.dtype = torch.float32) -> Any:
-    """The decoder ``gqa`` inside a LLaVA whose projector is a ``Given``."""
+def model(dtype: torch.dtype = torch.float32, mha: bool = False) -> Any:
+    """The decoder ``gqa`` inside a LLaVA whose projector is a ``Given``; ``mha``: with as many heads of keys and values
+    as of queries, the further ones made of the others."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     given = json.loads((HERE / "gqa.config.json").read_text())
     rope = {"rope_type": "default", "rope_theta": given.pop("rope_theta")}
     del given["seed"]
+    given |= {"num_key_value_heads": 4} if mha else {}
     text = LlamaConfig(**given, rope_parameters=rope, bos_token_id=None, eos_token_id=None, pad_token_id=0)
     vision = CLIPVisionConfig(
         hidden_size=8,
@@ -51,6 +53,9 @@ def model(dtype: torch.dtype = torch.float32) -> Any:
     config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=PLACEHOLDER)
     found: Any = LlavaForConditionalGeneration(config).eval()
     weights = load_file(HERE / "gqa.safetensors")
+    for name, one in weights.items() if mha else ():
+        if "k_proj" in name or "v_proj" in name:
+            weights[name] = torch.cat([one, one.flip(1)])
     named = {
         name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name: one
         for name, one in weights.items()

@@ -25,6 +25,7 @@ class Columns:
         visual: whether some kind may be visual.
         absent: positions of tokens that left in front of the model, so that later ones have lower position ids,
             [B, M], -1 behind them; None: there are none.
+        gone: indices of tokens whose positions those behind them have taken over, -1: none, [B, G]; or None.
     """
 
     position: Tensor
@@ -32,6 +33,7 @@ class Columns:
     ragged: bool = False
     visual: bool = False
     absent: Tensor | None = None
+    gone: Tensor | None = None
     picked: tuple[Any, Columns] | None = None
 
     def pick(self, rows: Tensor) -> Columns:
@@ -39,9 +41,9 @@ class Columns:
         if self.picked is None or self.picked[0] is not rows:
             index = rows.to(self.position.device)
             absent = None if self.absent is None else self.absent[index]
-            taken = replace(
-                self, position=self.position[index], kind=self.kind[index], absent=absent, picked=None
-            )
+            gone = None if self.gone is None else self.gone[index]
+            position, kind = self.position[index], self.kind[index]
+            taken = replace(self, position=position, kind=kind, absent=absent, gone=gone, picked=None)
             self.picked = (rows, taken)
         return self.picked[1]
 
@@ -54,7 +56,8 @@ class Columns:
         """The entries ``rows`` [B, T'], in each row of the batch its own."""
         assert rows.index is not None
         position = self.position.gather(1, rows.index).masked_fill(~rows.key, -1)
-        return Columns(position, self.kind.gather(1, rows.index), rows.ragged, self.visual, self.absent)
+        kind = self.kind.gather(1, rows.index)
+        return Columns(position, kind, rows.ragged, self.visual, self.absent, self.gone)
 
 
 class PrunedLayer(DynamicLayer):
@@ -148,6 +151,7 @@ class PrunedLayer(DynamicLayer):
             one.ragged or two.ragged,
             one.visual or two.visual,
             two.absent,
+            two.gone,
         )
 
     def _hold(self, rows: Rows, columns: Columns) -> None:
@@ -187,7 +191,7 @@ class PrunedLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
         self.seen, self.aside, self._coming = 0, None, None
-        self.columns = replace(self.columns.slice(slice(0, 0)), absent=None)
+        self.columns = replace(self.columns.slice(slice(0, 0)), absent=None, gone=None)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens seen."""
@@ -205,10 +209,10 @@ class PrunedLayer(DynamicLayer):
         self.seen += tokens_to_remove
         position = self.columns.position.masked_fill(self.columns.position >= self.seen, -1)
         stay = (position >= 0).any(0).nonzero()[:, 0]
-        absent = self.columns.absent
-        if absent is not None:
-            absent = absent.masked_fill(absent >= self.seen, -1)
-        columns = replace(self.columns, position=position, absent=absent).slice(stay)
+        absent, gone = self.columns.absent, self.columns.gone
+        absent = None if absent is None else absent.masked_fill(absent >= self.seen, -1)
+        gone = None if gone is None else gone.masked_fill(gone >= self.seen, -1)
+        columns = replace(self.columns, position=position, absent=absent, gone=gone).slice(stay)
         self.columns = replace(columns, ragged=bool((columns.position < 0).any()))
         stay = stay.to(self.keys.device)
         self.keys, self.values = self.keys.index_select(2, stay), self.values.index_select(2, stay)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,11 +10,16 @@ import torch
 from vtwcli.runtime.cache import Columns
 from vtwcli.runtime.contract import attention_kind, strange
 from vtwcli.runtime.masks import check_mask, flash_mask, gathered, sunk
+from vtwcli.runtime.merge import Recycled, recycled
 from vtwcli.runtime.picture import Front
 from vtwcli.runtime.plan import Plan, PlannedAction
+from vtwcli.runtime.positions import Turned, gone_at, lowering
 from vtwcli.runtime.rows import TEXT, Rows, Split, Tensor, compact, split
+from vtwcli.runtime.selection import best, drawn, spaced
 from vtwcli.schedule.words import TOWER, kept_count
 from vtwcli.schedule.words import row as word
+
+NOBODY = torch.iinfo(torch.long).min  # no token's number
 
 
 @dataclass(eq=False)
@@ -103,10 +108,17 @@ class Call:
         self.fired: list[Tensor] = []
         self.kept: dict[int, Tensor] = {}
         self.probe: dict[str, Tensor] | None = None
+        self.scores: dict[int, Tensor] = {}
+        self.entered: Tensor | None = None  # rows at the entry of the layer before, where they are compared
+        self.sizes: Tensor | None = None
+        self.raters: Tensor | None = None
+        self.incoming: Tensor | None = None  # rows at a layer's entry, where some are merged
+        self.gone: Tensor | None = None
+        self.angles: list[Turned] = []
         self.tap: Tap | None = None
         self.past = 0
         self.cache: Any = None
-        self.entered = 0  # how many layers have been
+        self.begun = 0  # how many layers have been
         self.over = False
         self.front: Front | None = None  # what was chosen before the first layer
         if visual is None:
@@ -121,6 +133,8 @@ class Call:
         last = (real * (place + 1)).argmax(1)
         self.last = torch.where(real.any(1), last, torch.full_like(last, length - 1))
         self.ordinal = visual.cumsum(1) - 1
+        self.token = self.ordinal.clone()  # a visual token's number; merged ones have -1, -2, ...
+        self.merged = torch.zeros(batch, dtype=torch.long, device=device)
         self.number = visual.sum(1)
         half = visual & (self.ordinal < (self.number // 2)[:, None])
         self.kind = visual.to(torch.int8) + half.to(torch.int8)
@@ -160,10 +174,10 @@ class Call:
             PruningError: a layer or its attention was passed by, or a cache does not hold what the schedule says.
         """
         self._check_tap()
-        if self.entered != self.plan.depth:
-            raise strange(f"the model called {self.entered} of its {self.plan.depth} layers")
+        if self.begun != self.plan.depth:
+            raise strange(f"the model called {self.begun} of its {self.plan.depth} layers")
         self._check_cache()
-        self.tap, self.cache, self.over = None, None, True
+        self.tap, self.cache, self.entered, self.over = None, None, None, True
         self.memo.clear()
         return self.at.get(self.plan.depth - 1)
 
@@ -171,9 +185,9 @@ class Call:
         """A layer begins: the ones before it must have run, and handed on the rows that they were given."""
         if self.over:
             return  # run again, by gradient checkpointing
-        if layer != self.entered:
-            raise strange(f"layer {layer} runs where layer {self.entered} was to run")
-        self.entered += 1
+        if layer != self.begun:
+            raise strange(f"layer {layer} runs where layer {self.begun} was to run")
+        self.begun += 1
         self.check_rows(layer - 1, hidden)
 
     def check_rows(self, layer: int, hidden: Any) -> None:
@@ -209,7 +223,7 @@ class Call:
         if not self.plan.may_probe(layer):
             return False
         return any(
-            (a.at == layer + 1 and a.measured)
+            (a.at == layer + 1 and a.before)
             or (a.at is None and layer > a.after and bool((self.stage == number).any()))
             for number, a in enumerate(self.plan.leaving)
         )
@@ -234,7 +248,7 @@ class Call:
     def _decide(self, layer: int, before: Rows) -> Rows:
         """Let start what starts in ``layer``: ``stage`` counts the actions each sample has behind it."""
         assert self.visual is not None
-        stage, left = self.stage, False
+        stage, left, moved = self.stage, False, None
         for number, action in enumerate(self.plan.leaving):
             if action.at is None:
                 if self.probe is None or layer - 1 <= action.after:
@@ -248,16 +262,42 @@ class Call:
                 continue
             stays = self.present & ~self.visual
             if action.action == "keep":
-                chosen = self._select(action)
+                chosen = self._select(number, action)
+                names = torch.where(chosen & starts[:, None], self.token, NOBODY)
+                self.kept[number] = torch.where(starts[:, None], names, self.kept.get(number, names))
+                if action.rest:
+                    moved = self._recycle(number, action, before, chosen)
+                    chosen = moved.present
                 stays = stays | chosen
-                before_now = self.kept.get(number, torch.zeros_like(chosen))
-                self.kept[number] = torch.where(starts[:, None], chosen, before_now)
             self.present = torch.where(starts[:, None], stays, self.present)
+            if action.positions == "compact":
+                gone, missing = self.gone, self.visual & ~self.present
+                if self.front is not None and self.front.absent is not None:
+                    missing &= self.front.stays  # whose positions are those of the shorter prompt already
+                gone = torch.zeros_like(missing) if gone is None else gone
+                self.gone = torch.where(starts[:, None], missing, gone)
             self.stage = torch.where(starts, number + 1, self.stage)
             self.count = self.count.masked_fill(starts, 0)
             self.fired[number] = self.fired[number].masked_fill(starts, layer)
             left = True
-        return compact(self.present | self.is_last, self.present) if left else before
+        if not left:
+            return before
+        return replace(compact(self.present | self.is_last, self.present), gone=self.gone, moved=moved)
+
+    def _recycle(self, number: int, action: PlannedAction, before: Rows, chosen: Tensor) -> Recycled:
+        """Merge some of the tokens that are not ``chosen``; tokens are named anew by their slots."""
+        assert self.visual is not None and self.incoming is not None
+        place = torch.zeros(self.shape, dtype=torch.long, device=self.visual.device)
+        index = self.index(before, place.device)
+        place.scatter_(1, index, torch.arange(index.shape[1], device=place.device).expand_as(index))
+        there, score = self.present & self.visual, self._measured(number, action)
+        said = {"rest": action.rest}
+        found = recycled(said, there, chosen, self.is_last, score, self.incoming, place)
+        named = torch.where(
+            found.made >= 0, -1 - self.merged[:, None] - found.made, self.token.gather(1, found.origin)
+        )
+        self.token, self.merged = named, self.merged + (found.made >= 0).sum(1)
+        return found
 
     def _condition(self, action: PlannedAction, awaited: Tensor) -> Tensor:
         """Rows [B] at which an ``auto`` action starts, given the layer before."""
@@ -274,55 +314,46 @@ class Call:
         self.count = torch.where(awaited, torch.where(holds, self.count + 1, without), self.count)
         return awaited & (self.count >= action.when.get("layers", 1))
 
-    def _select(self, action: PlannedAction) -> Tensor:
+    def _select(self, number: int, action: PlannedAction) -> Tensor:
         """The visual tokens [B, S] that ``keep`` keeps among those present."""
         assert self.visual is not None
         there, select = self.present & self.visual, action.select
-        number = there.sum(1)
+        total = there.sum(1)
         if word("score", select["score"]).needs == TOWER:
             assert self.front is not None
             return there & self.front.stays
         if select.get("above") is not None:
-            return there & (self._measured(select["score"]) > select["above"])
-        wanted = torch.tensor([kept_count(select, n) for n in number.tolist()], device=number.device)
+            return there & (self._measured(number, action) > select["above"])
+        counts = zip(total.tolist(), self.number.tolist(), strict=True)
+        wanted = torch.tensor([kept_count(select, *two) for two in counts], device=total.device)
         if select["score"] == "uniform":
-            # of n tokens the ceil(i n / m)-th for i = 0..m-1: those with (j m) mod n < m
-            ordinal = there.cumsum(1) - 1
-            return there & ((ordinal * wanted[:, None]) % number.clamp(min=1)[:, None] < wanted[:, None])
+            return spaced(there, wanted)
         if select["score"] == "random":
-            score = self._random(select.get("seed", 0))
-        else:
-            score = self._measured(select["score"])
-        score = score.masked_fill(~there, -torch.inf)
-        order = score.argsort(dim=1, descending=True, stable=True)
-        rank = order.argsort(dim=1)
-        return there & (rank < wanted[:, None])
+            return best(drawn(self.visual, select.get("seed", 0)), there, wanted)
+        return best(self._measured(number, action), there, wanted)
 
-    def _measured(self, name: str) -> Tensor:
-        """A score [B, S] that the layer before gave."""
+    def _measured(self, number: int, action: PlannedAction) -> Tensor:
+        """An action's score [B, S], as a layer gave it."""
+        if number in self.scores:
+            return self.scores[number]
+        name = action.select["score"]
         if self.probe is None:
             raise strange(f"the attention of this model gave no {name}")
         return self.probe[name]
-
-    def _random(self, seed: int) -> Tensor:
-        """Scores [B, S] that depend on the seed and the number of a sample's visual tokens only."""
-        assert self.visual is not None
-        score = torch.zeros(self.shape, device=self.visual.device)
-        for row, number in enumerate(self.number.tolist()):
-            draw = torch.rand(number, generator=torch.Generator().manual_seed(seed))
-            score[row, self.visual[row]] = draw.to(score.device)
-        return score
 
     # ------------------------------------------------------------------ what a layer is given
 
     def slots(self, before: Rows, now: Rows) -> Tensor | None:
         """Where the rows of ``now`` lie among those of ``before``, [B, T]."""
-        if before.index is None or now.index is None:
-            return now.index
-        place = torch.zeros(self.shape, dtype=torch.long, device=now.index.device)
-        arange = torch.arange(before.index.shape[1], device=now.index.device).expand_as(before.index)
+        wanted = now.index
+        if now.moved is not None and wanted is not None:
+            wanted = now.moved.origin.to(wanted.device).gather(1, wanted)
+        if before.index is None or wanted is None:
+            return wanted
+        place = torch.zeros(self.shape, dtype=torch.long, device=wanted.device)
+        arange = torch.arange(before.index.shape[1], device=wanted.device).expand_as(before.index)
         place.scatter_(1, before.index, arange)
-        return place.gather(1, now.index)
+        return place.gather(1, wanted)
 
     def columns(self, old: Columns | None, rows: Rows, past: int, device: torch.device) -> Columns:
         """The entries of a cache layer once ``rows`` are added to the ``old`` ones."""
@@ -343,8 +374,18 @@ class Call:
                 ragged, visual = ragged or old.ragged, visual or old.visual
                 parts = [x for x in (old.absent, absent) if x is not None]
                 absent = torch.cat(parts, 1) if parts else None
+            gone = None if old is None else old.gone
+            if rows.gone is not None:
+                gone = gone_at(rows.gone.to(device), past, gone)
             # the memo holds what its keys are the ids of, so that no other object gets them
-            self.memo[key] = Columns(position, kind, ragged, visual, absent), old, rows
+            self.memo[key] = Columns(position, kind, ragged, visual, absent, gone), old, rows
+        return self.memo[key][0]
+
+    def lowering(self, rows: Rows, old: Tensor | None) -> Tensor | None:
+        """By how much positions are lower where ``rows`` run, [B, S or 1]; see ``positions.lowering``."""
+        key = ("lowering", id(rows), id(old))
+        if key not in self.memo:
+            self.memo[key] = lowering(rows.gone, old), rows, old
         return self.memo[key][0]
 
     def mask(

@@ -12,7 +12,7 @@ from vtwcli.runtime.contract import PruningError, given_cache, strange
 from vtwcli.runtime.picture import Front, Picked, Picture
 from vtwcli.runtime.plan import Plan
 from vtwcli.runtime.rows import Tensor, compact
-from vtwcli.runtime.selection import SELECTORS
+from vtwcli.runtime.selectors import SELECTORS
 from vtwcli.runtime.tower import Look, Tower
 from vtwcli.schedule.words import kept_count
 

@@ -161,6 +161,30 @@ def gathered(
     return mask.masked_fill(~allowed, lowest)
 
 
+def rows_mask(
+    given: Tensor | None, rows: Rows, columns: Columns, past: int, length: int, like: Tensor
+) -> Tensor:
+    """What is added to the scores of some ``rows`` reading ``columns``, [B, 1 or H, Q, T], without any mute.
+
+    Args:
+        given: the model's mask; one of two dimensions is flash attention's.
+        past: tokens seen before the chunk.
+        length: of the chunk.
+        like: of the device and floating type wanted.
+    """
+    index, flat = rows.index, given is not None and given.ndim == 2
+    assert index is not None
+    full, like = None if flat else given, like.new_empty(0)
+    mask = gathered(full, rows, index, torch.zeros_like(index), columns, past, length, [], like)
+    assert mask is not None
+    if flat:
+        assert given is not None
+        place = columns.position.to(like.device) - (past + length - given.shape[1])
+        read = given.to(like.device).gather(1, place.clamp(min=0)).bool() & (place >= 0)
+        mask = mask.masked_fill(~read[:, None, None, :], torch.finfo(mask.dtype).min)
+    return mask
+
+
 def flash_mask(
     given: Tensor | None,
     rows: Rows,

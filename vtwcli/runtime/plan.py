@@ -8,8 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vtwcli.runtime.contract import PruningError
-from vtwcli.schedule.rules import check_depth, earliest_starts, in_front, parameters, read
-from vtwcli.schedule.words import LAST_ROW, ScheduleError, row
+from vtwcli.schedule.rules import (
+    check_depth,
+    earliest_starts,
+    in_front,
+    parameters,
+    read,
+    version_of,
+)
+from vtwcli.schedule.words import HIDDEN, KEYS, LAST_ROW, ScheduleError, row
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,8 @@ class PlannedAction:
     readers: str = "text"
     columns: str = "all"
     during: str = "all"
+    positions: str = "original"
+    rest: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
     def of(cls, action: Mapping[str, Any]) -> PlannedAction:
@@ -34,8 +43,35 @@ class PlannedAction:
 
     @property
     def measured(self) -> bool:
-        """Whether the selection needs attention numbers of the layer before."""
-        return bool(self.select) and row("score", self.select["score"]).needs == LAST_ROW
+        """Whether the selection needs numbers that a layer gives."""
+        return self.needs is not None
+
+    @property
+    def here(self) -> bool:
+        """Whether they are those of its own layer."""
+        return self.measured and self.select["layer"] == "here"
+
+    @property
+    def needs(self) -> str | None:
+        """What the score is made of, see ``words.Word``."""
+        return row("score", self.select["score"]).needs if self.select else None
+
+    @property
+    def before(self) -> bool:
+        """Whether the attention of the layer before gives them."""
+        return self.needs in (LAST_ROW, KEYS) and not self.here
+
+    @property
+    def asks(self) -> bool:
+        """Whether they are more than the last row's."""
+        if not self.before or self.needs != LAST_ROW:
+            return False
+        return self.select["rows"] != "last" or "heads" in self.select or self.select["level"]
+
+    @property
+    def asks_visual(self) -> bool:
+        """Whether they are those of visual rows, among others."""
+        return self.measured and self.select["rows"] in ("visual", "all")
 
     def covers(self, layer: int) -> bool:
         """Whether a range action acts in ``layer``."""
@@ -44,6 +80,9 @@ class PlannedAction:
 
 class Plan:
     """A valid schedule, asked layer by layer.
+
+    Attributes:
+        newer: whether it says what the first version of the form cannot.
 
     Raises:
         PruningError: an action that this runtime cannot execute on a model of this depth.
@@ -56,6 +95,7 @@ class Plan:
         except ScheduleError as error:
             raise PruningError(str(error)) from None
         self.depth = depth
+        self.newer = version_of(actions) > 1
         self.key = json.dumps(schedule.get("actions", ()), sort_keys=True)
         planned = [PlannedAction.of(action) for action in actions]
         self.leaving = [a for a in planned if a.action in ("withdraw", "keep")]
@@ -68,13 +108,26 @@ class Plan:
             if self.leaving[i].at is None:  # nothing is looked at before the action above has started
                 self.leaving[i] = replace(self.leaving[i], after=start - 2)
         for number, a in enumerate(planned, 1):
-            if a.at == 0 and a.measured:
+            if a.at == 0 and a.measured and not a.here:
                 raise PruningError(
                     f"action {number} ({a.action}): score {a.select['score']} comes from the layer before; "
                     "start at 1 or later"
                 )
+        starts = [a.at for a in self.leaving]
+        for number, a in enumerate(planned, 1):
+            if a.rest and starts.count(a.at) > 1:
+                raise PruningError(
+                    f"action {number} ({a.action}): 'rest' needs a layer of its own, not {a.at}"
+                )
         for layer in range(depth):
-            if self.may_probe(layer) and any(a.covers(layer) and a.readers != "visual" for a in self.mutes):
+            looks = self.may_probe(layer) or self.looks_in(layer)
+            mutes = [a for a in self.mutes if a.covers(layer)]
+            wide = [a for a in (self.asks_in(layer) | self.looks_in(layer)).values() if a.asks_visual]
+            if wide and (any(a.readers != "text" for a in mutes) or self.frozen(layer)):
+                raise PruningError(
+                    f"layer {layer} is frozen or muted, so its visual rows have no scores to give; use rows: text"
+                )
+            if looks and any(a.readers != "visual" for a in mutes):
                 raise PruningError(
                     f"layer {layer} is muted, so it has no scores or conditions; let 'keep' start two layers "
                     "after the mute ends, and 'auto' look after it ('after': its 'until' or later)"
@@ -85,8 +138,42 @@ class Plan:
         if layer + 1 >= self.depth:
             return False
         return any(
-            (a.at == layer + 1 and a.measured) or (a.at is None and layer > a.after) for a in self.leaving
+            (a.at == layer + 1 and a.before) or (a.at is None and layer > a.after) for a in self.leaving
         )
+
+    def looks_in(self, layer: int) -> dict[int, PlannedAction]:
+        """The actions, by number, that ask ``layer`` itself before it runs."""
+        return {i: a for i, a in enumerate(self.leaving) if a.at == layer and a.here}
+
+    def asks_last(self, layer: int) -> bool:
+        """Whether something behind ``layer`` may ask its last row."""
+        return any(
+            (a.at == layer + 1 and a.before and a.needs == LAST_ROW and not a.asks)
+            or (a.at is None and layer > a.after)
+            for a in self.leaving
+        )
+
+    def by_states(self, layer: int) -> dict[int, PlannedAction]:
+        """The actions, by number, that start in ``layer`` and look at the rows that enter it."""
+        return {i: a for i, a in enumerate(self.leaving) if a.at == layer and a.needs in (HIDDEN, KEYS)}
+
+    def asks_in(self, layer: int) -> dict[int, PlannedAction]:
+        """The actions, by number, that ask other rows of ``layer`` than the last."""
+        return {i: a for i, a in enumerate(self.leaving) if a.at == layer + 1 and a.asks}
+
+    def merges(self, layer: int) -> bool:
+        """Whether rows are merged at the entry of ``layer``."""
+        return any(a.at == layer and a.rest for a in self.leaving)
+
+    @property
+    def rates(self) -> bool:
+        """Whether raters are asked."""
+        return any(a.measured and a.select["rows"] == "raters" for a in self.leaving)
+
+    @property
+    def renumbers(self) -> bool:
+        """Whether positions change."""
+        return any(a.positions == "compact" for a in self.leaving)
 
     def sinks(self, layer: int, prefill: bool) -> list[PlannedAction]:
         """Mutes in ``layer`` that act on values, after the softmax."""

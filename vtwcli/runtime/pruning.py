@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-from vtwcli.runtime.attention import leave_attention, not_compiled
+from vtwcli.runtime.attention import leave_attention
 from vtwcli.runtime.cache import PrunedLayer, cache_layer
 from vtwcli.runtime.call import Call, Tap
 from vtwcli.runtime.contract import (
@@ -49,24 +49,18 @@ from vtwcli.runtime.contract import (
     given_cache,
     strange,
 )
+from vtwcli.runtime.entry import check_labels, visual_tokens
 from vtwcli.runtime.freeze import leave_layer, part
 from vtwcli.runtime.front import shorten, tapped
 from vtwcli.runtime.masks import not_padding, split_sinks
 from vtwcli.runtime.plan import Plan
-from vtwcli.runtime.rows import Rows, Tensor, take, take_positions
+from vtwcli.runtime.positions import Turned, renumber
+from vtwcli.runtime.ranking import by_states, look, own_sight, raters
+from vtwcli.runtime.rows import Rows, take, take_positions
 from vtwcli.runtime.trace import Trace, traced
+from vtwcli.runtime.weights import not_compiled
 
 _CALL = "pruning_call"  # carries the state of one forward pass from the text model to its layers
-_VISION_INPUTS = (
-    "pixel_values",
-    "high_res_pixel_values",
-    "image_patches",
-    "image_hidden_states",
-    "image_features",
-    "image_embeds",
-    "video_embeds",
-    "mm_encoder_outputs",
-)
 
 
 class Pruning:
@@ -88,7 +82,9 @@ class Pruning:
             ) from error
         self.plan = Plan(schedule, len(layers), int(layout.get("first_withdrawal", 0)))
         self.placeholders = tuple(layout["placeholder_ids"])
+        self._norm = getattr(text_model, "norm", None)
         self._calls: dict[int, Call] = {}  # per thread, from the base model's start to the text model's
+        self._inside: dict[int, Call] = {}  # per thread, inside the text model
         self._traced: Call | None = None
         self._handles: list[Any] = []
         self._caches: list[str] = []  # by which name each layer takes its cache
@@ -104,6 +100,10 @@ class Pruning:
         add(base.register_forward_hook(self._leave_base, always_call=True))
         add(text_model.register_forward_pre_hook(self._enter_text, with_kwargs=True))
         add(text_model.register_forward_hook(self._leave_text, with_kwargs=True))
+        if self.plan.renumbers:
+            for child, module in text_model.named_children():
+                if "rotary_emb" in child:
+                    add(module.register_forward_hook(self._turned, with_kwargs=True))
         if base is not model:
             add(model.register_forward_pre_hook(self._check_labels, with_kwargs=True))
         for index, layer in enumerate(layers):
@@ -134,48 +134,16 @@ class Pruning:
             handle.remove()
         self._handles.clear()
 
-    # ------------------------------------------------------------------ where the ids are
-
-    def _visual(self, module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """Which tokens are visual [B, S]; None if none is. A placeholder id without vision inputs is text."""
-        given = arguments(module, args, kwargs)
-        ids = given.get("input_ids")
-        if ids is None:
-            if given.get("inputs_embeds") is None:
-                return None
-            raise PruningError(
-                "inputs_embeds do not tell where the images are; pass input_ids with the vision inputs"
-            )
-        if not any(name.startswith(_VISION_INPUTS) and _is_given(value) for name, value in given.items()):
-            return None
-        visual = torch.isin(ids, torch.tensor(self.placeholders, device=ids.device))
-        return visual if bool(visual.any()) else None
+    # ------------------------------------------------------------------ around the text model
 
     @not_compiled
     def _check_labels(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = arguments(module, args, kwargs)
-        labels, keep = given.get("labels"), given.get("logits_to_keep")
-        measured = any(a.measured or a.at is None for a in self.plan.leaving)
-        if measured and isinstance(keep, int) and keep > 1 and given_cache(given) is not None:
-            visual = self._visual(module, args, kwargs)
-            if visual is not None:
-                raise PruningError(
-                    "assisted decoding puts guessed tokens behind the prompt, so its last row is not known; "
-                    "generate without an assistant under a schedule with measured scores or 'auto'"
-                )
-        if labels is None or not self.plan.leaving:
-            return
-        visual = self._visual(module, args, kwargs)
-        if visual is not None and bool(((labels[:, 1:] != -100) & visual[:, :-1].to(labels.device)).any()):
-            raise PruningError(
-                "a label is predicted from a visual token, which the schedule may remove; set the labels of "
-                "visual tokens and of the first token behind them to -100"
-            )
+        check_labels(self.plan, arguments(module, args, kwargs), self.placeholders)
 
     @not_compiled
     def _enter_base(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        visual = self._visual(module, args, kwargs)
         given = arguments(module, args, kwargs)
+        visual = visual_tokens(given, self.placeholders)
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if ids is None:
             return
@@ -196,13 +164,21 @@ class Pruning:
         if call is None:
             raise PruningError("the text model was called on its own; call the whole model under a schedule")
         attention_kind(module)  # refuses what is not supported before masks are made for it
+        self._inside[threading.get_ident()] = call
         if self._tower is not None:
             args, kwargs = (), shorten(call, self._tower, arguments(module, args, kwargs))
         return args, {**kwargs, _CALL: call}
 
     @not_compiled
+    def _turned(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        call = self._inside.get(threading.get_ident())
+        if call is not None:
+            call.angles.append(Turned.of(module, args, kwargs, output))
+
+    @not_compiled
     def _leave_text(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         call = kwargs[_CALL]
+        self._inside.pop(threading.get_ident(), None)
         hidden = output[0]
         rows = call.finish()
         call.check_rows(self.plan.depth - 1, hidden)
@@ -245,7 +221,10 @@ class Pruning:
             self._greet(cache, call)
         elif cache is not call.cache and not call.over:
             raise strange(f"layer {index} gets another cache than layer 0")
-        before, rows = call.at.get(index - 1), call.rows(index, hidden.device)
+        before = call.at.get(index - 1)
+        if call.visual is not None and index not in call.at:
+            self._ask(index, module, call, before or call.full(hidden.device), kwargs)
+        rows = call.rows(index, hidden.device)
         acts = call.visual is not None and (self.plan.mutes_in(index) or self.plan.frozen(index))
         probes = call.visual is not None and call.probes(index)
         held = getattr(cache, "layers", [])[index : index + 1]
@@ -256,6 +235,10 @@ class Pruning:
                 raise PruningError(
                     "gradient checkpointing does not go with sinks, freeze, scores or conditions"
                 )
+        if self.plan.by_states(index + 1) and not call.over:
+            tap = kwargs.get(name)
+            frozen = tap.frozen if isinstance(tap, Tap) else None
+            call.entered = kwargs["hidden_states"] if frozen is None else frozen.hidden
         if args:
             args = (kwargs.pop("hidden_states"),)
         return args, kwargs
@@ -274,6 +257,33 @@ class Pruning:
             raise PruningError("this cache was not filled under this schedule; start with an empty one")
         cache.vtw_schedule = self.plan.key
 
+    def _ask(self, index: int, module: Any, call: Call, rows: Rows, kwargs: dict[str, Any]) -> None:
+        """Let a layer tell what it would see of the ``rows`` that enter it, where that decides who stays."""
+        if index == 0 and self.plan.rates:
+            call.raters = raters(call, kwargs["hidden_states"])
+        call.incoming = kwargs["hidden_states"] if self.plan.merges(index) else None
+        by_state, asked = self.plan.by_states(index), self.plan.looks_in(index)
+        if by_state:
+            with torch.no_grad():
+                call.scores |= by_states(call, rows, kwargs["hidden_states"], self._norm, by_state)
+        if not asked:
+            return
+        given, name = dict(kwargs), self._caches[index]
+        held = getattr(kwargs[name], "layers", [])[index : index + 1]
+        self._renumber(call, rows, held[0] if held else None, given)
+        if rows.index is not None:
+            take_positions(given, rows.index, call.shape[1], module.self_attn)
+        with torch.no_grad():
+            sight = own_sight(module, index, name, given, call, rows)
+            for number, action in asked.items():
+                call.scores[number] = look(call, sight, action.select)
+
+    def _renumber(self, call: Call, rows: Rows, layer: Any, kwargs: dict[str, Any]) -> None:
+        """Give the rows of a layer, whose cache's is ``layer``, the positions that they have there."""
+        by = call.lowering(rows, layer.columns.gone if isinstance(layer, PrunedLayer) else None)
+        if by is not None:
+            renumber(kwargs, by, call.angles, call.memo)
+
     def _change(
         self,
         index: int,
@@ -288,7 +298,7 @@ class Pruning:
         """Change a layer's arguments into those of the rows that run in it."""
         name, attention = self._caches[index], getattr(module, "self_attn", None)
         hidden, cache, length = kwargs["hidden_states"], kwargs[name], call.shape[1]
-        columns, past, skips, given = None, 0, False, kwargs.get("attention_mask")
+        columns, past, skips, given, layer = None, 0, False, kwargs.get("attention_mask"), None
         prefill = call.visual is not None
         split = None
         if prefill and self.plan.frozen(index) and "flash" not in attention_kind(attention):
@@ -316,6 +326,7 @@ class Pruning:
             if skips:  # text rows get a pass of their own over text, which spares all others a mask
                 muted = [a for a in muted if a.readers != "text"]
             kwargs["attention_mask"] = call.mask(given, runs, columns, past, muted, hidden, attention)
+        self._renumber(call, rows, layer, kwargs)
         if rows.index is not None:
             self._gather(call, before, rows, attention, kwargs)
         frozen = None if split is None else part(module, name, kwargs, split)
@@ -339,6 +350,8 @@ class Pruning:
         if before is not rows:
             slots = rows.index if before is None else call.slots(before, rows)
             kwargs["hidden_states"] = take(kwargs["hidden_states"], slots, 1)
+            if rows.moved is not None:
+                kwargs["hidden_states"] = rows.moved.put(kwargs["hidden_states"], rows)
         assert rows.index is not None
         take_positions(kwargs, rows.index, call.shape[1], attention)
 
@@ -351,13 +364,6 @@ def _guard_hooks() -> None:
     if getattr(dynamo, "skip_nnmodule_hook_guards", False):
         dynamo.skip_nnmodule_hook_guards = False
         torch.compiler.reset()
-
-
-def _is_given(value: Any) -> bool:
-    """Whether an input was given; a mapping, whether any of its values was."""
-    if isinstance(value, Mapping):
-        return any(v is not None for v in value.values())
-    return value is not None
 
 
 def apply(model: torch.nn.Module, schedule: Mapping[str, Any], layout: Mapping[str, Any]) -> Pruning:

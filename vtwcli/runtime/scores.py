@@ -1,4 +1,4 @@
-"""Scores of columns, from the last row's attention."""
+"""Scores of columns, from attention weights."""
 
 from __future__ import annotations
 
@@ -29,3 +29,10 @@ def last_row_numbers(weights: Tensor, values: Tensor) -> dict[str, Tensor]:
     # the smallest denominator is that of torch's cosine_similarity: a token that is all of the output has cosine 0
     cosine = ((total - product) / (rest * total.sqrt()).clamp(min=1e-8)).clamp(-1, 1)
     return {"contribution": square.sqrt(), "attention": w.mean((1, 2)), "cosine": cosine}
+
+
+def placed(scores: Tensor, position: Tensor, past: int, length: int) -> Tensor:
+    """Scores [B, T] of columns at ``position`` [B, T] as those of the ``length`` tokens of a chunk behind ``past``."""
+    # entries of earlier turns and fillers go to a slot behind the last, which is cut off
+    place = (position - past).masked_fill(position < past, length)
+    return scores.new_zeros(len(scores), length + 1).scatter(1, place, scores)[:, :length]

@@ -12,13 +12,21 @@ from typing import Any
 
 from vtwcli.schedule.words import (
     FORMAT_VERSION,
+    HIDDEN,
+    LAST_ROW,
     MUTED,
+    REST_INTO,
+    REST_SHARE,
+    SELECTED,
     TOWER,
     ScheduleError,
     given,
     row,
-    version_of,
+    used,
     words,
+)
+from vtwcli.schedule.words import (
+    KEYS as KEYED,
 )
 
 
@@ -32,6 +40,7 @@ class Key:
         default: ``...`` where it is required; None: nothing.
         least, most: bounds of a number.
         auto: whether the word ``auto`` does too.
+        since: the first version of the form that has it.
     """
 
     kind: type
@@ -39,14 +48,22 @@ class Key:
     least: float | None = None
     most: float | None = None
     auto: bool = False
+    since: int = 1
 
+
+_OF_ATTENTION = ("heads", "level")  # keys of ``select`` that go with attention
 
 _START = {"at": Key(int, ..., 0, auto=True), "after": Key(int, None, 0), "when": Key(dict)}
 _SPAN = {"at": Key(int, ..., 0), "until": Key(int, ..., 1)}
 
 KEYS: dict[str, dict[str, Key]] = {
     "withdraw": _START,
-    "keep": {**_START, "select": Key(dict, ...)},
+    "keep": {
+        **_START,
+        "select": Key(dict, ...),
+        "positions": Key(str, words("positions")[0]),
+        "rest": Key(dict),
+    },
     "mute": {**_SPAN, **{slot: Key(str, words(slot)[0]) for slot in MUTED}},
     "freeze": _SPAN,
     "when": {
@@ -60,10 +77,20 @@ KEYS: dict[str, dict[str, Key]] = {
         "score": Key(str, ...),
         "ratio": Key(float, None, 0, 1),
         "count": Key(int, None, 0),
+        "share": Key(float, None, 0, 1, since=2),
         "above": Key(float),
         "found": Key(bool, None),
         "seed": Key(int, 0),
-        "parameters": Key(dict),
+        **{slot: Key(str, words(slot)[0]) for slot in SELECTED},
+        "heads": Key(int, None, 1, since=2),
+        "level": Key(bool, False, since=2),
+        "parameters": Key(dict, since=2),
+    },
+    "rest": {
+        "merge": Key(str, ...),
+        "share": Key(float, REST_SHARE, 0, 1),
+        "into": Key(float, REST_INTO, 0, 1),
+        "seed": Key(int, 0),
     },
     # parameters of scores; layers are those of the vision tower, and below 0 they count from its end
     "tower_cls": {"first": Key(int, -2), "last": Key(int, -2)},
@@ -78,7 +105,7 @@ KEYS: dict[str, dict[str, Key]] = {
     "tower_vscan": {"side": Key(int, 4, 1)},
     "tower_holov": {"crops": Key(int, 16, 1), "weight": Key(float, 0.09, 0)},
 }
-"""The keys of each action, of ``when`` and of ``select``, and the parameters of scores."""
+"""The keys of each action, of ``when``, of ``select`` and of ``rest``, and the parameters of scores."""
 
 
 def check_rules(part: str, data: Mapping[str, Any]) -> None:
@@ -98,16 +125,53 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
             raise ScheduleError("'when' and 'after' go with 'at: auto' only")
         if in_front(data) and data["at"] != 0:
             raise ScheduleError("scores of the vision tower choose in front of layer 0; give 'at: 0'")
+        if data["at"] == "auto":
+            _check_auto(data.get("select"))
+        if data.get("rest") is not None:
+            _check_rest(data)
     elif part == "when":
         _one_of("condition", data)
     elif part == "select":
         _one_of("amount", data)
         score = row("score", data["score"])
-        if data.get("above") is not None and score.needs in (None, TOWER):
+        if data.get("above") is not None and score.needs in (None, TOWER, KEYED):
             raise ScheduleError(f"score {data['score']} has no threshold; give ratio or count")
         if data.get("found") is not None and not (data["found"] and score.finds):
             raise ScheduleError(f"score {data['score']} finds no number of tokens; give ratio or count")
+        if score.needs != LAST_ROW and (said := said_of(part, data, (*SELECTED, *_OF_ATTENTION))):
+            raise ScheduleError(f"score {data['score']} is no attention, so '{said[0]}' says nothing")
+        if data["score"] != "attention" and (said := said_of(part, data, ("rows", *_OF_ATTENTION))):
+            raise ScheduleError(f"score {data['score']} is the last row's; '{said[0]}' goes with attention")
         parameters(data)
+
+
+def _check_rest(data: Mapping[str, Any]) -> None:
+    """Merged rows stand for tokens of a rank, at positions of their own."""
+    select = data["select"] if isinstance(data["select"], Mapping) else vars(data["select"])
+    if data["positions"] != "compact":
+        raise ScheduleError(
+            "merged tokens ('rest') have no place among original positions; say positions: compact"
+        )
+    if row("score", select["score"]).needs not in (LAST_ROW, HIDDEN) or select.get("above") is not None:
+        raise ScheduleError(
+            "'rest' ranks the tokens that are not kept; give a measured score, and a number of tokens"
+        )
+    if data["at"] == "auto":
+        raise ScheduleError("'rest' needs a layer, not 'at: auto'")
+
+
+def said_of(part: str, data: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Which of a part's keys hold something else than their defaults."""
+    return [key for key in keys if data.get(key) not in (None, KEYS[part][key].default)]
+
+
+def _check_auto(select: Any) -> None:
+    """What ``auto`` looks at is the last row of the layers behind it."""
+    data = select if isinstance(select, Mapping) or select is None else vars(select)
+    if data is not None and (said := said_of("select", data, (*SELECTED, *_OF_ATTENTION))):
+        raise ScheduleError(f"'{said[0]}: {data[said[0]]}' needs a layer, not 'at: auto'")
+    if data is not None and row("score", data["score"]).needs in (HIDDEN, KEYED):
+        raise ScheduleError(f"score {data['score']} needs a layer, not 'at: auto'")
 
 
 def _one_of(slot: str, data: Mapping[str, Any]) -> None:
@@ -162,16 +226,6 @@ def check_order(actions: Sequence[Mapping[str, Any]]) -> None:
         withdrawn = action["action"] == "withdraw"
 
 
-def check_version(version: int, actions: Iterable[Mapping[str, Any]]) -> None:
-    """Refuse words that the format version, which a schedule states, does not have.
-
-    Raises:
-        ScheduleError: see above.
-    """
-    if (least := version_of(actions)) > version:
-        raise ScheduleError(f"schedule format {version} has not all of these words; format {least} has")
-
-
 def read(schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The actions of a schedule in canonical form, with their defaults.
 
@@ -191,8 +245,37 @@ def read(schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
         rest = {key: value for key, value in data.items() if key != "action"}
         found.append({"action": name, **_read_part(name, rest, f"action {number} ({name})")})
     check_order(found)
-    check_version(version, actions)
+    check_version(version, found)
     return found
+
+
+def version_of(actions: Iterable[Mapping[str, Any]]) -> int:
+    """The oldest version of the form that can say valid actions."""
+    actions = list(actions)
+    found = [_version_of(action["action"], action) for action in actions]
+    return max([1, *found, *(word.since for word in used(actions))])
+
+
+def _version_of(part: str, data: Mapping[str, Any]) -> int:
+    found = [1]
+    for name in said_of(part, data, KEYS[part]):
+        key, value = KEYS[part][name], data[name]
+        found.append(key.since)
+        if key.kind is dict and name in KEYS:
+            found.append(_version_of(name, value))
+        elif key.kind is str:
+            found.append(row(name, value).since)
+    return max(found)
+
+
+def check_version(version: int, actions: Iterable[Mapping[str, Any]]) -> None:
+    """Hold the version that a schedule gives itself against what it says.
+
+    Raises:
+        ScheduleError: a word or key came later.
+    """
+    if version < (needed := version_of(actions)):
+        raise ScheduleError(f"format_version is {version}, but what the schedule says needs {needed}")
 
 
 def _read_part(part: str, data: Any, where: str) -> dict[str, Any]:

@@ -74,22 +74,51 @@ class Select(_Part):
 
     Attributes:
         score: ``contribution`` (norm of the last row's per-token contribution), ``attention`` (last row, mean over
-            heads), ``random`` (seeded), ``uniform`` (every n-th), or one of the vision tower's, for each image.
+            heads), ``change`` (by the layer before), ``duplication`` (the least like a few pivots), ``random``
+            (seeded), ``uniform`` (every n-th), or one of the vision tower's, for each image.
         ratio: share of the visual tokens, rounded up.
         count: number of visual tokens; a row with fewer keeps all.
+        share: of the visual tokens that the prompt brought, however many are left; rounded down.
         above: keep the tokens whose score exceeds this value.
         found: true: as many as the score's own rule finds, where it has one.
         seed: of the random score.
+        rows: whose attention is asked: that of the ``last`` row, of ``text`` behind the image, of ``visual`` rows or
+            of ``all``.
+        layer: where a measured score is taken: in the layer ``before`` that in which tokens leave, or ``here``, in
+            that layer as it sees the rows that enter it.
+        heads: how many heads count: those with the most attention from these rows to visual tokens; by default all.
+        level: whether weights are divided by what rotary embedding alone makes of the distance.
         parameters: of the score, by name; ``rules.KEYS`` has them under its name.
     """
 
     score: Annotated[str, OneOf("score")]
     ratio: float | None = _key("select", "ratio")
     count: int | None = _key("select", "count")
+    share: float | None = _key("select", "share")
     above: float | None = _key("select", "above")
     found: bool | None = _key("select", "found")
     seed: int = _key("select", "seed")
+    rows: Annotated[str, OneOf("rows")] = _key("select", "rows")
+    layer: Annotated[str, OneOf("layer")] = _key("select", "layer")
+    heads: int | None = _key("select", "heads")
+    level: bool = _key("select", "level")
     parameters: dict[str, Any] | None = _key("select", "parameters")
+
+
+class Rest(_Part):
+    """What becomes of the tokens that ``keep`` does not keep.
+
+    Attributes:
+        merge: ``cluster``: the best of them are merged into means, which stand behind the kept ones.
+        share: of them, to be merged; rounded down, and one more.
+        into: clusters for each of these; rounded down, and one more.
+        seed: of the noise that tells equal densities apart.
+    """
+
+    merge: Annotated[str, OneOf("merge")]
+    share: float = _key("rest", "share")
+    into: float = _key("rest", "into")
+    seed: int = _key("rest", "seed")
 
 
 class _Starting(_Part):
@@ -114,10 +143,17 @@ class Withdraw(_Starting):
 
 
 class Keep(_Starting):
-    """From this layer on only the selected visual tokens exist."""
+    """From this layer on only the selected visual tokens exist.
+
+    Attributes:
+        rest: what becomes of the others; by default they are dropped.
+        positions: ``original`` ones stay, or rows are numbered anew behind the removal (``compact``).
+    """
 
     action: Literal["keep"]
     select: Select
+    positions: Annotated[str, OneOf("positions")] = _key("keep", "positions")
+    rest: Rest | None = None
 
 
 class _Range(_Part):
@@ -156,7 +192,7 @@ class Schedule(Section):
     """What happens to visual tokens at each layer, with its provenance.
 
     Attributes:
-        format_version: of the canonical form: the least that has all words of the actions.
+        format_version: of the canonical form: the oldest that can say it.
         actions: in order of their start layers.
         provenance: model id and revision, the calibration that produced it, tool version.
     """
@@ -178,10 +214,11 @@ class Schedule(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> Schedule:
-        rules.check_order(self.plain())
+        actions = self.plain()
+        rules.check_order(actions)
         if "format_version" in self.model_fields_set:
-            rules.check_version(self.format_version, self.plain())
-        self.__dict__["format_version"] = words.version_of(self.plain())  # whatever was stated
+            rules.check_version(self.format_version, actions)
+        object.__setattr__(self, "format_version", rules.version_of(actions))
         return self
 
     @classmethod

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vtwcli.schedule.rules import parameters
+from vtwcli.schedule.rules import parameters, said_of
 from vtwcli.schedule.schedule import Action, Freeze, Keep, Mute, Select, When, Withdraw
-from vtwcli.schedule.words import TOWER, given, row
+from vtwcli.schedule.words import SELECTED, TOWER, given, row
 
 
 def describe(action: Action, layers: int) -> str:
@@ -27,6 +27,10 @@ def describe(action: Action, layers: int) -> str:
         return "No visual token leaves."
     if isinstance(action, Keep):
         says = says.format(_selection(action.select))
+        if action.positions != "original":
+            says += f"; {row('positions', action.positions).says}"
+        if action.rest is not None:
+            says += f"; {row('merge', action.rest.merge).says}"
     return f"From {_start(action, layers)} {says}."
 
 
@@ -56,4 +60,9 @@ def _selection(select: Select) -> str:
         says = says.format(
             **{key: row(key, x).says if isinstance(x, str) else x for key, x in values.items()}
         )
-    return f"{amount} ({says})"
+    said = [row(slot, getattr(select, slot)).says for slot in said_of("select", vars(select), SELECTED)]
+    if select.heads is not None:
+        said.append(f"in the {select.heads} heads that read the image most")
+    if select.level:
+        said.append("levelled by distance")
+    return f"{amount} ({', '.join([says, *said])})"

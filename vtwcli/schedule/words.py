@@ -2,15 +2,35 @@
 
 This file and ``rules`` need Python alone: exported directories carry copies of them.
 
-A schedule is a plain dict, ``{"format_version": 1, "actions": [...]}``; its actions, by layer (0-based):
+A schedule is a plain dict, ``{"format_version": 1, "actions": [...]}``, with version 2 where a word or key occurs that
+came later (``since``); its actions, by layer (0-based):
 
 - ``{"at": K, "action": "withdraw"}``: from layer K on there are no visual tokens.
 - ``{"at": K, "action": "keep", "select": {...}}``: from layer K on only the selected visual tokens exist. ``select``
-  holds a ``score`` (``contribution``, ``attention``, ``random`` with ``seed``, ``uniform``) and one of ``ratio``,
-  ``count``, ``above`` and ``found``. The two measured scores come from layer K - 1. Scores named ``tower_...`` come
-  from the vision tower and go with K = 0 alone; they choose for each image on its own, so ``count`` and ``ratio`` are
-  of an image's tokens, and ``parameters`` are theirs (``rules.KEYS`` under the score's name). What stays gets the
-  positions of a shorter prompt, but where positions have axes for rows and columns of an image.
+  holds a ``score`` and one of ``ratio``, ``count``, ``share`` (a ratio of the tokens that the prompt brought, rounded
+  down), ``above`` and ``found`` (as many as the score itself finds).
+
+  - Scores are ``contribution`` and ``attention``, from layer K - 1; ``change``, the distance between a token's rows at
+    the entries of layers K - 1 and K; ``duplication``, which puts those in front that are least like a few pivots
+    (DART, arXiv 2502.11494; ``states.distinct``), and of which a share is rounded so that each pivot takes as many;
+    ``random`` with a ``seed``; ``uniform``.
+  - Scores named ``tower_...`` come from the vision tower and go with K = 0 alone; they choose for each image on its
+    own, so ``count`` and ``ratio`` are of an image's tokens, and ``parameters`` are theirs (``rules.KEYS`` under the
+    score's name). What stays gets the positions of a shorter prompt, but where positions have axes for rows and
+    columns of an image.
+  - With ``layer: here`` attention is that of layer K itself, as its own norm, queries and keys see the rows that enter
+    it, at the positions that they had until then.
+  - ``rows`` are those whose attention is asked, in the mean: the ``last``, ``text`` behind the last visual token (the
+    last row where there is none), ``raters`` among these, the ``visual`` ones that are left, or ``all`` that are.
+    Raters are the rows of text whose share of the embedded image's dot products, in a softmax over the text and in the
+    mean over the image, is above the mean.
+  - Of its heads only those ``heads`` count whose weights from these rows to visual tokens sum up to most; with
+    ``level: true`` weights are first divided by what rotary embedding makes of rows of ones at both positions.
+  - With ``positions: compact`` rows behind tokens that left move up: from layer K on positions, those of answer tokens
+    too, are lower by the number of visual tokens in front of them that are gone; otherwise all keep theirs.
+  - With ``rest`` (``merge: cluster``) n tokens that are not kept leave rows behind: the int(``share`` n) + 1 = m of the
+    highest score are merged, by DPC-kNN, into int(``into`` m) + 1 means, which stand behind the kept ones (SparseVLM,
+    arXiv 2410.04417; ``merge.clusters``).
 - ``{"at": A, "until": B, "action": "mute"}``: in layers A..B-1 ``readers`` (``text``, ``visual`` or ``all`` rows) do
   not read visual columns (``columns``: ``all`` or the ``first_half`` of them); their attention mass is renormalised
   over the rest, moved onto the ``first`` visual token, or set to ``zero`` after the softmax (``sink``). Tokens behind
@@ -50,8 +70,11 @@ class ScheduleError(ValueError):
         self.message, self.hint = message, hint
 
 
-LAST_ROW = "last row"
-TOWER = "vision tower"
+LAST_ROW, HIDDEN, KEYS, TOWER = "last row", "hidden states", "keys", "vision tower"
+PIVOTS: Final = (4, 4)
+"""Visual rows and rows of text that ``duplication`` is measured from."""
+REST_SHARE: Final = 0.3
+REST_INTO: Final = 0.1
 _DYNAMIC = (
     "a dynamic schedule cannot be exported to ONNX: where and what is removed depends on the sample, and graphs are "
     "cut at fixed layers",
@@ -67,8 +90,8 @@ class Word:
     Attributes:
         slot: what it is said of.
         says: its part of a sentence; ``{}`` stands for a value, in scores of the tower names for their parameters.
-        needs: what must be measured: nothing, the ``last row``'s attention in the layer before, or the ``vision
-            tower``.
+        needs: what must be measured: nothing, attention (the ``last row``'s), ``hidden states``, the ``keys`` of the
+            layer before too, or the ``vision tower``.
         fixed: whether layer and number of tokens are known before a sample is seen.
         onnx: why graphs cannot have it, and what to do; None where they have it.
         since: the format version from which on there is such a word.
@@ -105,6 +128,31 @@ def _tower(word: str, says: str, finds: bool = False) -> Word:
     return Word("score", word, says, needs=TOWER, fixed=False, onnx=_IN_TOWER, since=2, finds=finds)
 
 
+_STATES = (
+    "scores of hidden states (change, duplication) cannot be exported to ONNX: graphs hand out attention only",
+    "use attention or uniform, or --format hf",
+)
+_ASKERS = (
+    "scores by other rows than the last cannot be exported to ONNX: graphs look at the last row only",
+    "use rows: last, or --format hf",
+)
+_HERE = (
+    "scores of the layer itself (layer: here) cannot be exported to ONNX: graphs are cut where tokens leave, and the "
+    "scores would come from behind the cut",
+    "use layer: before, or --format hf",
+)
+_COMPACT = (
+    "positions: compact cannot be exported to ONNX: graphs take positions from the rows of the prompt",
+    "use positions: original, or --format hf",
+)
+_SHARE = (
+    "a share of the prompt's visual tokens cannot be exported to ONNX: graphs know how many are left",
+    "use ratio or count, or --format hf",
+)
+_MERGED = (
+    "merged tokens (rest: cluster) cannot be exported to ONNX: graphs take rows away and make none",
+    "leave out rest, or use --format hf",
+)
 _DRAWN = "keep with random scores cannot be exported to ONNX, they are drawn by torch", "use uniform"
 
 WORDS = (
@@ -118,6 +166,8 @@ WORDS = (
     Word("condition", "attention_below", _UNREAD, needs=LAST_ROW, fixed=False, onnx=_DYNAMIC, since=2),
     Word("score", "contribution", _CONTRIBUTION, needs=LAST_ROW),
     Word("score", "attention", "most attention from the last token", needs=LAST_ROW),
+    Word("score", "change", "largest change by the layer before", needs=HIDDEN, onnx=_STATES, since=2),
+    Word("score", "duplication", "least like a few pivots", needs=KEYS, onnx=_STATES, since=2),
     Word("score", "random", "drawn at random", onnx=_DRAWN),
     Word("score", "uniform", "evenly spaced"),
     _tower(
@@ -170,8 +220,19 @@ WORDS = (
     Word("per", "row", "rows of tokens", since=2),
     Word("amount", "ratio", "{:.0%} of the visual tokens"),
     Word("amount", "count", "{} visual tokens"),
+    Word("amount", "share", "{:.3g} of the prompt's visual tokens", onnx=_SHARE, since=2),
     Word("amount", "above", "the visual tokens above {:g}", fixed=False, onnx=_DYNAMIC),
     Word("amount", "found", "as many visual tokens as the rule finds", fixed=False, onnx=_DYNAMIC, since=2),
+    Word("rows", "last", "of the last token"),
+    Word("rows", "text", "of the text behind the image", onnx=_ASKERS, since=2),
+    Word("rows", "raters", "of the text that the image suits", onnx=_ASKERS, since=2),
+    Word("rows", "visual", "of the visual tokens", onnx=_ASKERS, since=2),
+    Word("rows", "all", "of all tokens", onnx=_ASKERS, since=2),
+    Word("layer", "before", "in the layer before"),
+    Word("layer", "here", "as the layer itself sees it", onnx=_HERE, since=2),
+    Word("positions", "original", "rows keep their positions"),
+    Word("positions", "compact", "rows behind those that left move up", onnx=_COMPACT, since=2),
+    Word("merge", "cluster", "the best of the others are merged into clusters", onnx=_MERGED, since=2),
     Word("sink", "renormalise", "the attention goes to the other tokens"),
     Word("sink", "first", "the attention goes to the first visual token"),
     Word("sink", "zero", "the attention is dropped"),
@@ -187,6 +248,9 @@ WORDS = (
 
 MUTED = ("sink", "readers", "columns", "during")
 """The slots of ``mute``."""
+
+SELECTED = ("rows", "layer")
+"""The slots of ``select`` beside its score and amount."""
 
 _ROWS = {(row.slot, row.word): row for row in WORDS}
 
@@ -214,6 +278,9 @@ def used(actions: Iterable[Mapping[str, Any]]) -> Iterator[Word]:
         select, when = action.get("select") or {}, action.get("when") or {}
         if select:
             yield row("score", select["score"])
+            yield from (row(slot, select[slot]) for slot in SELECTED if slot in select)
+        yield from (row(slot, action[slot]) for slot in ("positions",) if slot in action)
+        yield from (row("merge", action["rest"]["merge"]) for _ in ("rest",) if action.get("rest"))
         for slot, data in (("condition", when), ("amount", select)):
             yield from (row(slot, word) for word in given(slot, data))
         yield from (row(slot, action[slot]) for slot in MUTED if slot in action)
@@ -239,8 +306,8 @@ def count_of(ratio: float, present: int) -> int:
     return math.ceil(ratio * present)
 
 
-def kept_count(select: Mapping[str, Any], present: int) -> int:
-    """How many of ``present`` tokens a selection keeps.
+def kept_count(select: Mapping[str, Any], present: int, visual: int | None = None) -> int:
+    """How many of ``present`` tokens a selection keeps, of a prompt that had ``visual`` ones (by default as many).
 
     Raises:
         ScheduleError: a threshold, which keeps a number that depends on the sample.
@@ -249,7 +316,22 @@ def kept_count(select: Mapping[str, Any], present: int) -> int:
         return min(int(select["count"]), present)
     if select.get("ratio") is not None:
         return count_of(select["ratio"], present)
+    if select.get("share") is not None:
+        # 300/576 of 576 are 300, whatever the last bit
+        wanted = select["share"] * (present if visual is None else visual)
+        if select["score"] == "duplication":
+            wanted = PIVOTS[0] + sum(PIVOTS) * int(round(wanted / sum(PIVOTS), 9))
+        return min(int(round(wanted, 9)), present)
     raise ScheduleError("a threshold keeps a number of tokens that depends on the sample")
+
+
+def merged_count(action: Mapping[str, Any], dropped: int) -> tuple[int, int]:
+    """How many of the ``dropped`` tokens of a ``keep`` are merged, and into how many."""
+    rest = action.get("rest")
+    if not rest or not dropped:
+        return 0, 0
+    merged = min(int(rest.get("share", REST_SHARE) * dropped) + 1, dropped)
+    return merged, min(int(rest.get("into", REST_INTO) * merged) + 1, merged)
 
 
 def visual_per_layer(actions: Sequence[Mapping[str, Any]], layers: int, visual: int) -> list[int]:
@@ -266,7 +348,8 @@ def visual_per_layer(actions: Sequence[Mapping[str, Any]], layers: int, visual: 
             if action["at"] == layer and action["action"] == "withdraw":
                 present = 0
             elif action["at"] == layer and action["action"] == "keep":
-                present = kept_count(action["select"], present)
+                kept = kept_count(action["select"], present, visual)
+                present = kept + merged_count(action, present - kept)[1]
         counts.append(present)
     return counts
 

@@ -55,6 +55,8 @@ def why_not(plan: Plan, layers: Iterable[nn.Module]) -> tuple[str, str] | None:
     """
     if plan.front is not None:
         return "scores of the vision tower need the whole model", "leave out --stream"
+    if plan.newer:
+        return "what it says runs on the whole model only", "leave out --stream"
     if not any(mute.sink == "first" and mute.during == "all" for mute in plan.mutes):
         return None
     attentions = [getattr(layer, "self_attn", None) for layer in layers]
