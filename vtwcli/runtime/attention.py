@@ -14,7 +14,6 @@ from vtwcli.runtime.contract import (
     PruningError,
     attention_kind,
     cache_argument,
-    given_cache,
     strange,
 )
 from vtwcli.runtime.masks import sunk
@@ -38,12 +37,22 @@ class _Fixed:
 not_compiled = torch.compiler.disable  # hooks decide by values, so under torch.compile they run as they are
 
 
-@not_compiled
 def leave_attention(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Run text rows again with the values their mutes leave them; look at the last row's attention."""
-    tap = given_cache(kwargs)
-    if not isinstance(tap, Tap):
-        return output
+    tap = tap_of(kwargs)
+    return output if tap is None else _leave_attention(module, args, kwargs, output, tap)
+
+
+def tap_of(kwargs: dict[str, Any]) -> Tap | None:
+    """The ``Tap`` that a call was given for its cache; ``torch.compile`` follows the search for it."""
+    caches = [kwargs[name] for name in CACHE_NAMES if isinstance(kwargs.get(name), Tap)]
+    return caches[0] if caches else None
+
+
+@not_compiled
+def _leave_attention(
+    module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, tap: Tap
+) -> Any:
     tap.due = False
     if tap.keys is None or tap.values is None:
         raise strange("the attention of this model does not hand its keys to the cache")

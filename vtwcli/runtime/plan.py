@@ -9,7 +9,7 @@ from typing import Any
 
 from vtwcli.runtime.contract import PruningError
 from vtwcli.schedule.rules import check_depth, earliest_starts, read
-from vtwcli.schedule.words import LAST_ROW, ScheduleError, row
+from vtwcli.schedule.words import LAST_ROW, ScheduleError, is_fixed, row
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Plan:
         except ScheduleError as error:
             raise PruningError(str(error)) from None
         self.depth = depth
+        self.fixed = is_fixed(actions)
         self.key = json.dumps(schedule.get("actions", ()), sort_keys=True)
         planned = [PlannedAction.of(action) for action in actions]
         self.leaving = [a for a in planned if a.action in ("withdraw", "keep")]

@@ -35,15 +35,18 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers.cache_utils import StaticLayer
 
 from vtwcli.runtime.attention import leave_attention, not_compiled
 from vtwcli.runtime.cache import PrunedLayer, cache_layer
 from vtwcli.runtime.call import Call, Tap
 from vtwcli.runtime.contract import (
     CACHE_NAMES,
+    CALL,
     PruningError,
     arguments,
     attention_kind,
+    brings_vision,
     cache_argument,
     check_arguments,
     given_cache,
@@ -53,19 +56,8 @@ from vtwcli.runtime.freeze import leave_layer, part
 from vtwcli.runtime.masks import not_padding, split_sinks
 from vtwcli.runtime.plan import Plan
 from vtwcli.runtime.rows import Rows, Tensor, take, take_positions
+from vtwcli.runtime.static import PromptLayer, StaticPrunedLayer, decides, greet, is_static, settle, stepped
 from vtwcli.runtime.trace import Trace, traced
-
-_CALL = "pruning_call"  # carries the state of one forward pass from the text model to its layers
-_VISION_INPUTS = (
-    "pixel_values",
-    "high_res_pixel_values",
-    "image_patches",
-    "image_hidden_states",
-    "image_features",
-    "image_embeds",
-    "video_embeds",
-    "mm_encoder_outputs",
-)
 
 
 class Pruning:
@@ -98,8 +90,8 @@ class Pruning:
         self._caches = [cache_argument(layer, "hidden_states", "attention_mask") for layer in layers]
         add = self._handles.append
         add(base.register_forward_pre_hook(self._enter_base, with_kwargs=True))
-        add(base.register_forward_hook(self._check_base))
-        add(base.register_forward_hook(self._leave_base, always_call=True))
+        add(base.register_forward_hook(self._check_base, with_kwargs=True))
+        add(base.register_forward_hook(self._leave_base, with_kwargs=True, always_call=True))
         add(text_model.register_forward_pre_hook(self._enter_text, with_kwargs=True))
         add(text_model.register_forward_hook(self._leave_text, with_kwargs=True))
         if base is not model:
@@ -144,12 +136,12 @@ class Pruning:
             raise PruningError(
                 "inputs_embeds do not tell where the images are; pass input_ids with the vision inputs"
             )
-        if not any(name.startswith(_VISION_INPUTS) and _is_given(value) for name, value in given.items()):
+        if not brings_vision(given):
             return None
         visual = torch.isin(ids, torch.tensor(self.placeholders, device=ids.device))
         return visual if bool(visual.any()) else None
 
-    @not_compiled
+    @decides
     def _check_labels(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = arguments(module, args, kwargs)
         labels, keep = given.get("labels"), given.get("logits_to_keep")
@@ -170,40 +162,43 @@ class Pruning:
                 "visual tokens and of the first token behind them to -100"
             )
 
-    @not_compiled
+    @decides
     def _enter_base(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         visual = self._visual(module, args, kwargs)
         given = arguments(module, args, kwargs)
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if ids is None:
             return
-        self._calls[threading.get_ident()] = Call(self.plan, visual, not_padding(mask, ids), tuple(ids.shape))
+        real = not_padding(mask, ids, is_static(given_cache(given)))
+        self._calls[threading.get_ident()] = Call(self.plan, visual, real, tuple(ids.shape))
 
-    @not_compiled
-    def _check_base(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+    @decides
+    def _check_base(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if threading.get_ident() in self._calls:
             raise strange("the model did not call its text model")
 
-    @not_compiled
-    def _leave_base(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+    @decides
+    def _leave_base(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         self._calls.pop(threading.get_ident(), None)
 
-    @not_compiled
+    @decides
     def _enter_text(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         call = self._calls.pop(threading.get_ident(), None)
         if call is None:
             raise PruningError("the text model was called on its own; call the whole model under a schedule")
         attention_kind(module)  # refuses what is not supported before masks are made for it
-        return args, {**kwargs, _CALL: call}
+        return args, {**kwargs, CALL: call}
 
-    @not_compiled
+    @decides
     def _leave_text(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        call = kwargs[_CALL]
+        call = kwargs[CALL]
         hidden = output[0]
-        rows = call.finish()
+        cache, rows = call.cache, call.finish()
         call.check_rows(self.plan.depth - 1, hidden)
         if call.visual is not None or call.past == 0:
             self._traced = call
+        if is_static(cache):
+            settle(cache, self.plan)
         if rows is None or rows.index is None:
             return output
         index, query = rows.index.to(hidden.device), rows.query.to(hidden.device)
@@ -219,12 +214,23 @@ class Pruning:
 
     # ------------------------------------------------------------------ layers
 
-    @not_compiled
     def _enter_layer(
         self, index: int, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
+        cache = stepped(args, kwargs, self.plan)
+        if cache is None:
+            return self._enter_layer_of_call(index, module, args, kwargs)
+        layer = cache.layers[index]
+        if isinstance(layer, StaticPrunedLayer):
+            kwargs = {**kwargs, "attention_mask": layer.mask(kwargs.get("attention_mask"))}
+        return args, kwargs
+
+    @not_compiled
+    def _enter_layer_of_call(
+        self, index: int, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(kwargs)
-        call: Call | None = kwargs.pop(_CALL, None)
+        call: Call | None = kwargs.pop(CALL, None)
         if call is None:
             raise strange(f"layer {index} was called outside of its model under a schedule")
         if len(args) > 1:
@@ -238,7 +244,7 @@ class Pruning:
             kwargs.pop(known, None)
         kwargs[name] = cache
         if index == 0:
-            self._greet(cache, call)
+            self._greet(cache, call, getattr(module, "self_attn", None))
         elif cache is not call.cache and not call.over:
             raise strange(f"layer {index} gets another cache than layer 0")
         before, rows = call.at.get(index - 1), call.rows(index, hidden.device)
@@ -256,7 +262,7 @@ class Pruning:
             args = (kwargs.pop("hidden_states"),)
         return args, kwargs
 
-    def _greet(self, cache: Any, call: Call) -> None:
+    def _greet(self, cache: Any, call: Call, attention: Any) -> None:
         """Refuse a cache that was filled otherwise, since what its entries are is not known."""
         call.cache = cache
         if cache is None:
@@ -265,7 +271,9 @@ class Pruning:
             raise PruningError(
                 f"{type(cache).__name__} is not supported under a schedule; use a DynamicCache"
             )
-        call.past = cache.get_seq_length()
+        if is_static(cache):
+            greet(cache, self.plan, attention)
+        call.past = int(cache.get_seq_length())
         if call.past and getattr(cache, "vtw_schedule", None) != self.plan.key:
             raise PruningError("this cache was not filled under this schedule; start with an empty one")
         cache.vtw_schedule = self.plan.key
@@ -294,8 +302,12 @@ class Pruning:
             columns = call.columns(None, added, 0, hidden.device)
         else:
             layer = cache_layer(cache, index)
-            past = layer.get_seq_length()
-            if not isinstance(layer, PrunedLayer) and (rows.index is not None or acts):
+            past = int(layer.get_seq_length())
+            if isinstance(layer, StaticLayer):
+                window = getattr(attention, "sliding_window", None)
+                layer = cache.layers[index] = PromptLayer(layer, call.shape[0], hidden.device, window)
+                given = call.of_chunk(given)
+            elif not isinstance(layer, PrunedLayer) and (rows.index is not None or acts):
                 layer = cache.layers[index] = PrunedLayer(layer, call.shape[0], hidden.device)
             if isinstance(layer, PrunedLayer):
                 if call.visual is not None:
@@ -347,13 +359,6 @@ def _guard_hooks() -> None:
     if getattr(dynamo, "skip_nnmodule_hook_guards", False):
         dynamo.skip_nnmodule_hook_guards = False
         torch.compiler.reset()
-
-
-def _is_given(value: Any) -> bool:
-    """Whether an input was given; a mapping, whether any of its values was."""
-    if isinstance(value, Mapping):
-        return any(v is not None for v in value.values())
-    return value is not None
 
 
 def apply(model: torch.nn.Module, schedule: Mapping[str, Any], layout: Mapping[str, Any]) -> Pruning:
