@@ -37,6 +37,16 @@ class _Fixed:
 not_compiled = torch.compiler.disable  # hooks decide by values, so under torch.compile they run as they are
 
 
+def guard_hooks() -> None:
+    """Let torch.compile look at hooks before it runs what it compiled: by default code that was compiled for a model
+    without hooks also serves one of the same class with hooks, and leaves them out."""
+    import torch._dynamo.config as dynamo
+
+    if getattr(dynamo, "skip_nnmodule_hook_guards", False):
+        dynamo.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()
+
+
 def leave_attention(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Run text rows again with the values their mutes leave them; look at the last row's attention."""
     tap = tap_of(kwargs)

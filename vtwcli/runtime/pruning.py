@@ -19,6 +19,9 @@ to nothing in prefill, where text's reading of vision is a small part; under ``r
 touch the muted entries. ``freeze`` saves all of its visual rows but their keys and values; with flash attention,
 whose causal alignment needs a row for each entry, nothing: rows are computed and put back.
 
+Static caches. Prompts run eagerly; the steps behind them are the same for all values, so that torch.compile makes one
+graph of them, see ``static``. Schedules that decide by the sample are refused there.
+
 Limits. Flash attention gets two-dimensional masks; that path was tested with plain stand-ins for its kernels, not on
 a GPU. Under gradient checkpointing, actions that look inside attention are refused. When ``generate`` runs with
 ``use_cache=False`` every step is a prompt of its own, so measured scores come from the newest token's row; with
@@ -35,9 +38,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers.cache_utils import StaticLayer
 
-from vtwcli.runtime.attention import leave_attention, not_compiled
+from vtwcli.runtime.attention import guard_hooks, leave_attention, not_compiled
 from vtwcli.runtime.cache import PrunedLayer, cache_layer
 from vtwcli.runtime.call import Call, Tap
 from vtwcli.runtime.contract import (
@@ -86,7 +88,7 @@ class Pruning:
         if self.plan.idle:
             return
         base = model.get_submodule(path.rpartition(".")[0])
-        _guard_hooks()
+        guard_hooks()
         self._caches = [cache_argument(layer, "hidden_states", "attention_mask") for layer in layers]
         add = self._handles.append
         add(base.register_forward_pre_hook(self._enter_base, with_kwargs=True))
@@ -303,9 +305,8 @@ class Pruning:
         else:
             layer = cache_layer(cache, index)
             past = int(layer.get_seq_length())
-            if isinstance(layer, StaticLayer):
-                window = getattr(attention, "sliding_window", None)
-                layer = cache.layers[index] = PromptLayer(layer, call.shape[0], hidden.device, window)
+            if is_static(cache):
+                layer = cache.layers[index] = PromptLayer(layer, call.shape[0], hidden.device, attention)
                 given = call.of_chunk(given)
             elif not isinstance(layer, PrunedLayer) and (rows.index is not None or acts):
                 layer = cache.layers[index] = PrunedLayer(layer, call.shape[0], hidden.device)
@@ -349,16 +350,6 @@ class Pruning:
             kwargs["hidden_states"] = take(kwargs["hidden_states"], slots, 1)
         assert rows.index is not None
         take_positions(kwargs, rows.index, call.shape[1], attention)
-
-
-def _guard_hooks() -> None:
-    """Let torch.compile look at hooks before it runs what it compiled: by default code that was compiled for a model
-    without hooks also serves one of the same class with hooks, and leaves them out."""
-    import torch._dynamo.config as dynamo
-
-    if getattr(dynamo, "skip_nnmodule_hook_guards", False):
-        dynamo.skip_nnmodule_hook_guards = False
-        torch.compiler.reset()
 
 
 def apply(model: torch.nn.Module, schedule: Mapping[str, Any], layout: Mapping[str, Any]) -> Pruning:

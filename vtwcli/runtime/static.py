@@ -42,15 +42,15 @@ class PromptLayer(PrunedLayer):
         layer: the library's, empty.
         batch: number of rows B.
         device: of the keys.
-        window: the attention's sliding window, or None.
+        attention: the module it is for.
     """
 
-    def __init__(self, layer: StaticLayer, batch: int, device: torch.device, window: int | None) -> None:
+    def __init__(self, layer: StaticLayer, batch: int, device: torch.device, attention: Any) -> None:
         sliding = isinstance(layer, StaticSlidingWindowLayer)
         stock = DynamicSlidingWindowLayer(layer.max_cache_len) if sliding else DynamicLayer()
         super().__init__(stock, batch, device)
         self.stock = layer
-        self.room = room_of(layer, window)
+        self.room = room_of(layer, getattr(attention, "sliding_window", None))
 
 
 class StaticPrunedLayer(StaticLayer):
