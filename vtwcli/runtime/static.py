@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -32,6 +33,7 @@ _ROWS = (
     "hidden_states",
 )  # what has an axis for tokens behind that of the batch
 
+OLDEST = (5, 20)  # release of transformers whose static layers are built as they are here
 INSTEAD = "use a DynamicCache (leave cache_implementation unset)"
 
 
@@ -199,9 +201,10 @@ def greet(cache: Any, plan: Plan, attention: Any) -> None:
             "under 'auto' or a threshold each prompt decides anew how many entries a layer holds, so a static cache "
             f"has no lengths to fix; name layers, counts or ratios in the schedule, or {INSTEAD}"
         )
-    if not isinstance(getattr(StaticLayer(1), "cumulative_length", None), torch.Tensor):
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
         raise PruningError(
-            f"static caches under a schedule need transformers 5.10 or later; upgrade, or {INSTEAD}"
+            f"static caches under a schedule need transformers {'.'.join(map(str, OLDEST))} or later; upgrade, "
+            f"or {INSTEAD}"
         )
     if "flash" in attention_kind(attention):
         raise PruningError(
