@@ -129,7 +129,7 @@ class StaticPrunedLayer(StaticLayer):
         # where a sliding layer's mask begins
         first = (self.cumulative_length + 1 - given.shape[-1]).clamp(min=0)
         place = (self.position - first)[:, None, None]
-        given = given.expand(batch, -1, -1, -1)
+        given = given.to(self.position.device).expand(batch, -1, -1, -1)
         taken = given.gather(3, place.clamp(min=0).expand(-1, given.shape[1], -1, -1))
         if taken.dtype == torch.bool:
             return taken & (place >= 0)
@@ -214,6 +214,8 @@ def greet(cache: Any, plan: Plan, attention: Any) -> None:
     if getattr(cache, "offloading", False):
         raise PruningError(f"an offloaded static cache is not supported under a schedule; {INSTEAD}")
     if int(cache.get_seq_length()):
+        if getattr(cache, "vtw_static", None) != plan.key:
+            raise PruningError("this cache was not filled under this schedule; start with an empty one")
         raise PruningError(
             "behind a prompt, a static cache under a schedule takes one token at a time; start a new one for each "
             f"prompt, or {INSTEAD}"
