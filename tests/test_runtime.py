@@ -628,8 +628,6 @@ def test_what_cannot_be_exact_is_refused():
     model, batch = model_of(), batch_of(["t3 i t5"])
     embeds = model.get_input_embeddings()(batch["input_ids"])
     with pruned(model, 2):
-        with pytest.raises(PruningError, match="StaticLayer is not supported"):
-            model.generate(**batch, max_new_tokens=2, cache_implementation="static")
         with pytest.raises(PruningError, match="do not tell where the images are"):
             model(inputs_embeds=embeds)
         with pytest.raises(PruningError, match="do not tell where the images are"):

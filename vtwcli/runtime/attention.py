@@ -9,7 +9,7 @@ import torch
 
 from vtwcli.runtime.cache import Columns
 from vtwcli.runtime.call import Tap
-from vtwcli.runtime.contract import attention_kind, given_cache, strange
+from vtwcli.runtime.contract import CACHE_NAMES, attention_kind, strange
 from vtwcli.runtime.masks import sunk
 from vtwcli.runtime.ranking import Sight, key_sizes, look
 from vtwcli.runtime.rows import TEXT, Rows, Tensor, compact, take
@@ -18,12 +18,32 @@ from vtwcli.runtime.weights import attend, not_compiled, row_weights
 from vtwcli.schedule.words import KEYS
 
 
-@not_compiled
+def guard_hooks() -> None:
+    """Let torch.compile look at hooks before it runs what it compiled: by default code that was compiled for a model
+    without hooks also serves one of the same class with hooks, and leaves them out."""
+    import torch._dynamo.config as dynamo
+
+    if getattr(dynamo, "skip_nnmodule_hook_guards", False):
+        dynamo.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()
+
+
 def leave_attention(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Run text rows again with the values their mutes leave them; look at the last row's attention."""
-    tap = given_cache(kwargs)
-    if not isinstance(tap, Tap):
-        return output
+    tap = tap_of(kwargs)
+    return output if tap is None else _leave_attention(module, args, kwargs, output, tap)
+
+
+def tap_of(kwargs: dict[str, Any]) -> Tap | None:
+    """The ``Tap`` that a call was given for its cache; ``torch.compile`` follows the search for it."""
+    caches = [kwargs[name] for name in CACHE_NAMES if isinstance(kwargs.get(name), Tap)]
+    return caches[0] if caches else None
+
+
+@not_compiled
+def _leave_attention(
+    module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, tap: Tap
+) -> Any:
     tap.due = False
     if tap.keys is None or tap.values is None:
         raise strange("the attention of this model does not hand its keys to the cache")

@@ -8,7 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from vtwcli.runtime.contract import PruningError, strange
 from vtwcli.runtime.rows import TEXT, Rows, Tensor, compact, take
@@ -248,8 +253,11 @@ def entries(cache: Any) -> list[int]:
     ]
 
 
-def cache_layer(cache: Any, index: int) -> DynamicLayer:
-    """The layer of a dynamic cache, created if need be."""
+_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+
+
+def cache_layer(cache: Any, index: int) -> Any:
+    """The layer of a cache, created if need be."""
     layers = getattr(cache, "layers", None)
     if layers is None:
         raise PruningError(f"{type(cache).__name__} is not supported under a schedule; use a DynamicCache")
@@ -257,7 +265,7 @@ def cache_layer(cache: Any, index: int) -> DynamicLayer:
         while len(layers) <= index:
             layers.append(cache.layer_class_to_replicate())
     layer = layers[index]
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, PrunedLayer):
+    if type(layer) not in _LAYERS and not isinstance(layer, PrunedLayer):
         raise PruningError(
             f"a cache with {type(layer).__name__} is not supported under a schedule; use a DynamicCache "
             "(leave cache_implementation unset)"

@@ -427,6 +427,15 @@ class Call:
             self.memo[key] = mask, given, rows, columns
         return self.memo[key][0]
 
+    def of_chunk(self, given: Any) -> Any:
+        """What a model's mask says of a first chunk; a static cache has columns for what comes later too."""
+        if not isinstance(given, torch.Tensor):
+            return given
+        key = ("of chunk", id(given))
+        if key not in self.memo:
+            self.memo[key] = given[..., : self.shape[1]], given
+        return self.memo[key][0]
+
     def index(self, rows: Rows, device: torch.device) -> Tensor:
         """The token of each row, [B, T]."""
         if rows.index is not None:

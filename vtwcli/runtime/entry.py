@@ -7,20 +7,9 @@ from typing import Any
 
 import torch
 
-from vtwcli.runtime.contract import PruningError, given_cache
+from vtwcli.runtime.contract import PruningError, brings_vision, given_cache
 from vtwcli.runtime.plan import Plan
 from vtwcli.runtime.rows import Tensor
-
-_VISION_INPUTS = (
-    "pixel_values",
-    "high_res_pixel_values",
-    "image_patches",
-    "image_hidden_states",
-    "image_features",
-    "image_embeds",
-    "video_embeds",
-    "mm_encoder_outputs",
-)
 
 
 def visual_tokens(given: Mapping[str, Any], placeholders: Iterable[int]) -> Tensor | None:
@@ -32,7 +21,7 @@ def visual_tokens(given: Mapping[str, Any], placeholders: Iterable[int]) -> Tens
         raise PruningError(
             "inputs_embeds do not tell where the images are; pass input_ids with the vision inputs"
         )
-    if not any(name.startswith(_VISION_INPUTS) and _is_given(value) for name, value in given.items()):
+    if not brings_vision(given):
         return None
     visual = torch.isin(ids, torch.tensor(tuple(placeholders), device=ids.device))
     return visual if bool(visual.any()) else None
@@ -60,10 +49,3 @@ def check_labels(plan: Plan, given: Mapping[str, Any], placeholders: Iterable[in
             "a label is predicted from a visual token, which the schedule may remove; set the labels of "
             "visual tokens and of the first token behind them to -100"
         )
-
-
-def _is_given(value: Any) -> bool:
-    """Whether an input was given; a mapping, whether any of its values was."""
-    if isinstance(value, Mapping):
-        return any(v is not None for v in value.values())
-    return value is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -81,11 +82,10 @@ def check_mask(given: Any, shape: tuple[int, int], past: int, real: Tensor | Non
     windows = (getattr(x, "sliding_window", None) for x in (attention, getattr(attention, "config", None)))
     window = next((w for w in windows if isinstance(w, int)), None)
     widths = (total, min(total, window - 1 + length)) if window else (total,)
-    static = given.ndim == 4 and size[-1] > total
     if given.ndim != 4 or size[0] not in (1, batch) or size[2] != length or size[3] not in widths:
         raise PruningError(
             f"a mask of shape {size} for {length} tokens behind {past} is not supported under a schedule; "
-            + ("give no static cache" if static else "give [B, S], or [B, 1, S, T] of all T tokens")
+            "give [B, S], or [B, 1, S, T] of all T tokens"
         )
     if given.dtype != torch.bool and not given.is_floating_point():
         raise strange(f"the layers get an attention_mask of {given.dtype}, neither boolean nor additive")
@@ -211,11 +211,20 @@ def split_sinks(sinks: list[PlannedAction]) -> tuple[list[PlannedAction], list[P
     return [a for a in sinks if a.readers != "visual"], [a for a in sinks if a.readers != "text"]
 
 
-def not_padding(mask: Any, ids: Tensor) -> Tensor | None:
-    """Which tokens of the chunk are real [B, S], from a 2-D mask or, in a 4-D one, from somebody reading them."""
+def not_padding(mask: Any, ids: Tensor, first: bool = False) -> Tensor | None:
+    """Which tokens of the chunk are real [B, S], from a 2-D mask or, in a 4-D one, from somebody reading them.
+
+    Args:
+        mask: or several by kind of layer.
+        ids: of the chunk.
+        first: whether the chunk's columns are the mask's first, as in a static cache; else its last.
+    """
+    if isinstance(mask, Mapping):
+        mask = next((one for one in mask.values() if one is not None), None)
     if not isinstance(mask, torch.Tensor):
         return None
     if mask.ndim == 4:
         read = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
         mask = read.any(2).any(1)
-    return mask[:, -ids.shape[1] :].bool().to(ids.device).expand(ids.shape)
+    mask = mask[:, : ids.shape[1]] if first else mask[:, -ids.shape[1] :]
+    return mask.bool().to(ids.device).expand(ids.shape)

@@ -16,7 +16,7 @@ from vtwcli.schedule.rules import (
     read,
     version_of,
 )
-from vtwcli.schedule.words import HIDDEN, KEYS, LAST_ROW, ScheduleError, row
+from vtwcli.schedule.words import HIDDEN, KEYS, LAST_ROW, ScheduleError, is_fixed, row
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class Plan:
             raise PruningError(str(error)) from None
         self.depth = depth
         self.newer = version_of(actions) > 1
+        self.fixed = is_fixed(actions)
         self.key = json.dumps(schedule.get("actions", ()), sort_keys=True)
         planned = [PlannedAction.of(action) for action in actions]
         self.leaving = [a for a in planned if a.action in ("withdraw", "keep")]

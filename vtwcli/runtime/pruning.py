@@ -19,6 +19,9 @@ to nothing in prefill, where text's reading of vision is a small part; under ``r
 touch the muted entries. ``freeze`` saves all of its visual rows but their keys and values; with flash attention,
 whose causal alignment needs a row for each entry, nothing: rows are computed and put back.
 
+Static caches. Prompts run eagerly; the steps behind them are the same for all values, so that torch.compile makes one
+graph of them, see ``static``. Schedules that decide by the sample are refused there.
+
 Limits. Flash attention gets two-dimensional masks; that path was tested with plain stand-ins for its kernels, not on
 a GPU. Under gradient checkpointing, actions that look inside attention are refused. When ``generate`` runs with
 ``use_cache=False`` every step is a prompt of its own, so measured scores come from the newest token's row; with
@@ -36,11 +39,12 @@ from typing import Any
 
 import torch
 
-from vtwcli.runtime.attention import leave_attention
+from vtwcli.runtime.attention import guard_hooks, leave_attention
 from vtwcli.runtime.cache import PrunedLayer, cache_layer
 from vtwcli.runtime.call import Call, Tap
 from vtwcli.runtime.contract import (
     CACHE_NAMES,
+    CALL,
     PruningError,
     arguments,
     attention_kind,
@@ -57,10 +61,9 @@ from vtwcli.runtime.plan import Plan
 from vtwcli.runtime.positions import Turned, renumber
 from vtwcli.runtime.ranking import by_states, look, own_sight, raters
 from vtwcli.runtime.rows import Rows, take, take_positions
+from vtwcli.runtime.static import PromptLayer, StaticPrunedLayer, decides, greet, is_static, settle, stepped
 from vtwcli.runtime.trace import Trace, traced
 from vtwcli.runtime.weights import not_compiled
-
-_CALL = "pruning_call"  # carries the state of one forward pass from the text model to its layers
 
 
 class Pruning:
@@ -91,13 +94,13 @@ class Pruning:
         if self.plan.idle:
             return
         base = model.get_submodule(path.rpartition(".")[0])
-        _guard_hooks()
+        guard_hooks()
         self._caches = [cache_argument(layer, "hidden_states", "attention_mask") for layer in layers]
         add = self._handles.append
         self._tower = tapped(self.plan, base, text_model, self._handles)
         add(base.register_forward_pre_hook(self._enter_base, with_kwargs=True))
-        add(base.register_forward_hook(self._check_base))
-        add(base.register_forward_hook(self._leave_base, always_call=True))
+        add(base.register_forward_hook(self._check_base, with_kwargs=True))
+        add(base.register_forward_hook(self._leave_base, with_kwargs=True, always_call=True))
         add(text_model.register_forward_pre_hook(self._enter_text, with_kwargs=True))
         add(text_model.register_forward_hook(self._leave_text, with_kwargs=True))
         if self.plan.renumbers:
@@ -136,29 +139,30 @@ class Pruning:
 
     # ------------------------------------------------------------------ around the text model
 
-    @not_compiled
+    @decides
     def _check_labels(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         check_labels(self.plan, arguments(module, args, kwargs), self.placeholders)
 
-    @not_compiled
+    @decides
     def _enter_base(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = arguments(module, args, kwargs)
         visual = visual_tokens(given, self.placeholders)
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if ids is None:
             return
-        self._calls[threading.get_ident()] = Call(self.plan, visual, not_padding(mask, ids), tuple(ids.shape))
+        real = not_padding(mask, ids, is_static(given_cache(given)))
+        self._calls[threading.get_ident()] = Call(self.plan, visual, real, tuple(ids.shape))
 
-    @not_compiled
-    def _check_base(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+    @decides
+    def _check_base(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if threading.get_ident() in self._calls:
             raise strange("the model did not call its text model")
 
-    @not_compiled
-    def _leave_base(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+    @decides
+    def _leave_base(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         self._calls.pop(threading.get_ident(), None)
 
-    @not_compiled
+    @decides
     def _enter_text(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         call = self._calls.pop(threading.get_ident(), None)
         if call is None:
@@ -167,7 +171,7 @@ class Pruning:
         self._inside[threading.get_ident()] = call
         if self._tower is not None:
             args, kwargs = (), shorten(call, self._tower, arguments(module, args, kwargs))
-        return args, {**kwargs, _CALL: call}
+        return args, {**kwargs, CALL: call}
 
     @not_compiled
     def _turned(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -175,15 +179,17 @@ class Pruning:
         if call is not None:
             call.angles.append(Turned.of(module, args, kwargs, output))
 
-    @not_compiled
+    @decides
     def _leave_text(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        call = kwargs[_CALL]
+        call = kwargs[CALL]
         self._inside.pop(threading.get_ident(), None)
         hidden = output[0]
-        rows = call.finish()
+        cache, rows = call.cache, call.finish()
         call.check_rows(self.plan.depth - 1, hidden)
         if call.visual is not None or call.past == 0:
             self._traced = call
+        if is_static(cache):
+            settle(cache, self.plan)
         if rows is None or rows.index is None:
             return output
         index, query = rows.index.to(hidden.device), rows.query.to(hidden.device)
@@ -199,12 +205,23 @@ class Pruning:
 
     # ------------------------------------------------------------------ layers
 
-    @not_compiled
     def _enter_layer(
         self, index: int, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
+        cache = stepped(args, kwargs, self.plan)
+        if cache is None:
+            return self._enter_layer_of_call(index, module, args, kwargs)
+        layer = cache.layers[index]
+        if isinstance(layer, StaticPrunedLayer):
+            kwargs = {**kwargs, "attention_mask": layer.mask(kwargs.get("attention_mask"))}
+        return args, kwargs
+
+    @not_compiled
+    def _enter_layer_of_call(
+        self, index: int, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(kwargs)
-        call: Call | None = kwargs.pop(_CALL, None)
+        call: Call | None = kwargs.pop(CALL, None)
         if call is None:
             raise strange(f"layer {index} was called outside of its model under a schedule")
         if len(args) > 1:
@@ -218,7 +235,7 @@ class Pruning:
             kwargs.pop(known, None)
         kwargs[name] = cache
         if index == 0:
-            self._greet(cache, call)
+            self._greet(cache, call, getattr(module, "self_attn", None))
         elif cache is not call.cache and not call.over:
             raise strange(f"layer {index} gets another cache than layer 0")
         before = call.at.get(index - 1)
@@ -243,7 +260,7 @@ class Pruning:
             args = (kwargs.pop("hidden_states"),)
         return args, kwargs
 
-    def _greet(self, cache: Any, call: Call) -> None:
+    def _greet(self, cache: Any, call: Call, attention: Any) -> None:
         """Refuse a cache that was filled otherwise, since what its entries are is not known."""
         call.cache = cache
         if cache is None:
@@ -252,7 +269,9 @@ class Pruning:
             raise PruningError(
                 f"{type(cache).__name__} is not supported under a schedule; use a DynamicCache"
             )
-        call.past = cache.get_seq_length()
+        if is_static(cache):
+            greet(cache, self.plan, attention)
+        call.past = int(cache.get_seq_length())
         if call.past and getattr(cache, "vtw_schedule", None) != self.plan.key:
             raise PruningError("this cache was not filled under this schedule; start with an empty one")
         cache.vtw_schedule = self.plan.key
@@ -308,8 +327,11 @@ class Pruning:
             columns = call.columns(None, added, 0, hidden.device)
         else:
             layer = cache_layer(cache, index)
-            past = layer.get_seq_length()
-            if not isinstance(layer, PrunedLayer) and (rows.index is not None or acts):
+            past = int(layer.get_seq_length())
+            if is_static(cache):
+                layer = cache.layers[index] = PromptLayer(layer, call.shape[0], hidden.device, attention)
+                given = call.of_chunk(given)
+            elif not isinstance(layer, PrunedLayer) and (rows.index is not None or acts):
                 layer = cache.layers[index] = PrunedLayer(layer, call.shape[0], hidden.device)
             if isinstance(layer, PrunedLayer):
                 if call.visual is not None:
@@ -354,16 +376,6 @@ class Pruning:
                 kwargs["hidden_states"] = rows.moved.put(kwargs["hidden_states"], rows)
         assert rows.index is not None
         take_positions(kwargs, rows.index, call.shape[1], attention)
-
-
-def _guard_hooks() -> None:
-    """Let torch.compile look at hooks before it runs what it compiled: by default code that was compiled for a model
-    without hooks also serves one of the same class with hooks, and leaves them out."""
-    import torch._dynamo.config as dynamo
-
-    if getattr(dynamo, "skip_nnmodule_hook_guards", False):
-        dynamo.skip_nnmodule_hook_guards = False
-        torch.compiler.reset()
 
 
 def apply(model: torch.nn.Module, schedule: Mapping[str, Any], layout: Mapping[str, Any]) -> Pruning:
