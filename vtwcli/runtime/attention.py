@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from vtwcli.runtime.cache import Columns
-from vtwcli.runtime.call import Tap
-from vtwcli.runtime.contract import CACHE_NAMES, attention_kind, strange
+from vtwcli.runtime.contract import attention_kind, strange
 from vtwcli.runtime.masks import sunk
 from vtwcli.runtime.ranking import Sight, key_sizes, look
 from vtwcli.runtime.rows import TEXT, Rows, Tensor, compact, take
 from vtwcli.runtime.scores import last_row_numbers, placed
+from vtwcli.runtime.tap import Tap, tap_of
 from vtwcli.runtime.weights import attend, not_compiled, row_weights
 from vtwcli.schedule.words import KEYS
 
@@ -32,12 +32,6 @@ def leave_attention(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
     """Run text rows again with the values their mutes leave them; look at the last row's attention."""
     tap = tap_of(kwargs)
     return output if tap is None else _leave_attention(module, args, kwargs, output, tap)
-
-
-def tap_of(kwargs: dict[str, Any]) -> Tap | None:
-    """The ``Tap`` that a call was given for its cache; ``torch.compile`` follows the search for it."""
-    caches = [kwargs[name] for name in CACHE_NAMES if isinstance(kwargs.get(name), Tap)]
-    return caches[0] if caches else None
 
 
 @not_compiled

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from vtwcli.runtime.cache import Columns
 from vtwcli.runtime.contract import attention_kind, strange
-from vtwcli.runtime.masks import check_mask, flash_mask, gathered, sunk
+from vtwcli.runtime.masks import check_mask, flash_mask, gathered
 from vtwcli.runtime.merge import Recycled, recycled
 from vtwcli.runtime.picture import Front
 from vtwcli.runtime.plan import Plan, PlannedAction
@@ -20,68 +20,6 @@ from vtwcli.schedule.words import TOWER, kept_count
 from vtwcli.schedule.words import row as word
 
 NOBODY = torch.iinfo(torch.long).min  # no token's number
-
-
-@dataclass(eq=False)
-class Frozen:
-    """What of a frozen layer does not run.
-
-    Attributes:
-        split: its rows.
-        hidden: their hidden states, [B, S, D].
-        entries: keys and values of those that only have these.
-    """
-
-    split: Split
-    hidden: Tensor
-    entries: tuple[Tensor, Tensor]
-
-
-@dataclass(eq=False)
-class Tap:
-    """Stands where the cache stands in one layer's call: keeps keys and values, may hand out other values.
-
-    Attributes:
-        cache: the model's, or None.
-        call, layer, rows, columns, past: of the forward pass and the layer; ``columns`` None: those of a stock layer.
-        base: mutes whose values the attention itself is given.
-        second: mutes whose values text rows are given in a pass of their own, or None.
-        skips: whether text rows are given text entries only, in a pass of their own.
-        given: the mask that the model made.
-        probes: whether the last row is to be looked at.
-        due: whether the attention's hook still has something to do.
-        frozen: what of a frozen layer does not run, or None.
-    """
-
-    cache: Any
-    call: Call
-    layer: int
-    rows: Rows
-    columns: Columns | None
-    past: int
-    base: list[PlannedAction]
-    second: list[PlannedAction] | None
-    skips: bool
-    given: Tensor | None
-    probes: bool
-    due: bool
-    frozen: Frozen | None = None
-    keys: Tensor | None = None
-    values: Tensor | None = None
-
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As a cache's."""
-        if self.frozen is not None:
-            keys, values = (
-                torch.cat(two, 2) for two in zip(self.frozen.entries, (keys, values), strict=True)
-            )
-        if self.cache is not None:
-            keys, values = self.cache.update(keys, values, *args, **kwargs)
-        self.keys, self.values = keys, values
-        return keys, values if self.columns is None else sunk(values, self.columns, self.base)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["cache"], name)
 
 
 class Call:
@@ -115,7 +53,7 @@ class Call:
         self.incoming: Tensor | None = None  # rows at a layer's entry, where some are merged
         self.gone: Tensor | None = None
         self.angles: list[Turned] = []
-        self.tap: Tap | None = None
+        self.tap: Any = None  # a ``Tap``, which knows this class
         self.past = 0
         self.cache: Any = None
         self.begun = 0  # how many layers have been

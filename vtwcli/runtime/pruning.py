@@ -41,7 +41,7 @@ import torch
 
 from vtwcli.runtime.attention import guard_hooks, leave_attention
 from vtwcli.runtime.cache import PrunedLayer, cache_layer
-from vtwcli.runtime.call import Call, Tap
+from vtwcli.runtime.call import Call
 from vtwcli.runtime.contract import (
     CACHE_NAMES,
     CALL,
@@ -62,6 +62,7 @@ from vtwcli.runtime.positions import Turned, renumber
 from vtwcli.runtime.ranking import by_states, look, own_sight, raters
 from vtwcli.runtime.rows import Rows, take, take_positions
 from vtwcli.runtime.static import PromptLayer, StaticPrunedLayer, decides, greet, is_static, settle, stepped
+from vtwcli.runtime.tap import Tap
 from vtwcli.runtime.trace import Trace, traced
 from vtwcli.runtime.weights import not_compiled
 
