@@ -16,7 +16,7 @@ from vtwcli.schedule.rules import (
     read,
     version_of,
 )
-from vtwcli.schedule.words import HIDDEN, KEYS, LAST_ROW, ScheduleError, is_fixed, row
+from vtwcli.schedule.words import HIDDEN, KEYS, LAST_ROW, TOWER, ScheduleError, is_fixed, row
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PlannedAction:
     @property
     def measured(self) -> bool:
         """Whether the selection needs numbers that a layer gives."""
-        return self.needs is not None
+        return self.needs not in (None, TOWER)
 
     @property
     def here(self) -> bool:
