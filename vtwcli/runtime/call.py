@@ -14,7 +14,7 @@ from vtwcli.runtime.merge import Recycled, recycled
 from vtwcli.runtime.plan import Plan, PlannedAction
 from vtwcli.runtime.positions import Turned, gone_at, lowering
 from vtwcli.runtime.rows import TEXT, Rows, Split, Tensor, compact, split
-from vtwcli.runtime.selection import best, drawn, spaced
+from vtwcli.runtime.scores import best, drawn, spaced
 from vtwcli.schedule.words import kept_count
 
 NOBODY = torch.iinfo(torch.long).min  # no token's number

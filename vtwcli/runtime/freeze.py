@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from vtwcli.runtime.asking import not_compiled
 from vtwcli.runtime.call import Frozen, Tap
 from vtwcli.runtime.contract import given_cache, strange
 from vtwcli.runtime.rows import TEXT, Split, Tensor, take, take_positions
-from vtwcli.runtime.weights import not_compiled
 
 
 class Enough(Exception):

@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 
+from vtwcli.runtime.asking import not_compiled
 from vtwcli.runtime.attention import leave_attention
 from vtwcli.runtime.cache import PrunedLayer, cache_layer
 from vtwcli.runtime.call import Call, Tap
@@ -49,17 +50,25 @@ from vtwcli.runtime.contract import (
     given_cache,
     strange,
 )
-from vtwcli.runtime.entry import check_labels, visual_tokens
 from vtwcli.runtime.freeze import leave_layer, part
 from vtwcli.runtime.masks import not_padding, split_sinks
 from vtwcli.runtime.plan import Plan
 from vtwcli.runtime.positions import Turned, renumber
-from vtwcli.runtime.ranking import by_states, look, own_sight, raters
-from vtwcli.runtime.rows import Rows, take, take_positions
+from vtwcli.runtime.ranking import before_layer
+from vtwcli.runtime.rows import Rows, Tensor, take, take_positions
 from vtwcli.runtime.trace import Trace, traced
-from vtwcli.runtime.weights import not_compiled
 
 _CALL = "pruning_call"  # carries the state of one forward pass from the text model to its layers
+_VISION_INPUTS = (
+    "pixel_values",
+    "high_res_pixel_values",
+    "image_patches",
+    "image_hidden_states",
+    "image_features",
+    "image_embeds",
+    "video_embeds",
+    "mm_encoder_outputs",
+)
 
 
 class Pruning:
@@ -132,16 +141,48 @@ class Pruning:
             handle.remove()
         self._handles.clear()
 
-    # ------------------------------------------------------------------ around the text model
+    # ------------------------------------------------------------------ where the ids are
+
+    def _visual(self, module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Which tokens are visual [B, S]; None if none is. A placeholder id without vision inputs is text."""
+        given = arguments(module, args, kwargs)
+        ids = given.get("input_ids")
+        if ids is None:
+            if given.get("inputs_embeds") is None:
+                return None
+            raise PruningError(
+                "inputs_embeds do not tell where the images are; pass input_ids with the vision inputs"
+            )
+        if not any(name.startswith(_VISION_INPUTS) and _is_given(value) for name, value in given.items()):
+            return None
+        visual = torch.isin(ids, torch.tensor(self.placeholders, device=ids.device))
+        return visual if bool(visual.any()) else None
 
     @not_compiled
     def _check_labels(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        check_labels(self.plan, arguments(module, args, kwargs), self.placeholders)
+        given = arguments(module, args, kwargs)
+        labels, keep = given.get("labels"), given.get("logits_to_keep")
+        measured = any(a.measured or a.at is None for a in self.plan.leaving)
+        if measured and isinstance(keep, int) and keep > 1 and given_cache(given) is not None:
+            visual = self._visual(module, args, kwargs)
+            if visual is not None:
+                raise PruningError(
+                    "assisted decoding puts guessed tokens behind the prompt, so its last row is not known; "
+                    "generate without an assistant under a schedule with measured scores or 'auto'"
+                )
+        if labels is None or not self.plan.leaving:
+            return
+        visual = self._visual(module, args, kwargs)
+        if visual is not None and bool(((labels[:, 1:] != -100) & visual[:, :-1].to(labels.device)).any()):
+            raise PruningError(
+                "a label is predicted from a visual token, which the schedule may remove; set the labels of "
+                "visual tokens and of the first token behind them to -100"
+            )
 
     @not_compiled
     def _enter_base(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        visual = self._visual(module, args, kwargs)
         given = arguments(module, args, kwargs)
-        visual = visual_tokens(given, self.placeholders)
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if ids is None:
             return
@@ -227,9 +268,9 @@ class Pruning:
         if rows.index is not None or acts or probes or (held and isinstance(held[0], PrunedLayer)):
             self._change(index, module, call, before, rows, acts, probes, kwargs)
             training = getattr(module, "gradient_checkpointing", False) and module.training
-            if training and isinstance(kwargs[name], Tap):
+            if training and (isinstance(kwargs[name], Tap) or rows.moved is not None):
                 raise PruningError(
-                    "gradient checkpointing does not go with sinks, freeze, scores or conditions"
+                    "gradient checkpointing does not go with sinks, freeze, scores, conditions or merging"
                 )
         if self.plan.by_states(index + 1) and not call.over:
             tap = kwargs.get(name)
@@ -255,24 +296,12 @@ class Pruning:
 
     def _ask(self, index: int, module: Any, call: Call, rows: Rows, kwargs: dict[str, Any]) -> None:
         """Let a layer tell what it would see of the ``rows`` that enter it, where that decides who stays."""
-        if index == 0 and self.plan.rates:
-            call.raters = raters(call, kwargs["hidden_states"])
-        call.incoming = kwargs["hidden_states"] if self.plan.merges(index) else None
-        by_state, asked = self.plan.by_states(index), self.plan.looks_in(index)
-        if by_state:
-            with torch.no_grad():
-                call.scores |= by_states(call, rows, kwargs["hidden_states"], self._norm, by_state)
-        if not asked:
-            return
         given, name = dict(kwargs), self._caches[index]
         held = getattr(kwargs[name], "layers", [])[index : index + 1]
-        self._renumber(call, rows, held[0] if held else None, given)
-        if rows.index is not None:
-            take_positions(given, rows.index, call.shape[1], module.self_attn)
+        if self.plan.looks_in(index):
+            self._renumber(call, rows, held[0] if held else None, given)
         with torch.no_grad():
-            sight = own_sight(module, index, name, given, call, rows)
-            for number, action in asked.items():
-                call.scores[number] = look(call, sight, action.select)
+            before_layer(call, index, module, name, given, rows, self._norm)
 
     def _renumber(self, call: Call, rows: Rows, layer: Any, kwargs: dict[str, Any]) -> None:
         """Give the rows of a layer, whose cache's is ``layer``, the positions that they have there."""
@@ -360,6 +389,13 @@ def _guard_hooks() -> None:
     if getattr(dynamo, "skip_nnmodule_hook_guards", False):
         dynamo.skip_nnmodule_hook_guards = False
         torch.compiler.reset()
+
+
+def _is_given(value: Any) -> bool:
+    """Whether an input was given; a mapping, whether any of its values was."""
+    if isinstance(value, Mapping):
+        return any(v is not None for v in value.values())
+    return value is not None
 
 
 def apply(model: torch.nn.Module, schedule: Mapping[str, Any], layout: Mapping[str, Any]) -> Pruning:

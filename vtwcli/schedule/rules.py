@@ -13,18 +13,18 @@ from typing import Any
 from vtwcli.schedule.words import (
     FORMAT_VERSION,
     HIDDEN,
+    KEYED,
     LAST_ROW,
     MUTED,
+    OF_ATTENTION,
     REST_INTO,
     REST_SHARE,
     SELECTED,
     ScheduleError,
     given,
     row,
+    version_of,
     words,
-)
-from vtwcli.schedule.words import (
-    KEYS as KEYED,
 )
 
 
@@ -37,7 +37,6 @@ class Key:
         default: ``...`` where it is required; None: nothing.
         least, most: bounds of a number.
         auto: whether the word ``auto`` does too.
-        since: the first version of the form that has it.
     """
 
     kind: type
@@ -45,10 +44,7 @@ class Key:
     least: float | None = None
     most: float | None = None
     auto: bool = False
-    since: int = 1
 
-
-_OF_ATTENTION = ("heads", "level")  # keys of ``select`` that go with attention
 
 _START = {"at": Key(int, ..., 0, auto=True), "after": Key(int, None, 0), "when": Key(dict)}
 _SPAN = {"at": Key(int, ..., 0), "until": Key(int, ..., 1)}
@@ -73,12 +69,12 @@ KEYS: dict[str, dict[str, Key]] = {
         "score": Key(str, ...),
         "ratio": Key(float, None, 0, 1),
         "count": Key(int, None, 0),
-        "share": Key(float, None, 0, 1, since=2),
+        "share": Key(float, None, 0, 1),
         "above": Key(float),
         "seed": Key(int, 0),
         **{slot: Key(str, words(slot)[0]) for slot in SELECTED},
-        "heads": Key(int, None, 1, since=2),
-        "level": Key(bool, False, since=2),
+        "heads": Key(int, None, 1),
+        "level": Key(bool, False),
     },
     "rest": {
         "merge": Key(str, ...),
@@ -116,9 +112,9 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
         needs = row("score", data["score"]).needs
         if data.get("above") is not None and needs in (None, KEYED):
             raise ScheduleError(f"score {data['score']} has no threshold; give ratio or count")
-        if needs != LAST_ROW and (said := said_of(part, data, (*SELECTED, *_OF_ATTENTION))):
+        if needs != LAST_ROW and (said := said_of(part, data, (*SELECTED, *OF_ATTENTION))):
             raise ScheduleError(f"score {data['score']} is no attention, so '{said[0]}' says nothing")
-        if data["score"] != "attention" and (said := said_of(part, data, ("rows", *_OF_ATTENTION))):
+        if data["score"] != "attention" and (said := said_of(part, data, ("rows", *OF_ATTENTION))):
             raise ScheduleError(f"score {data['score']} is the last row's; '{said[0]}' goes with attention")
 
 
@@ -145,7 +141,7 @@ def said_of(part: str, data: Mapping[str, Any], keys: Iterable[str]) -> list[str
 def _check_auto(select: Any) -> None:
     """What ``auto`` looks at is the last row of the layers behind it."""
     data = select if isinstance(select, Mapping) or select is None else vars(select)
-    if data is not None and (said := said_of("select", data, (*SELECTED, *_OF_ATTENTION))):
+    if data is not None and (said := said_of("select", data, (*SELECTED, *OF_ATTENTION))):
         raise ScheduleError(f"'{said[0]}: {data[said[0]]}' needs a layer, not 'at: auto'")
     if data is not None and row("score", data["score"]).needs in (HIDDEN, KEYED):
         raise ScheduleError(f"score {data['score']} needs a layer, not 'at: auto'")
@@ -176,6 +172,16 @@ def check_order(actions: Sequence[Mapping[str, Any]]) -> None:
         withdrawn = action["action"] == "withdraw"
 
 
+def check_version(version: int, actions: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse words that the format version, which a schedule states, does not have.
+
+    Raises:
+        ScheduleError: see above.
+    """
+    if (least := version_of(actions)) > version:
+        raise ScheduleError(f"schedule format {version} has not all of these words; format {least} has")
+
+
 def read(schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The actions of a schedule in canonical form, with their defaults.
 
@@ -184,7 +190,8 @@ def read(schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     version, actions = schedule.get("format_version"), schedule.get("actions", ())
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-        raise ScheduleError(f"schedule format {version!r} is not 1 or {FORMAT_VERSION}; update the runtime")
+        known = " or ".join(map(str, range(1, FORMAT_VERSION + 1)))
+        raise ScheduleError(f"schedule format {version!r} is not {known}; update the runtime")
     found = []
     for number, data in enumerate(actions, 1):
         name = data.get("action") if isinstance(data, Mapping) else data
@@ -196,33 +203,6 @@ def read(schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
     check_order(found)
     check_version(version, found)
     return found
-
-
-def version_of(actions: Iterable[Mapping[str, Any]]) -> int:
-    """The oldest version of the form that can say valid actions."""
-    return max((_version_of(action["action"], action) for action in actions), default=1)
-
-
-def _version_of(part: str, data: Mapping[str, Any]) -> int:
-    found = [1]
-    for name in said_of(part, data, KEYS[part]):
-        key, value = KEYS[part][name], data[name]
-        found.append(key.since)
-        if key.kind is dict:
-            found.append(_version_of(name, value))
-        elif key.kind is str:
-            found.append(row(name, value).since)
-    return max(found)
-
-
-def check_version(version: int, actions: Iterable[Mapping[str, Any]]) -> None:
-    """Hold the version that a schedule gives itself against what it says.
-
-    Raises:
-        ScheduleError: a word or key came later.
-    """
-    if version < (needed := version_of(actions)):
-        raise ScheduleError(f"format_version is {version}, but what the schedule says needs {needed}")
 
 
 def _read_part(part: str, data: Any, where: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vtwcli.schedule.rules import said_of
 from vtwcli.schedule.schedule import Action, Freeze, Keep, Mute, Select, When, Withdraw
-from vtwcli.schedule.words import SELECTED, given, row
+from vtwcli.schedule.words import OF_ATTENTION, SELECTED, given, row
 
 
 def describe(action: Action, layers: int) -> str:
@@ -55,8 +55,5 @@ def _selection(select: Select) -> str:
     amount = row("amount", word).says.format(getattr(select, word))
     score = row("score", select.score).says
     said = [row(slot, getattr(select, slot)).says for slot in said_of("select", vars(select), SELECTED)]
-    if select.heads is not None:
-        said.append(f"in the {select.heads} heads that read the image most")
-    if select.level:
-        said.append("levelled by distance")
+    said += [row(key, key).says.format(getattr(select, key)) for key in OF_ATTENTION if getattr(select, key)]
     return f"{amount} ({', '.join([score, *said])})"

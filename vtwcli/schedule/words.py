@@ -54,7 +54,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 FORMAT_VERSION: Final = 2
-"""The newest form of a schedule; the oldest that can say it is what is written."""
+"""The newest that is known here; a schedule is written with the least that has its words, see ``version_of``."""
 
 
 class ScheduleError(ValueError):
@@ -65,7 +65,7 @@ class ScheduleError(ValueError):
         self.message, self.hint = message, hint
 
 
-LAST_ROW, HIDDEN, KEYS = "last row", "hidden states", "keys"
+LAST_ROW, HIDDEN, KEYED = "last row", "hidden states", "keys"
 PIVOTS: Final = (4, 4)
 """Visual rows and rows of text that ``duplication`` is measured from."""
 REST_SHARE: Final = 0.3
@@ -148,7 +148,7 @@ WORDS = (
     Word("score", "contribution", _CONTRIBUTION, needs=LAST_ROW),
     Word("score", "attention", "most attention from the last token", needs=LAST_ROW),
     Word("score", "change", "largest change by the layer before", needs=HIDDEN, onnx=_STATES, since=2),
-    Word("score", "duplication", "least like a few pivots", needs=KEYS, onnx=_STATES, since=2),
+    Word("score", "duplication", "least like a few pivots", needs=KEYED, onnx=_STATES, since=2),
     Word("score", "random", "drawn at random", onnx=_DRAWN),
     Word("score", "uniform", "evenly spaced"),
     Word("amount", "ratio", "{:.0%} of the visual tokens"),
@@ -160,6 +160,8 @@ WORDS = (
     Word("rows", "raters", "of the text that the image suits", onnx=_ASKERS, since=2),
     Word("rows", "visual", "of the visual tokens", onnx=_ASKERS, since=2),
     Word("rows", "all", "of all tokens", onnx=_ASKERS, since=2),
+    Word("heads", "heads", "in the {} heads that read the image most", onnx=_ASKERS, since=2),
+    Word("level", "level", "levelled by distance", onnx=_ASKERS, since=2),
     Word("layer", "before", "in the layer before"),
     Word("layer", "here", "as the layer itself sees it", onnx=_HERE, since=2),
     Word("positions", "original", "rows keep their positions"),
@@ -183,6 +185,9 @@ MUTED = ("sink", "readers", "columns", "during")
 
 SELECTED = ("rows", "layer")
 """The slots of ``select`` beside its score and amount."""
+
+OF_ATTENTION = ("heads", "level")
+"""Keys of ``select`` that go with the score ``attention``."""
 
 _ROWS = {(row.slot, row.word): row for row in WORDS}
 
@@ -211,6 +216,7 @@ def used(actions: Iterable[Mapping[str, Any]]) -> Iterator[Word]:
         if select:
             yield row("score", select["score"])
             yield from (row(slot, select[slot]) for slot in SELECTED if slot in select)
+            yield from (row(key, key) for key in OF_ATTENTION if select.get(key))
         yield from (row(slot, action[slot]) for slot in ("positions",) if slot in action)
         yield from (row("merge", action["rest"]["merge"]) for _ in ("rest",) if action.get("rest"))
         for slot, data in (("condition", when), ("amount", select)):
@@ -221,6 +227,11 @@ def used(actions: Iterable[Mapping[str, Any]]) -> Iterator[Word]:
 def given(slot: str, data: Mapping[str, Any]) -> list[str]:
     """The keys that are words of a slot and hold something."""
     return [word for word in words(slot) if data.get(word) is not None]
+
+
+def version_of(actions: Iterable[Mapping[str, Any]]) -> int:
+    """The least format version that has all words of valid actions."""
+    return max((word.since for word in used(actions)), default=1)
 
 
 def is_fixed(actions: Iterable[Mapping[str, Any]]) -> bool:
