@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from vtwcli.schedule.rules import said_of
 from vtwcli.schedule.schedule import Action, Freeze, Keep, Mute, Select, When, Withdraw
-from vtwcli.schedule.words import OF_ATTENTION, SELECTED, given, row
+from vtwcli.schedule.words import OF_ATTENTION, given, row
 
 
 def describe(action: Action, layers: int) -> str:
@@ -53,7 +52,7 @@ def _condition(when: When) -> str:
 def _selection(select: Select) -> str:
     [word] = given("amount", vars(select))
     amount = row("amount", word).says.format(getattr(select, word))
-    score = row("score", select.score).says
-    said = [row(slot, getattr(select, slot)).says for slot in said_of("select", vars(select), SELECTED)]
+    score = row("score", select.score).says.format(row("rows", select.rows).says)
+    said = [] if select.layer == "before" else [row("layer", select.layer).says]
     said += [row(key, key).says.format(getattr(select, key)) for key in OF_ATTENTION if getattr(select, key)]
     return f"{amount} ({', '.join([score, *said])})"
