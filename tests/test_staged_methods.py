@@ -214,7 +214,8 @@ def test_published_numbers_of_tokens():
     ):
         visual = method.schedule().visual_per_layer(32, golden.VISUAL)
         assert [visual[at] for at in (3, 7, 16)] == counts
-    assert SparseVLM(tokens=192) == SparseVLM()
+    assert SparseVLM(tokens=192).schedule() == SparseVLM().schedule()
+    assert SparseVLM(tokens=64).fitted(Shape(16)).amounts()[0] == {"share": 66 / 576}
     with pytest.raises(ValidationError, match="tokens: 100 is not one of 192, 128, 96, 64"):
         SparseVLM(tokens=100)
     with pytest.raises(ValidationError, match="give one of tokens and counts"):
