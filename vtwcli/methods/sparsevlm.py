@@ -67,7 +67,8 @@ class SparseVLM(Staged):
         return self
 
     def shares(self) -> tuple[float, ...]:
-        return self.ratios if self.tokens is None else _shares(self.published[self.tokens])
+        counts = self.published.get(self.tokens or 0)  # unknown ones are refused above
+        return self.ratios if counts is None else _shares(counts)
 
     def stage(self, number: int, at: int, amount: Mapping[str, Any]) -> Keep:
         select = Select(score="attention", rows="raters", **amount)
