@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vtwcli.runtime.asking import attend, not_compiled, row_weights
 from vtwcli.runtime.cache import Columns
 from vtwcli.runtime.contract import attention_kind, strange
 from vtwcli.runtime.masks import sunk
@@ -14,8 +15,7 @@ from vtwcli.runtime.ranking import Sight, key_sizes, look
 from vtwcli.runtime.rows import TEXT, Rows, Tensor, compact, take
 from vtwcli.runtime.scores import last_row_numbers, placed
 from vtwcli.runtime.tap import Tap, tap_of
-from vtwcli.runtime.weights import attend, not_compiled, row_weights
-from vtwcli.schedule.words import KEYS
+from vtwcli.schedule.words import KEYED
 
 
 def guard_hooks() -> None:
@@ -59,7 +59,7 @@ def _leave_attention(
         with torch.no_grad():
             for number, action in call.plan.asks_in(tap.layer).items():
                 call.scores[number] = look(call, _sight(module, given, tap), action.select)
-            if any(a.needs == KEYS for a in call.plan.by_states(tap.layer + 1).values()):
+            if any(a.needs == KEYED for a in call.plan.by_states(tap.layer + 1).values()):
                 call.sizes = key_sizes(call, _sight(module, given, tap))
             if call.plan.asks_last(tap.layer):
                 call.probe = _probe(module, given, tap)

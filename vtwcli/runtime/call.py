@@ -15,7 +15,7 @@ from vtwcli.runtime.picture import Front
 from vtwcli.runtime.plan import Plan, PlannedAction
 from vtwcli.runtime.positions import Turned, gone_at, lowering
 from vtwcli.runtime.rows import TEXT, Rows, Split, Tensor, compact, split
-from vtwcli.runtime.selection import best, drawn, spaced
+from vtwcli.runtime.scores import best, drawn, spaced
 from vtwcli.schedule.words import TOWER, kept_count
 from vtwcli.schedule.words import row as word
 

@@ -8,15 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vtwcli.runtime.contract import PruningError
-from vtwcli.schedule.rules import (
-    check_depth,
-    earliest_starts,
-    in_front,
-    parameters,
-    read,
-    version_of,
-)
-from vtwcli.schedule.words import HIDDEN, KEYS, LAST_ROW, TOWER, ScheduleError, is_fixed, row
+from vtwcli.schedule.rules import check_depth, earliest_starts, in_front, parameters, read
+from vtwcli.schedule.words import HIDDEN, KEYED, LAST_ROW, TOWER, ScheduleError, is_fixed, row, version_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,7 @@ class PlannedAction:
     @property
     def before(self) -> bool:
         """Whether the attention of the layer before gives them."""
-        return self.needs in (LAST_ROW, KEYS) and not self.here
+        return self.needs in (LAST_ROW, KEYED) and not self.here
 
     @property
     def asks(self) -> bool:
@@ -156,7 +149,7 @@ class Plan:
 
     def by_states(self, layer: int) -> dict[int, PlannedAction]:
         """The actions, by number, that start in ``layer`` and look at the rows that enter it."""
-        return {i: a for i, a in enumerate(self.leaving) if a.at == layer and a.needs in (HIDDEN, KEYS)}
+        return {i: a for i, a in enumerate(self.leaving) if a.at == layer and a.needs in (HIDDEN, KEYED)}
 
     def asks_in(self, layer: int) -> dict[int, PlannedAction]:
         """The actions, by number, that ask other rows of ``layer`` than the last."""

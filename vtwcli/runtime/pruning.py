@@ -39,6 +39,7 @@ from typing import Any
 
 import torch
 
+from vtwcli.runtime.asking import not_compiled
 from vtwcli.runtime.attention import guard_hooks, leave_attention
 from vtwcli.runtime.cache import PrunedLayer, cache_layer
 from vtwcli.runtime.call import Call
@@ -59,12 +60,11 @@ from vtwcli.runtime.front import shorten, tapped
 from vtwcli.runtime.masks import not_padding, split_sinks
 from vtwcli.runtime.plan import Plan
 from vtwcli.runtime.positions import Turned, renumber
-from vtwcli.runtime.ranking import by_states, look, own_sight, raters
+from vtwcli.runtime.ranking import before_layer
 from vtwcli.runtime.rows import Rows, take, take_positions
 from vtwcli.runtime.static import PromptLayer, StaticPrunedLayer, decides, greet, is_static, settle, stepped
 from vtwcli.runtime.tap import Tap
 from vtwcli.runtime.trace import Trace, traced
-from vtwcli.runtime.weights import not_compiled
 
 
 class Pruning:
@@ -249,9 +249,9 @@ class Pruning:
         if rows.index is not None or acts or probes or (held and isinstance(held[0], PrunedLayer)):
             self._change(index, module, call, before, rows, acts, probes, kwargs)
             training = getattr(module, "gradient_checkpointing", False) and module.training
-            if training and isinstance(kwargs[name], Tap):
+            if training and (isinstance(kwargs[name], Tap) or rows.moved is not None):
                 raise PruningError(
-                    "gradient checkpointing does not go with sinks, freeze, scores or conditions"
+                    "gradient checkpointing does not go with sinks, freeze, scores, conditions or merging"
                 )
         if self.plan.by_states(index + 1) and not call.over:
             tap = kwargs.get(name)
@@ -279,24 +279,12 @@ class Pruning:
 
     def _ask(self, index: int, module: Any, call: Call, rows: Rows, kwargs: dict[str, Any]) -> None:
         """Let a layer tell what it would see of the ``rows`` that enter it, where that decides who stays."""
-        if index == 0 and self.plan.rates:
-            call.raters = raters(call, kwargs["hidden_states"])
-        call.incoming = kwargs["hidden_states"] if self.plan.merges(index) else None
-        by_state, asked = self.plan.by_states(index), self.plan.looks_in(index)
-        if by_state:
-            with torch.no_grad():
-                call.scores |= by_states(call, rows, kwargs["hidden_states"], self._norm, by_state)
-        if not asked:
-            return
         given, name = dict(kwargs), self._caches[index]
         held = getattr(kwargs[name], "layers", [])[index : index + 1]
-        self._renumber(call, rows, held[0] if held else None, given)
-        if rows.index is not None:
-            take_positions(given, rows.index, call.shape[1], module.self_attn)
+        if self.plan.looks_in(index):
+            self._renumber(call, rows, held[0] if held else None, given)
         with torch.no_grad():
-            sight = own_sight(module, index, name, given, call, rows)
-            for number, action in asked.items():
-                call.scores[number] = look(call, sight, action.select)
+            before_layer(call, index, module, name, given, rows, self._norm)
 
     def _renumber(self, call: Call, rows: Rows, layer: Any, kwargs: dict[str, Any]) -> None:
         """Give the rows of a layer, whose cache's is ``layer``, the positions that they have there."""

@@ -20,12 +20,12 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from vtwcli.runtime.asking import not_compiled
 from vtwcli.runtime.cache import PrunedLayer
 from vtwcli.runtime.contract import CACHE_NAMES, CALL, PruningError, attention_kind, brings_vision, strange
 from vtwcli.runtime.masks import muted_columns, split_sinks, sunk
 from vtwcli.runtime.plan import Plan
 from vtwcli.runtime.rows import Tensor, take
-from vtwcli.runtime.weights import not_compiled
 
 _ROWS = (
     "input_ids",

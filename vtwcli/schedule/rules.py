@@ -13,8 +13,10 @@ from typing import Any
 from vtwcli.schedule.words import (
     FORMAT_VERSION,
     HIDDEN,
+    KEYED,
     LAST_ROW,
     MUTED,
+    OF_ATTENTION,
     REST_INTO,
     REST_SHARE,
     SELECTED,
@@ -22,11 +24,8 @@ from vtwcli.schedule.words import (
     ScheduleError,
     given,
     row,
-    used,
+    version_of,
     words,
-)
-from vtwcli.schedule.words import (
-    KEYS as KEYED,
 )
 
 
@@ -40,7 +39,6 @@ class Key:
         default: ``...`` where it is required; None: nothing.
         least, most: bounds of a number.
         auto: whether the word ``auto`` does too.
-        since: the first version of the form that has it.
     """
 
     kind: type
@@ -48,10 +46,7 @@ class Key:
     least: float | None = None
     most: float | None = None
     auto: bool = False
-    since: int = 1
 
-
-_OF_ATTENTION = ("heads", "level")  # keys of ``select`` that go with attention
 
 _START = {"at": Key(int, ..., 0, auto=True), "after": Key(int, None, 0), "when": Key(dict)}
 _SPAN = {"at": Key(int, ..., 0), "until": Key(int, ..., 1)}
@@ -77,14 +72,14 @@ KEYS: dict[str, dict[str, Key]] = {
         "score": Key(str, ...),
         "ratio": Key(float, None, 0, 1),
         "count": Key(int, None, 0),
-        "share": Key(float, None, 0, 1, since=2),
+        "share": Key(float, None, 0, 1),
         "above": Key(float),
         "found": Key(bool, None),
         "seed": Key(int, 0),
         **{slot: Key(str, words(slot)[0]) for slot in SELECTED},
-        "heads": Key(int, None, 1, since=2),
-        "level": Key(bool, False, since=2),
-        "parameters": Key(dict, since=2),
+        "heads": Key(int, None, 1),
+        "level": Key(bool, False),
+        "parameters": Key(dict),
     },
     "rest": {
         "merge": Key(str, ...),
@@ -138,9 +133,9 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
             raise ScheduleError(f"score {data['score']} has no threshold; give ratio or count")
         if data.get("found") is not None and not (data["found"] and score.finds):
             raise ScheduleError(f"score {data['score']} finds no number of tokens; give ratio or count")
-        if score.needs != LAST_ROW and (said := said_of(part, data, (*SELECTED, *_OF_ATTENTION))):
+        if score.needs != LAST_ROW and (said := said_of(part, data, (*SELECTED, *OF_ATTENTION))):
             raise ScheduleError(f"score {data['score']} is no attention, so '{said[0]}' says nothing")
-        if data["score"] != "attention" and (said := said_of(part, data, ("rows", *_OF_ATTENTION))):
+        if data["score"] != "attention" and (said := said_of(part, data, ("rows", *OF_ATTENTION))):
             raise ScheduleError(f"score {data['score']} is the last row's; '{said[0]}' goes with attention")
         parameters(data)
 
@@ -168,7 +163,7 @@ def said_of(part: str, data: Mapping[str, Any], keys: Iterable[str]) -> list[str
 def _check_auto(select: Any) -> None:
     """What ``auto`` looks at is the last row of the layers behind it."""
     data = select if isinstance(select, Mapping) or select is None else vars(select)
-    if data is not None and (said := said_of("select", data, (*SELECTED, *_OF_ATTENTION))):
+    if data is not None and (said := said_of("select", data, (*SELECTED, *OF_ATTENTION))):
         raise ScheduleError(f"'{said[0]}: {data[said[0]]}' needs a layer, not 'at: auto'")
     if data is not None and row("score", data["score"]).needs in (HIDDEN, KEYED):
         raise ScheduleError(f"score {data['score']} needs a layer, not 'at: auto'")
@@ -249,30 +244,11 @@ def read(schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def version_of(actions: Iterable[Mapping[str, Any]]) -> int:
-    """The oldest version of the form that can say valid actions."""
-    actions = list(actions)
-    found = [_version_of(action["action"], action) for action in actions]
-    return max([1, *found, *(word.since for word in used(actions))])
-
-
-def _version_of(part: str, data: Mapping[str, Any]) -> int:
-    found = [1]
-    for name in said_of(part, data, KEYS[part]):
-        key, value = KEYS[part][name], data[name]
-        found.append(key.since)
-        if key.kind is dict and name in KEYS:
-            found.append(_version_of(name, value))
-        elif key.kind is str:
-            found.append(row(name, value).since)
-    return max(found)
-
-
 def check_version(version: int, actions: Iterable[Mapping[str, Any]]) -> None:
     """Hold the version that a schedule gives itself against what it says.
 
     Raises:
-        ScheduleError: a word or key came later.
+        ScheduleError: a word came later.
     """
     if version < (needed := version_of(actions)):
         raise ScheduleError(f"format_version is {version}, but what the schedule says needs {needed}")

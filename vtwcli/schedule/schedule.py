@@ -218,7 +218,7 @@ class Schedule(Section):
         rules.check_order(actions)
         if "format_version" in self.model_fields_set:
             rules.check_version(self.format_version, actions)
-        object.__setattr__(self, "format_version", rules.version_of(actions))
+        object.__setattr__(self, "format_version", words.version_of(actions))
         return self
 
     @classmethod

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vtwcli.schedule.rules import parameters, said_of
+from vtwcli.schedule.rules import parameters
 from vtwcli.schedule.schedule import Action, Freeze, Keep, Mute, Select, When, Withdraw
-from vtwcli.schedule.words import SELECTED, TOWER, given, row
+from vtwcli.schedule.words import OF_ATTENTION, TOWER, given, row
 
 
 def describe(action: Action, layers: int) -> str:
@@ -54,15 +54,13 @@ def _selection(select: Select) -> str:
     [word] = given("amount", vars(select))
     amount = row("amount", word).says.format(getattr(select, word))
     score = row("score", select.score)
-    says = score.says
     if score.needs == TOWER:
         values = parameters(vars(select))
-        says = says.format(
+        says = score.says.format(
             **{key: row(key, x).says if isinstance(x, str) else x for key, x in values.items()}
         )
-    said = [row(slot, getattr(select, slot)).says for slot in said_of("select", vars(select), SELECTED)]
-    if select.heads is not None:
-        said.append(f"in the {select.heads} heads that read the image most")
-    if select.level:
-        said.append("levelled by distance")
+    else:
+        says = score.says.format(row("rows", select.rows).says)
+    said = [] if select.layer == "before" else [row("layer", select.layer).says]
+    said += [row(key, key).says.format(getattr(select, key)) for key in OF_ATTENTION if getattr(select, key)]
     return f"{amount} ({', '.join([says, *said])})"

@@ -70,7 +70,7 @@ class ScheduleError(ValueError):
         self.message, self.hint = message, hint
 
 
-LAST_ROW, HIDDEN, KEYS, TOWER = "last row", "hidden states", "keys", "vision tower"
+LAST_ROW, HIDDEN, KEYED, TOWER = "last row", "hidden states", "keys", "vision tower"
 PIVOTS: Final = (4, 4)
 """Visual rows and rows of text that ``duplication`` is measured from."""
 REST_SHARE: Final = 0.3
@@ -165,9 +165,9 @@ WORDS = (
     Word("condition", "cosine_above", _STILL, needs=LAST_ROW, fixed=False, onnx=_DYNAMIC),
     Word("condition", "attention_below", _UNREAD, needs=LAST_ROW, fixed=False, onnx=_DYNAMIC, since=2),
     Word("score", "contribution", _CONTRIBUTION, needs=LAST_ROW),
-    Word("score", "attention", "most attention from the last token", needs=LAST_ROW),
+    Word("score", "attention", "most attention from {}", needs=LAST_ROW),
     Word("score", "change", "largest change by the layer before", needs=HIDDEN, onnx=_STATES, since=2),
-    Word("score", "duplication", "least like a few pivots", needs=KEYS, onnx=_STATES, since=2),
+    Word("score", "duplication", "least like a few pivots", needs=KEYED, onnx=_STATES, since=2),
     Word("score", "random", "drawn at random", onnx=_DRAWN),
     Word("score", "uniform", "evenly spaced"),
     _tower(
@@ -223,11 +223,13 @@ WORDS = (
     Word("amount", "share", "{:.3g} of the prompt's visual tokens", onnx=_SHARE, since=2),
     Word("amount", "above", "the visual tokens above {:g}", fixed=False, onnx=_DYNAMIC),
     Word("amount", "found", "as many visual tokens as the rule finds", fixed=False, onnx=_DYNAMIC, since=2),
-    Word("rows", "last", "of the last token"),
-    Word("rows", "text", "of the text behind the image", onnx=_ASKERS, since=2),
-    Word("rows", "raters", "of the text that the image suits", onnx=_ASKERS, since=2),
-    Word("rows", "visual", "of the visual tokens", onnx=_ASKERS, since=2),
-    Word("rows", "all", "of all tokens", onnx=_ASKERS, since=2),
+    Word("rows", "last", "the last token"),
+    Word("rows", "text", "the text behind the image", onnx=_ASKERS, since=2),
+    Word("rows", "raters", "the text that the image suits", onnx=_ASKERS, since=2),
+    Word("rows", "visual", "visual tokens", onnx=_ASKERS, since=2),
+    Word("rows", "all", "all tokens", onnx=_ASKERS, since=2),
+    Word("heads", "heads", "in the {} heads that read the image most", onnx=_ASKERS, since=2),
+    Word("level", "level", "levelled by distance", onnx=_ASKERS, since=2),
     Word("layer", "before", "in the layer before"),
     Word("layer", "here", "as the layer itself sees it", onnx=_HERE, since=2),
     Word("positions", "original", "rows keep their positions"),
@@ -251,6 +253,9 @@ MUTED = ("sink", "readers", "columns", "during")
 
 SELECTED = ("rows", "layer")
 """The slots of ``select`` beside its score and amount."""
+
+OF_ATTENTION = ("heads", "level")
+"""Keys of ``select`` that go with the score ``attention``."""
 
 _ROWS = {(row.slot, row.word): row for row in WORDS}
 
@@ -279,6 +284,7 @@ def used(actions: Iterable[Mapping[str, Any]]) -> Iterator[Word]:
         if select:
             yield row("score", select["score"])
             yield from (row(slot, select[slot]) for slot in SELECTED if slot in select)
+            yield from (row(key, key) for key in OF_ATTENTION if select.get(key))
         yield from (row(slot, action[slot]) for slot in ("positions",) if slot in action)
         yield from (row("merge", action["rest"]["merge"]) for _ in ("rest",) if action.get("rest"))
         for slot, data in (("condition", when), ("amount", select)):
