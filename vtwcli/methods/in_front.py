@@ -8,7 +8,25 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from vtwcli.methods.method import Candidate, Grid, Method, Shape
+from vtwcli.schedule import rules
 from vtwcli.schedule.schedule import Keep, Schedule, Select
+
+
+def published(count: int) -> Any:
+    """The field of a share that is published as a count of 576 tokens."""
+    words = f"share of each image's tokens that stay, rounded up; published as {count} of 576"
+    return Field(count / 576, gt=0, le=1, description=words)
+
+
+def found(description: str) -> Any:
+    """The field of a share in place of the number that a rule finds itself."""
+    return Field(None, gt=0, le=1, description=description)
+
+
+def parameter(score: str, name: str, description: str) -> Any:
+    """The field of a score's parameter, with the default and the bounds that schedules give it."""
+    key = rules.KEYS[score][name]
+    return Field(key.default, ge=key.least, le=key.most, description=description)
 
 
 class InFront(Method):
@@ -18,6 +36,8 @@ class InFront(Method):
     model. What stays is numbered as in a shorter prompt, but under positions with axes for rows and columns of the
     image (Qwen, GLM-4V), where it keeps its place.
 
+    Fields that a method adds under the names of its score's parameters are those.
+
     Class attributes:
         score: the schedule's word.
         class_token: whether the tower must have one.
@@ -26,7 +46,9 @@ class InFront(Method):
     score: ClassVar[str]
     class_token: ClassVar[bool] = False
 
-    ratio: float = Field(1 / 9, gt=0, le=1, description="share of each image's tokens that stay, rounded up")
+    ratio: float | None = Field(
+        1 / 9, gt=0, le=1, description="share of each image's tokens that stay, rounded up"
+    )
     count: int | None = Field(
         None, ge=1, description="number of each image's tokens that stay, in place of a ratio"
     )
@@ -40,13 +62,16 @@ class InFront(Method):
     def schedule(self, **provenance: Any) -> Schedule:
         ratio = self.ratio if self.count is None else None
         parameters = self.parameters() or None
-        select = Select(score=self.score, ratio=ratio, count=self.count, parameters=parameters)
+        found = True if ratio is None and self.count is None else None
+        select = Select(score=self.score, ratio=ratio, count=self.count, found=found, parameters=parameters)
         keep = Keep(at=0, action="keep", select=select)
         return Schedule(actions=(keep,), provenance={"method": self.key, **provenance})
 
     def parameters(self) -> dict[str, Any]:
         """Those of the score that differ from its own defaults."""
-        return {}
+        own = rules.KEYS.get(self.score, {})
+        given = self.model_dump(include=set(own))
+        return {name: value for name, value in given.items() if value != own[name].default}
 
     @classmethod
     def refused(cls, model: Shape) -> str | None:
@@ -58,9 +83,13 @@ class InFront(Method):
 
     @classmethod
     def compared(cls, model: Shape, grid: Grid, base: Mapping[str, Any]) -> list[Candidate]:
-        """Every ratio of the grid; nothing where the method does not go with the model."""
+        """Every ratio of the grid and what the rule finds; nothing where the method does not go with the model."""
+        if cls.refused(model) is not None:
+            return []
         made = []
-        for ratio in grid.ratios if cls.refused(model) is None else ():
+        if cls.model_fields["ratio"].default is None:
+            made.append(Candidate(cls.key, cls.key, cls().fitted(model).schedule(), {}))
+        for ratio in grid.ratios:
             one = cls(ratio=ratio).fitted(model)
             made.append(Candidate(f"{cls.key} {ratio:.0%}", cls.key, one.schedule(), {"ratio": ratio}))
         return made

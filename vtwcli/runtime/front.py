@@ -87,7 +87,8 @@ def _choose(call: Call, tower: Tower, looks: Sequence[Look], embeds: Tensor, fla
                 look.queries, look.features, look.depth,
             )  # fmt: skip
             with torch.no_grad():
-                picked = selector.choose(picture, kept_count(select, look.tokens), **parameters)
+                count = None if select.get("found") else kept_count(select, look.tokens)
+                picked = selector.choose(picture, count, **parameters)
                 rows = _rows(picked, rows, tower)
             chosen = picked.kept.to(where.device)
             slots, order = chosen.sort()

@@ -92,14 +92,19 @@ class Patches:
         ]:
             raise PruningError(_UNKNOWN)
 
+    @property
+    def direct(self) -> bool:
+        """Whether a token is a patch, beside a class token."""
+        square = self.given.get("image_grid_thw") is None and self.given.get("image_sizes") is None
+        return self.packed is None and self.merged == 1 and square and bool(self.first)
+
     def check_direct(self) -> None:
         """Refuse what only makes sense where a token is a patch.
 
         Raises:
             PruningError: it is not.
         """
-        square = self.given.get("image_grid_thw") is None and self.given.get("image_sizes") is None
-        if self.packed is not None or self.merged != 1 or not square or not self.first:
+        if not self.direct:
             raise PruningError(
                 "the schedule's score looks at keys or features of patches, and in this model a visual token is "
                 "not one patch of a tower with a class token"

@@ -58,13 +58,19 @@ class Picked(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What a selector needs of a picture beside embeddings, question and grid; tower layers, from the end below 0."""
+    """What a selector needs of a picture beside embeddings, question and grid; tower layers, from the end below 0.
 
-    cls: tuple[int, ...] = ()
-    received: tuple[int, ...] = ()
-    keys: tuple[int, ...] = ()
-    queries: tuple[int, ...] = ()
+    A layer that is a float is a share of the tower's depth, rounded. ``soft``: the selector has a substitute for what
+    a family lacks. Without a class token what it asks of ``cls`` comes as ``received``; keys, queries and features
+    are left out where a token is not one patch beside a class token.
+    """
+
+    cls: tuple[float, ...] = ()
+    received: tuple[float, ...] = ()
+    keys: tuple[float, ...] = ()
+    queries: tuple[float, ...] = ()
     features: bool = False
+    soft: bool = False
 
 
 @dataclass(eq=False)

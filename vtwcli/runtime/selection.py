@@ -10,6 +10,9 @@ import torch
 from vtwcli.runtime.contract import PruningError
 from vtwcli.runtime.picture import Needs, Picked, Picture
 from vtwcli.runtime.rows import Tensor
+from vtwcli.runtime.select_diverse import cdpruner, divprune, prunesid, vispruner
+from vtwcli.runtime.select_merging import prumerge, prumerge_plus, visionzip, vscan
+from vtwcli.runtime.select_salient import hiprune, holov, two_cuts
 
 
 class Selector(NamedTuple):
@@ -61,8 +64,27 @@ def sum_of(scores: Any) -> Tensor:
     return torch.stack(list(scores)).sum(0)
 
 
+def _merging(parameters: Mapping[str, Any]) -> Needs:
+    return Needs((-1,), keys=(-1,), queries=(-1,), features=True, soft=True)
+
+
+def _attended_features(parameters: Mapping[str, Any]) -> Needs:
+    return Needs((-2,), features=True, soft=True)
+
+
 SELECTORS: dict[str, Selector] = {
     "tower_cls": Selector(attended, lambda p: Needs(cls=layers_between(p["first"], p["last"]))),
     "tower_received": Selector(received, lambda p: Needs(received=(p["layer"],))),
+    "tower_visionzip": Selector(visionzip, lambda p: Needs((-2,), keys=(-2,), features=True, soft=True)),
+    "tower_prumerge": Selector(prumerge, _merging),
+    "tower_prumerge_plus": Selector(prumerge_plus, _merging),
+    "tower_divprune": Selector(divprune, lambda p: Needs()),
+    "tower_cdpruner": Selector(cdpruner, lambda p: Needs()),
+    "tower_vispruner": Selector(vispruner, _attended_features),
+    "tower_hiprune": Selector(hiprune, lambda p: Needs(received=(p["object_layer"] / 24, -2))),
+    "tower_vscan": Selector(vscan, lambda p: Needs((5 / 24, -2), soft=True)),
+    "tower_holov": Selector(holov, lambda p: Needs((-2,), soft=True)),
+    "tower_prunesid": Selector(prunesid, _attended_features),
+    "tower_two_cuts": Selector(two_cuts, _attended_features),
 }
 """One row a score."""

@@ -164,6 +164,8 @@ class Tower:
             chosen = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", -1))
             chosen = [chosen] if isinstance(chosen, int) else list(chosen)
             features = [one - 1 if one > 0 else one + depth for one in chosen]
+        if needs.soft and not first:
+            asked, features = [[], sorted({*asked[0], *asked[1]}), [], []], []
         if (asked[0] or asked[2] or asked[3] or features) and not first:
             raise PruningError(
                 "this model's vision tower has no class token, which the schedule's score looks at; take "
@@ -289,6 +291,8 @@ class Tower:
                     spread = patches.spread(parts, rows=name == "received")
                     for look, x in zip(looks, spread, strict=True):
                         getattr(look, name)[index] = x if name == "cls" else x[0]
+        if (record.projected or record.hidden) and self.needs.soft and not patches.direct:
+            return looks
         if record.projected or record.hidden:
             patches.check_direct()
         for (part, index), x in record.projected.items():
@@ -344,12 +348,13 @@ def _attention(layer: Any) -> torch.nn.Module | None:
     return found[0] if len(found) == 1 else None
 
 
-def _from_start(layers: tuple[int, ...], depth: int) -> list[int]:
-    """Layers counted from 0."""
-    for layer in layers:
+def _from_start(layers: tuple[float, ...], depth: int) -> list[int]:
+    """Layers counted from 0; floats are shares of the depth."""
+    whole = [min(round(x * depth), depth - 1) if isinstance(x, float) else int(x) for x in layers]
+    for layer in whole:
         if not -depth <= layer < depth:
             raise PruningError(f"the schedule asks for layer {layer} of a vision tower that has {depth}")
-    return [layer % depth for layer in layers]
+    return [layer % depth for layer in whole]
 
 
 def _chunks(module: Any, args: tuple, kwargs: dict[str, Any], cls: bool, received: bool) -> list[_Chunk]:

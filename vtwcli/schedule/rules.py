@@ -60,12 +60,22 @@ KEYS: dict[str, dict[str, Key]] = {
         "ratio": Key(float, None, 0, 1),
         "count": Key(int, None, 0),
         "above": Key(float),
+        "found": Key(bool, None),
         "seed": Key(int, 0),
         "parameters": Key(dict),
     },
     # parameters of scores; layers are those of the vision tower, and below 0 they count from its end
     "tower_cls": {"first": Key(int, -2), "last": Key(int, -2)},
     "tower_received": {"layer": Key(int, -2), "per": Key(str, words("per")[0])},
+    "tower_visionzip": {"contextual": Key(int, None, 0)},
+    "tower_prumerge": {"neighbours": Key(int, 32, 0)},
+    "tower_prumerge_plus": {"neighbours": Key(int, 32, 0)},
+    "tower_cdpruner": {"relevance_weight": Key(float, 0.5, 0, 1), "negated": Key(bool, False)},
+    "tower_vispruner": {"important": Key(float, 0.5, 0, 1)},
+    # the object layer is that of a tower with 24 layers, scaled
+    "tower_hiprune": {"alpha": Key(float, 0.1, 0, 1), "object_layer": Key(int, 8, 0, 23)},
+    "tower_vscan": {"side": Key(int, 4, 1)},
+    "tower_holov": {"crops": Key(int, 16, 1), "weight": Key(float, 0.09, 0)},
 }
 """The keys of each action, of ``when`` and of ``select``, and the parameters of scores."""
 
@@ -94,6 +104,8 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
         score = row("score", data["score"])
         if data.get("above") is not None and score.needs in (None, TOWER):
             raise ScheduleError(f"score {data['score']} has no threshold; give ratio or count")
+        if data.get("found") is not None and not (data["found"] and score.finds):
+            raise ScheduleError(f"score {data['score']} finds no number of tokens; give ratio or count")
         parameters(data)
 
 

@@ -74,6 +74,7 @@ class Select(_Part):
         ratio: share of the visual tokens, rounded up.
         count: number of visual tokens; a row with fewer keeps all.
         above: keep the tokens whose score exceeds this value.
+        found: true: as many as the score's own rule finds, where it has one.
         seed: of the random score.
         parameters: of the score, by name; ``rules.KEYS`` has them under its name.
     """
@@ -82,6 +83,7 @@ class Select(_Part):
     ratio: float | None = _key("select", "ratio")
     count: int | None = _key("select", "count")
     above: float | None = _key("select", "above")
+    found: bool | None = _key("select", "found")
     seed: int = _key("select", "seed")
     parameters: dict[str, Any] | None = _key("select", "parameters")
 

@@ -7,9 +7,9 @@ A schedule is a plain dict, ``{"format_version": 1, "actions": [...]}``; its act
 - ``{"at": K, "action": "withdraw"}``: from layer K on there are no visual tokens.
 - ``{"at": K, "action": "keep", "select": {...}}``: from layer K on only the selected visual tokens exist. ``select``
   holds a ``score`` (``contribution``, ``attention``, ``random`` with ``seed``, ``uniform``) and one of ``ratio``,
-  ``count`` and ``above``. The two measured scores come from layer K - 1. Scores named ``tower_...`` come from the
-  vision tower and go with K = 0 alone; they choose for each image on its own, so ``count`` and ``ratio`` are of an
-  image's tokens, and ``parameters`` are theirs (``rules.KEYS`` under the score's name). What stays gets the
+  ``count``, ``above`` and ``found``. The two measured scores come from layer K - 1. Scores named ``tower_...`` come
+  from the vision tower and go with K = 0 alone; they choose for each image on its own, so ``count`` and ``ratio`` are
+  of an image's tokens, and ``parameters`` are theirs (``rules.KEYS`` under the score's name). What stays gets the
   positions of a shorter prompt, but where positions have axes for rows and columns of an image.
 - ``{"at": A, "until": B, "action": "mute"}``: in layers A..B-1 ``readers`` (``text``, ``visual`` or ``all`` rows) do
   not read visual columns (``columns``: ``all`` or the ``first_half`` of them); their attention mass is renormalised
@@ -71,6 +71,7 @@ class Word:
         fixed: whether layer and number of tokens are known before a sample is seen.
         onnx: why graphs cannot have it, and what to do; None where they have it.
         since: the first format version that has it.
+        finds: whether the number of tokens may be what the score itself finds.
     """
 
     slot: str
@@ -80,6 +81,7 @@ class Word:
     fixed: bool = True
     onnx: tuple[str, str] | None = None
     since: int = 1
+    finds: bool = False
 
 
 _NO_GRAPH = (
@@ -97,8 +99,8 @@ _IN_TOWER = (
 )
 
 
-def _tower(word: str, says: str) -> Word:
-    return Word("score", word, says, needs=TOWER, fixed=False, onnx=_IN_TOWER, since=2)
+def _tower(word: str, says: str, finds: bool = False) -> Word:
+    return Word("score", word, says, needs=TOWER, fixed=False, onnx=_IN_TOWER, since=2, finds=finds)
 
 
 _DRAWN = "keep with random scores cannot be exported to ONNX, they are drawn by torch", "use uniform"
@@ -119,11 +121,54 @@ WORDS = (
         "tower_cls", "in each image, most attention from the class token in vision layers {first} to {last}"
     ),
     _tower("tower_received", "in each image, best {per} by attention received in vision layer {layer}"),
+    _tower(
+        "tower_visionzip",
+        "in each image, the class token, what it attends to, and means of others, as VisionZip does",
+    ),
+    _tower(
+        "tower_prumerge",
+        "in each image, outliers of the class token's attention, others merged in, as PruMerge does",
+        finds=True,
+    ),
+    _tower(
+        "tower_prumerge_plus",
+        "in each image, outliers and evenly spaced tokens, others merged in, as PruMerge+ does",
+        finds=True,
+    ),
+    _tower("tower_divprune", "in each image, those farthest from each other, as DivPrune does"),
+    _tower(
+        "tower_cdpruner", "in each image, those unlike each other and like the question, as CDPruner does"
+    ),
+    _tower(
+        "tower_vispruner",
+        "in each image, most attention from the class token, and no twins, as VisPruner does",
+    ),
+    _tower(
+        "tower_hiprune",
+        "in each image, what receives attention in an early and a late vision layer, as HiPrune does",
+    ),
+    _tower(
+        "tower_vscan",
+        "in each image, most attention from the class token by windows and in all, as VScan does",
+    ),
+    _tower(
+        "tower_holov", "in each image, most attention from the class token, by quotas of crops, as HoloV does"
+    ),
+    _tower(
+        "tower_prunesid",
+        "in each image, most attention from the class token, by groups of alike tokens, as PruneSID does",
+    ),
+    _tower(
+        "tower_two_cuts",
+        "in each image, those most like the class token, to the knee of the curve",
+        finds=True,
+    ),
     Word("per", "token", "tokens", since=2),
     Word("per", "row", "rows of tokens", since=2),
     Word("amount", "ratio", "{:.0%} of the visual tokens"),
     Word("amount", "count", "{} visual tokens"),
     Word("amount", "above", "the visual tokens above {:g}", fixed=False, onnx=_DYNAMIC),
+    Word("amount", "found", "as many visual tokens as the rule finds", fixed=False, onnx=_DYNAMIC, since=2),
     Word("sink", "renormalise", "the attention goes to the other tokens"),
     Word("sink", "first", "the attention goes to the first visual token"),
     Word("sink", "zero", "the attention is dropped"),
