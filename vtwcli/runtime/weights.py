@@ -23,13 +23,6 @@ class Chunk:
     cls: Tensor | None
     received: Tensor | None
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Images and rows."""
-        one = self.cls if self.cls is not None else self.received
-        assert one is not None
-        return one.shape[0], one.shape[-1]
-
 
 def looked_at(module: Any, args: tuple, kwargs: dict[str, Any], cls: bool, received: bool) -> list[Chunk]:
     """Run an attention on what it was given up to queries and keys, and look at these."""
