@@ -397,7 +397,7 @@ def test_the_pass_gives_what_the_runtime_gives(tiny_dir, data):
 
     loaded = load(str(tiny_dir))
     samples = load_data([DataSpec(source=str(data))], limit=LIMIT, seed=0).samples
-    chosen = candidates(Shape(6), section())
+    chosen = candidates(Shape(6, vision_layers=2), section())
     one, other = (
         tried(loaded, source, chosen, samples, TOKENS, 3)
         for source in (Resident(loaded.model, loaded.family), None)

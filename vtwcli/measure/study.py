@@ -132,10 +132,11 @@ class Study(Generic[Options]):
 
     @property
     def shape(self) -> Shape:
-        """What methods need to know of the model."""
+        """What methods need to know of the model; one whose layers are streamed has no scores of its vision tower."""
         family = self.loaded.family
         config = self.loaded.model.config
-        tower, layers = tower_of(family, config), vision_layers(config)
+        tower = None if self.streamed else tower_of(family, config)
+        layers = vision_layers(config)
         return Shape(len(self.loaded.layers), family.first_withdrawal, tower, layers)
 
     def least(self, min_layer: int | None) -> int:
