@@ -685,8 +685,8 @@ def test_a_layout_or_format_of_something_else_is_refused():
 
     model, layout = model_of(), layout_of(model_of().config)
     withdraw = [{"at": 2, "action": "withdraw"}]
-    with pytest.raises(PruningError, match="format 2 is not 1"):
-        pruning.apply(model, {"format_version": 2, "actions": withdraw}, layout)
+    with pytest.raises(PruningError, match="format 3 is not 1 or 2"):
+        pruning.apply(model, {"format_version": 3, "actions": withdraw}, layout)
     with pytest.raises(PruningError, match=r"no model\.text\.layers"):
         pruning.apply(
             model, {"format_version": 1, "actions": withdraw}, layout | {"text_model": "model.text"}

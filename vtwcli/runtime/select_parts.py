@@ -34,7 +34,7 @@ def selector(rule: Rule) -> Rule:
 def _together(picture: Picture) -> Picture:
     """With all tensors where the embeddings are: tower and language model may lie on different devices."""
     device = picture.embeds.device
-    layers = {
+    layers: dict[str, Any] = {
         name: {layer: one.to(device) for layer, one in getattr(picture, name).items()}
         for name in ("cls", "received", "keys", "queries")
     }
