@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -138,8 +138,9 @@ class Study(Generic[Options]):
 
     @property
     def shape(self) -> Shape:
-        """What methods need to know of the model."""
-        return Shape.of(self.loaded.family, self.loaded.model.config)
+        """What methods need to know of the model; one whose layers are streamed has no scores of its vision tower."""
+        shape = Shape.of(self.loaded.family, self.loaded.model.config)
+        return replace(shape, tower=None) if self.streamed else shape
 
     def least(self, min_layer: int | None) -> int:
         """The first layer that may be K: as asked, by default of the depth, never before the family allows."""
