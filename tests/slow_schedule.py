@@ -157,10 +157,21 @@ class _Interpreter:
         heads = range(weights.shape[0])
         c = [torch.cat([weights[h, last, i] * values[h, i] for h in heads]) for i in range(weights.shape[2])]
         o = torch.stack(c).sum(0)
+        largest = weights.amax(0)
+        readers = [
+            r for r in range(self.prompt) if self.real[b, r] and (self.present[b, r] or not self.visual[b, r])
+        ]
+        seeing = [r for r in readers if self.visual[b, r]]
+        asking = [r for r in readers if not self.visual[b, r]]
         return {
             int(i): {
                 "contribution": float(c[i].norm()),
                 "attention": float(sum(weights[h, last, i] for h in heads) / len(heads)),
+                "self_cross": float(
+                    sum(largest[r, i] for r in seeing)
+                    / max(len(seeing), 1)
+                    * sum(largest[r, i] for r in asking)
+                ),
                 "cosine": float(torch.nn.functional.cosine_similarity(o - c[i], o, dim=0)),
             }
             for i in self.visual[b].nonzero()[:, 0]
@@ -207,7 +218,8 @@ class _Interpreter:
         if "above" in select:
             return [i for i in tokens if self.scores[b][i][name] > select["above"]]
         n = len(tokens)
-        wanted = min(select["count"], n) if "count" in select else math.ceil(select["ratio"] * n)
+        whole = int(self.visual[b].sum()) if select.get("of") == "prompt" else n
+        wanted = min(select["count"], n) if "count" in select else min(math.ceil(select["ratio"] * whole), n)
         if name == "uniform":
             return [tokens[math.ceil(i * n / wanted)] for i in range(wanted)]
         if name == "random":

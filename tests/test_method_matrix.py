@@ -29,6 +29,7 @@ ROWS = {
     "two-step": {"layer": 3, "ratio": 0.5, "withdraw": 5},
     "shortv": {"layers": [0, 3, 4]},
     "exit": {"threshold": 0.85, "exit_layers": 1, "after": 1},
+    "fitprune": {"drops": [0, 2, 0, 1, 0, 1], "visual": 6},
     "vica": {"layers": [1, 3], "depth": 6},
 }  # fmt: skip
 

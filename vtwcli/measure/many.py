@@ -18,7 +18,7 @@ from vtwcli.runtime import PruningError
 from vtwcli.runtime.plan import Plan
 from vtwcli.schedule.words import kept_count
 from vtwcli.sweep.layers import LayerSource
-from vtwcli.sweep.schedules import can_follow, follow, plan_of
+from vtwcli.sweep.schedules import follow, plan_of, unknown
 from vtwcli.sweep.sweep import SweepItem
 
 _STREAM_BYTES = 2 << 30  # of hidden states that walk together when layers are streamed
@@ -58,13 +58,13 @@ class Many:
                 plan = plan_of(one.schedule, source.depth, loaded.family)
             except PruningError as error:
                 raise UsageError(f"schedule {one.name}: {error}") from None
-            if can_follow(plan, loaded.layers):
+            reason = unknown(plan, loaded.layers)
+            if reason is None:
                 self.plans[c] = plan
             elif source.together:
                 raise UsageError(
-                    f"schedule {one.name}: moving attention to the first visual token goes with no sliding window "
-                    "when layers are streamed",
-                    "use sink: zero, or leave out --stream",
+                    f"schedule {one.name}: {reason[0]} when layers are streamed",
+                    f"{reason[1]}, or leave out --stream",
                 )
         self._schedules = [candidates[c].schedule for c in self.plans]
 

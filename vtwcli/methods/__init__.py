@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vtwcli.methods.exits import Exit
 from vtwcli.methods.fastv import FastV
+from vtwcli.methods.fitprune import FitPrune
 from vtwcli.methods.method import Method
 from vtwcli.methods.shortv import ShortV
 from vtwcli.methods.subsets import Attention, Contribution, Random, TwoStep, Uniform
@@ -26,5 +27,6 @@ METHODS: dict[str, type[Method]] = {
         ShortV,
         ViCA,
         Exit,
+        FitPrune,
     )
 }

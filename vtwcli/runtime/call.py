@@ -278,7 +278,10 @@ class Call:
         number = there.sum(1)
         if select.get("above") is not None:
             return there & (self._measured(select["score"]) > select["above"])
-        wanted = torch.tensor([kept_count(select, n) for n in number.tolist()], device=number.device)
+        wanted = torch.tensor(
+            [kept_count(select, *n) for n in zip(number.tolist(), self.number.tolist(), strict=True)],
+            device=number.device,
+        )
         if select["score"] == "uniform":
             # of n tokens the ceil(i n / m)-th for i = 0..m-1: those with (j m) mod n < m
             ordinal = there.cumsum(1) - 1

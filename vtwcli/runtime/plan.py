@@ -9,7 +9,7 @@ from typing import Any
 
 from vtwcli.runtime.contract import PruningError
 from vtwcli.schedule.rules import check_depth, earliest_starts, read
-from vtwcli.schedule.words import LAST_ROW, ScheduleError, row
+from vtwcli.schedule.words import ALL_ROWS, ScheduleError, row
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,12 @@ class PlannedAction:
     @property
     def measured(self) -> bool:
         """Whether the selection needs attention numbers of the layer before."""
-        return bool(self.select) and row("score", self.select["score"]).needs == LAST_ROW
+        return bool(self.select) and row("score", self.select["score"]).needs is not None
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether the selection needs the attention of all rows of the layer before."""
+        return bool(self.select) and row("score", self.select["score"]).needs == ALL_ROWS
 
     def covers(self, layer: int) -> bool:
         """Whether a range action acts in ``layer``."""
@@ -71,6 +76,11 @@ class Plan:
                     "start at 1 or later"
                 )
         for layer in range(depth):
+            if self.needs_all(layer) and (self.mutes_in(layer) or self.frozen(layer)):
+                raise PruningError(
+                    f"layer {layer} is muted or frozen, so it has no scores of all rows; let 'keep' start two layers "
+                    "after that ends"
+                )
             if self.may_probe(layer) and any(a.covers(layer) and a.readers != "visual" for a in self.mutes):
                 raise PruningError(
                     f"layer {layer} is muted, so it has no scores or conditions; let 'keep' start two layers "
@@ -84,6 +94,10 @@ class Plan:
         return any(
             (a.at == layer + 1 and a.measured) or (a.at is None and layer > a.after) for a in self.leaving
         )
+
+    def needs_all(self, layer: int) -> bool:
+        """Whether the attention of all rows in ``layer`` is asked for."""
+        return layer + 1 < self.depth and any(a.at == layer + 1 and a.needs_all for a in self.leaving)
 
     def sinks(self, layer: int, prefill: bool) -> list[PlannedAction]:
         """Mutes in ``layer`` that act on values, after the softmax."""

@@ -7,6 +7,18 @@ import torch
 from vtwcli.runtime.rows import Tensor
 
 
+def self_cross(weights: Tensor, visual: Tensor, text: Tensor) -> Tensor:
+    """What some query rows add to the two factors of ``self_cross``, [2, B, T].
+
+    Args:
+        weights: attention weights [B, H, Q, T].
+        visual, text: which of the rows are visual tokens and text, bool [B, Q]; others are fillers.
+    """
+    largest = weights.to(torch.promote_types(weights.dtype, torch.float32)).amax(1)
+    kinds = torch.stack([visual, text]).to(largest.dtype)
+    return torch.einsum("bqt,kbq->kbt", largest, kinds)
+
+
 def last_row_numbers(weights: Tensor, values: Tensor) -> dict[str, Tensor]:
     """Scores of the columns for one query row per sample, each [B, T].
 

@@ -52,6 +52,7 @@ KEYS: dict[str, dict[str, Key]] = {
         "count": Key(int, None, 0),
         "above": Key(float),
         "seed": Key(int, 0),
+        "of": Key(str, words("of")[0]),
     },
 }
 """The keys of each action, of ``when`` and of ``select``."""
@@ -78,6 +79,8 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
         _one_of("amount", data)
         if data.get("above") is not None and row("score", data["score"]).needs is None:
             raise ScheduleError(f"score {data['score']} has no threshold; give ratio or count")
+        if data.get("of") == "prompt" and data.get("ratio") is None:
+            raise ScheduleError("'of: prompt' goes with a ratio only")
 
 
 def _one_of(slot: str, data: Mapping[str, Any]) -> None:

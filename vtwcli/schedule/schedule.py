@@ -74,11 +74,12 @@ class Select(_Part):
 
     Attributes:
         score: ``contribution`` (norm of the last row's per-token contribution), ``attention`` (last row, mean over
-            heads), ``random`` (seeded) or ``uniform`` (every n-th).
+            heads), ``self_cross`` (all rows, see ``words``), ``random`` (seeded) or ``uniform`` (every n-th).
         ratio: share of the visual tokens, rounded up.
         count: number of visual tokens; a row with fewer keeps all.
         above: keep the tokens whose score exceeds this value.
         seed: of the random score.
+        of: whether the ratio is one of the tokens still ``present`` or of the ``prompt``'s.
     """
 
     score: Annotated[str, OneOf("score")]
@@ -86,6 +87,7 @@ class Select(_Part):
     count: int | None = _key("select", "count")
     above: float | None = _key("select", "above")
     seed: int = _key("select", "seed")
+    of: Annotated[str, OneOf("of")] = _key("select", "of")
 
 
 class _Starting(_Part):

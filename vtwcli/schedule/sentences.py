@@ -47,5 +47,5 @@ def _condition(when: When) -> str:
 
 def _selection(select: Select) -> str:
     [word] = given("amount", vars(select))
-    amount = row("amount", word).says.format(getattr(select, word))
+    amount = row("amount", word).says.format(getattr(select, word)) + row("of", select.of).says
     return f"{amount} ({row('score', select.score).says})"

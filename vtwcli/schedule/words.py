@@ -7,7 +7,8 @@ A schedule is a plain dict, ``{"format_version": 1, "actions": [...]}``; its act
 - ``{"at": K, "action": "withdraw"}``: from layer K on there are no visual tokens.
 - ``{"at": K, "action": "keep", "select": {...}}``: from layer K on only the selected visual tokens exist. ``select``
   holds a ``score`` (``contribution``, ``attention``, ``random`` with ``seed``, ``uniform``) and one of ``ratio``,
-  ``count`` and ``above``. The two measured scores come from layer K - 1.
+  ``count`` and ``above``. Measured scores come from layer K - 1. In format 2 there is also the score ``self_cross``,
+  and ``of``: ``prompt`` lets a ratio count all visual tokens of the prompt and not those still ``present``.
 - ``{"at": A, "until": B, "action": "mute"}``: in layers A..B-1 ``readers`` (``text``, ``visual`` or ``all`` rows) do
   not read visual columns (``columns``: ``all`` or the ``first_half`` of them); their attention mass is renormalised
   over the rest, moved onto the ``first`` visual token, or set to ``zero`` after the softmax (``sink``). Tokens behind
@@ -25,7 +26,9 @@ projection. ``contribution`` is ||c_i||_2, ``attention`` the mean of w_i over he
 some cos(o - c_i, o) < x, ``cosine_above``: x where all of them are >= x, ``attention_below``: x where the ``attention``
 of all visual tokens that are still there sums to less than x (format 2); it must hold in ``layers`` layers,
 ``consecutive`` or in total (VisiPruner, arXiv 2510.17205; without ``consecutive`` as its code does). A sample
-without visual tokens meets no condition.
+without visual tokens meets no condition. ``self_cross`` looks at all rows of the chunk: with m_ri the largest weight
+of any head from row r to visual token i, it is the mean of m_ri over the visual rows times its sum over the text rows
+(FitPrune, arXiv 2409.10197).
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ class ScheduleError(ValueError):
         self.message, self.hint = message, hint
 
 
-LAST_ROW = "last row"
+LAST_ROW, ALL_ROWS = "last row", "all rows"
 _DYNAMIC = (
     "a dynamic schedule cannot be exported to ONNX: where and what is removed depends on the sample, and graphs are "
     "cut at fixed layers",
@@ -63,7 +66,7 @@ class Word:
     Attributes:
         slot: what it is said of.
         says: its part of a sentence; ``{}`` stands for a value.
-        needs: what must be measured in the layer before: nothing, or the ``last row``'s attention.
+        needs: what must be measured in the layer before: nothing, or attention, of the ``last row`` or of ``all rows``.
         fixed: whether layer and number of tokens are known before a sample is seen.
         onnx: why graphs cannot have it, and what to do; None where they have it.
         since: the format version from which on there is such a word.
@@ -88,6 +91,15 @@ _CHANGES = "some visual token changes the attention output (cosine below {:g})"
 _STILL = "no visual token changes the attention output any more (cosine at least {:g})"
 _UNREAD = "the last token pays visual tokens less than {:g} of its attention"
 _CONTRIBUTION = "largest contribution to the last token's attention output"
+_READ_BY_BOTH = "largest product of the attention from visual rows and from text rows"
+_ROWS_ONNX = (
+    "keep with self_cross scores cannot be exported to ONNX: graphs look at the last row's attention only",
+    "use attention, or --format hf",
+)
+_OF_PROMPT = (
+    "a ratio of the prompt's visual tokens cannot be exported to ONNX: graphs know those that are left",
+    "give ratios of the tokens that are left, or --format hf",
+)
 _DRAWN = "keep with random scores cannot be exported to ONNX, they are drawn by torch", "use uniform"
 
 WORDS = (
@@ -101,11 +113,14 @@ WORDS = (
     Word("condition", "attention_below", _UNREAD, needs=LAST_ROW, fixed=False, onnx=_DYNAMIC, since=2),
     Word("score", "contribution", _CONTRIBUTION, needs=LAST_ROW),
     Word("score", "attention", "most attention from the last token", needs=LAST_ROW),
+    Word("score", "self_cross", _READ_BY_BOTH, needs=ALL_ROWS, onnx=_ROWS_ONNX, since=2),
     Word("score", "random", "drawn at random", onnx=_DRAWN),
     Word("score", "uniform", "evenly spaced"),
     Word("amount", "ratio", "{:.0%} of the visual tokens"),
     Word("amount", "count", "{} visual tokens"),
     Word("amount", "above", "the visual tokens above {:g}", fixed=False, onnx=_DYNAMIC),
+    Word("of", "present"),
+    Word("of", "prompt", " of the prompt", onnx=_OF_PROMPT, since=2),
     Word("sink", "renormalise", "the attention goes to the other tokens"),
     Word("sink", "first", "the attention goes to the first visual token"),
     Word("sink", "zero", "the attention is dropped"),
@@ -148,6 +163,8 @@ def used(actions: Iterable[Mapping[str, Any]]) -> Iterator[Word]:
         select, when = action.get("select") or {}, action.get("when") or {}
         if select:
             yield row("score", select["score"])
+        if "of" in select:
+            yield row("of", select["of"])
         for slot, data in (("condition", when), ("amount", select)):
             yield from (row(slot, word) for word in given(slot, data))
         yield from (row(slot, action[slot]) for slot in MUTED if slot in action)
@@ -173,8 +190,11 @@ def count_of(ratio: float, present: int) -> int:
     return math.ceil(ratio * present)
 
 
-def kept_count(select: Mapping[str, Any], present: int) -> int:
+def kept_count(select: Mapping[str, Any], present: int, prompt: int | None = None) -> int:
     """How many of ``present`` tokens a selection keeps.
+
+    Args:
+        prompt: number of visual tokens of the prompt, those that left included; None: none has left.
 
     Raises:
         ScheduleError: a threshold, which keeps a number that depends on the sample.
@@ -182,7 +202,8 @@ def kept_count(select: Mapping[str, Any], present: int) -> int:
     if select.get("count") is not None:
         return min(int(select["count"]), present)
     if select.get("ratio") is not None:
-        return count_of(select["ratio"], present)
+        of_prompt = prompt is not None and select.get("of") == "prompt"
+        return min(count_of(select["ratio"], prompt if of_prompt and prompt else present), present)
     raise ScheduleError("a threshold keeps a number of tokens that depends on the sample")
 
 
@@ -200,7 +221,7 @@ def visual_per_layer(actions: Sequence[Mapping[str, Any]], layers: int, visual: 
             if action["at"] == layer and action["action"] == "withdraw":
                 present = 0
             elif action["at"] == layer and action["action"] == "keep":
-                present = kept_count(action["select"], present)
+                present = kept_count(action["select"], present, visual)
         counts.append(present)
     return counts
 

@@ -53,16 +53,25 @@ def plan_of(schedule: Schedule, depth: int, family: Family) -> Plan:
 
 
 def can_follow(plan: Plan, layers: Iterable[nn.Module]) -> bool:
-    """Whether ``follow`` knows what a schedule does.
+    """Whether ``follow`` knows what a schedule does."""
+    return unknown(plan, layers) is None
+
+
+def unknown(plan: Plan, layers: Iterable[nn.Module]) -> tuple[str, str] | None:
+    """What of a schedule ``follow`` does not know, and what to do about it; None where it knows all.
 
     Where a layer has a sliding window, which visual token is the first one for a decode step depends on what its
     cache has dropped.
     """
+    if any(action.needs_all for action in plan.leaving):
+        return "scores of all rows are not known", "use the score attention"
     if not any(mute.sink == "first" and mute.during == "all" for mute in plan.mutes):
-        return True
+        return None
     attentions = [getattr(layer, "self_attn", None) for layer in layers]
     named = [x for one in attentions for x in (one, getattr(one, "config", None))]
-    return all(getattr(x, "sliding_window", None) is None for x in named)
+    if all(getattr(x, "sliding_window", None) is None for x in named):
+        return None
+    return "moving attention to the first visual token goes with no sliding window", "use sink: zero"
 
 
 @torch.no_grad()
