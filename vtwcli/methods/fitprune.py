@@ -9,7 +9,11 @@ and computes the rest of layer l for them.
 Published are the numbers d_l of 576 tokens for 32 layers and four reductions. They are read as shares of the prompt's
 visual tokens, and for another depth L what is left behind layer d is what is left behind round((d + 1) 32 / L) layers;
 what would leave before a family allows it leaves as soon as it may.
-``vtw calibrate --method fitprune`` makes recipes from your own samples, see ``candidates``.
+
+``vtw calibrate --method fitprune`` makes recipes from your own samples, after the paper's idea: in each layer as many
+tokens may leave as take no more than a share alpha of the attention to vision with them, of visual rows' and of text
+rows', mean over samples of the full model; those that left stay away. Alpha is fitted by bisection to an average
+number of visual tokens per layer; several averages are tried.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from vtwcli.methods.method import Candidate, Grid, Method, Shape, Style
+from vtwcli.methods.method import Answers, Candidate, Grid, Method, Shape, Style
 from vtwcli.schedule.schedule import Keep, Schedule, Select
 
 # by reduction of FLOPs in per cent, layer by layer
@@ -32,6 +36,7 @@ PUBLISHED: dict[int, tuple[int, ...]] = {
     90: (262, 153, 80, 19, 13, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 1, 2, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0),
 }  # fmt: skip
 VISUAL = 576
+AVERAGES = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
 class FitPrune(Method):
@@ -40,6 +45,9 @@ class FitPrune(Method):
     key: ClassVar[str] = "fitprune"
     title: ClassVar[str] = "FitPrune"
     paper: ClassVar[str | None] = "2409.10197"
+    finds: ClassVar[str | None] = "how many tokens leave in each layer"
+    searched: ClassVar[tuple[str, ...]] = ("drops",)
+    lost: ClassVar[bool] = True
     style: ClassVar[Style] = Style("#009E73", "p", "FitPrune")
 
     reduction: Literal[60, 70, 80, 90] = Field(
@@ -80,6 +88,45 @@ class FitPrune(Method):
             one = cls(reduction=reduction).fitted(model).schedule()
             made.append(Candidate(f"fitprune {reduction}%", "fitprune", one, {"reduction": reduction}))
         return made
+
+    @classmethod
+    def candidates(cls, model: Shape, found: Answers, base: Mapping[str, Any]) -> list[Candidate]:
+        """A recipe for each average."""
+        made = {}
+        for average in AVERAGES:
+            counts = [round(VISUAL * share) for share in fit(found.lost, average, model.first_withdrawal)]
+            drops = [before - behind for before, behind in pairwise([VISUAL, *counts])]
+            schedule = cls(drops=drops).schedule()
+            made[tuple(drops)] = Candidate(f"fitprune {average:.0%}", "fitprune", schedule, {"drops": drops})
+        return list(made.values())
+
+
+def fit(lost: Sequence[Sequence[float]], average: float, first_withdrawal: int = 0) -> list[float]:
+    """Shares of the prompt's visual tokens left behind each layer's attention, which come to an average.
+
+    Args:
+        lost: see ``Answers``, [L][101].
+        average: of the share that enters each layer; approached from below as closely as the steps allow.
+        first_withdrawal: all are there before this layer.
+    """
+
+    def left(alpha: float) -> list[float]:
+        shares, now = [], 1.0
+        for layer, curve in enumerate(lost):
+            if layer + 1 >= first_withdrawal:
+                gone = max(step for step, share in enumerate(curve) if share <= alpha)
+                now = min(now, 1 - gone / (len(curve) - 1))
+            shares.append(now)
+        return shares
+
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if sum([1.0, *left(middle)[:-1]]) / len(lost) > average:
+            low = middle
+        else:
+            high = middle
+    return left(high)
 
 
 def recipe(left: Sequence[float], **provenance: Any) -> Schedule:
