@@ -59,6 +59,7 @@ class _Interpreter:
     def __init__(self, model: Any, batch: dict, actions: list[dict], prompt: int, decided: Decisions | None):
         self.layers = reference.text_layers(model)
         self.ids, self.prompt, self.decided = batch["input_ids"], prompt, decided
+        self.batch, self.model_config = batch, model.config
         self.real = batch["attention_mask"].bool()
         self.visual = reference.visual_mask(model, self.ids)
         self.visual[:, prompt:] = False
@@ -97,6 +98,9 @@ class _Interpreter:
             for mute in self.mutes:
                 if mute.get("sink", "renormalise") == "renormalise" and mute["at"] <= index < mute["until"]:
                     allowed &= ~self.pairs(mute)[:, None]
+            for mute in self.mutes:
+                if mute.get("both_ways") and mute["at"] <= index < mute["until"]:
+                    allowed |= self.neighbours(mute.get("steps", 1))[:, None] & self.present[:, None, None, :]
             alone = ~allowed.any(-1, keepdim=True) & torch.eye(length, dtype=torch.bool)
             allowed |= alone
             low = torch.finfo(hidden.dtype).min
@@ -114,6 +118,29 @@ class _Interpreter:
 
         return hook
 
+    def neighbours(self, steps: int) -> torch.Tensor:
+        """Pairs of visual tokens of one image that are few rows and columns apart [B, S, S]."""
+        where: dict[tuple[int, int], tuple[int, int, int]] = {}
+        tokens = self.visual.nonzero().tolist()
+        if "image_grid_thw" in self.batch:
+            merge = self.model_config.vision_config.spatial_merge_size
+            sizes = [(h // merge, w // merge) for _, h, w in self.batch["image_grid_thw"].tolist()]
+        else:
+            images = len(self.batch["pixel_values"])
+            side = math.isqrt(len(tokens) // images)
+            sizes = [(side, side)] * images
+        for image, (high, wide) in enumerate(sizes):
+            for row in range(high):
+                for column in range(wide):
+                    where[tuple(tokens[len(where)])] = image, row, column
+        assert len(where) == len(tokens)
+        out = torch.zeros(*self.ids.shape, self.ids.shape[1], dtype=torch.bool)
+        for (b, i), (image, row, column) in where.items():
+            for (other, j), (image_, row_, column_) in where.items():
+                if b == other and image == image_ and max(abs(row - row_), abs(column - column_)) <= steps:
+                    out[b, i, j] = True
+        return out
+
     def pairs(self, mute: dict) -> torch.Tensor:
         """Muted (row, column) pairs [B, S, S]."""
         out = torch.zeros(*self.ids.shape, self.ids.shape[1], dtype=torch.bool)
@@ -128,7 +155,7 @@ class _Interpreter:
                     continue
                 if mute.get("readers", "text") in (kind, "all"):
                     out[b, row, columns] = True
-        return out
+        return out & ~self.neighbours(mute.get("steps", 1)) if mute.get("columns") == "beyond" else out
 
     # -- inside attention
 

@@ -15,6 +15,7 @@ from tests.tiny import LAYERS, TINY, VARIANTS
 from vtwcli.methods import METHODS
 from vtwcli.methods.method import Grid, Shape
 from vtwcli.models.families import family_of
+from vtwcli.runtime import PruningError, pruned
 
 ROWS = {
     "vtw": {"layer": 4},
@@ -30,6 +31,7 @@ ROWS = {
     "shortv": {"layers": [0, 3, 4]},
     "exit": {"threshold": 0.85, "exit_layers": 1, "after": 1},
     "fitprune": {"drops": [0, 2, 0, 1, 0, 1], "visual": 6},
+    "yopo": {"window": 3, "layer": 4, "depth": 6},
     "vica": {"layers": [1, 3], "depth": 6},
 }  # fmt: skip
 
@@ -37,6 +39,8 @@ ROWS = {
 KINDS = ["llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "gemma3-window", "paligemma2"]
 SAMPLES = ["t3 i t5", "t2 i t3 i t2"]
 STEPS = 3
+# what a method needs and a family does not tell
+REFUSED = {("yopo", "llava_onevision"): "neighbours of visual tokens, which is known of square images"}
 
 
 @cache
@@ -56,6 +60,10 @@ def test_a_method_is_its_schedule_written_out(name, kind, attn):
     batch = (TINY | VARIANTS)[kind].batch(SAMPLES, dtype=torch.float64)
     schedule = METHODS[name](**ROWS[name]).schedule()
     schedule.check_depth(LAYERS, family_of(model.config).first_withdrawal)
+    if (name, kind) in REFUSED:
+        with pytest.raises(PruningError, match=REFUSED[name, kind]), pruned(model, schedule):
+            model(**batch)
+        return
     actions = schedule.to_dict()["actions"]
     count = not (TINY | VARIANTS)[kind].own_positions
     tokens, scores, _ = slow_schedule.greedy(model, batch, actions, STEPS, count_positions=count)

@@ -11,6 +11,7 @@ from vtwcli.methods.subsets import Attention, Contribution, Random, TwoStep, Uni
 from vtwcli.methods.vica import ViCA
 from vtwcli.methods.visipruner import VisiPruner
 from vtwcli.methods.vtw import Vtw
+from vtwcli.methods.yopo import YOPO
 
 # every method by the name that options, recipes and documents use, in the order of comparisons
 METHODS: dict[str, type[Method]] = {
@@ -28,5 +29,6 @@ METHODS: dict[str, type[Method]] = {
         ViCA,
         Exit,
         FitPrune,
+        YOPO,
     )
 }

@@ -85,15 +85,21 @@ class Call:
     """
 
     def __init__(
-        self, plan: Plan, visual: Tensor | None, real: Tensor | None, shape: tuple[int, int]
+        self,
+        plan: Plan,
+        visual: Tensor | None,
+        real: Tensor | None,
+        shape: tuple[int, int],
+        places: Tensor | None = None,
     ) -> None:
         """
         Args:
             visual: which tokens are visual, [B, S]; None if none is.
             real: which tokens are not padding, [B, S]; None if all are.
             shape: (B, S).
+            places: of visual tokens, where the plan looks around, [B, S, 3].
         """
-        self.plan, self.visual, self.real, self.shape = plan, visual, real, shape
+        self.plan, self.visual, self.real, self.shape, self.places = plan, visual, real, shape, places
         self.memo: dict[Any, Any] = {}
         self.at: dict[int, Rows] = {}
         self.present_at: list[Tensor] = []
@@ -374,7 +380,8 @@ class Call:
                 like, index = hidden.new_empty(0, dtype=dtype), self.index(rows, hidden.device)
                 reader = self.kinds(rows, hidden.device)
                 length = self.shape[1]
-                mask = gathered(given, rows, index, reader, columns, past, length, muted, like)
+                around = self.places
+                mask = gathered(given, rows, index, reader, columns, past, length, muted, like, around)
             self.memo[key] = mask, given, rows, columns
         return self.memo[key][0]
 

@@ -26,6 +26,8 @@ class PlannedAction:
     readers: str = "text"
     columns: str = "all"
     during: str = "all"
+    steps: int = 1
+    both_ways: bool = False
 
     @classmethod
     def of(cls, action: Mapping[str, Any]) -> PlannedAction:
@@ -126,6 +128,11 @@ class Plan:
     def frozen(self, layer: int) -> bool:
         """Whether visual rows are not updated in ``layer``."""
         return any(a.covers(layer) for a in self.freezes)
+
+    @property
+    def looks_around(self) -> bool:
+        """Whether places of visual tokens are asked for."""
+        return any(a.columns == "beyond" for a in self.mutes)
 
     @property
     def idle(self) -> bool:

@@ -51,6 +51,7 @@ from vtwcli.runtime.contract import (
 )
 from vtwcli.runtime.freeze import leave_layer, part
 from vtwcli.runtime.masks import not_padding, split_sinks
+from vtwcli.runtime.places import places
 from vtwcli.runtime.plan import Plan
 from vtwcli.runtime.rows import Rows, Tensor, take, take_positions
 from vtwcli.runtime.trace import Trace, traced
@@ -177,7 +178,11 @@ class Pruning:
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if ids is None:
             return
-        self._calls[threading.get_ident()] = Call(self.plan, visual, not_padding(mask, ids), tuple(ids.shape))
+        around = None
+        if visual is not None and self.plan.looks_around:
+            around = places(visual, given, getattr(module, "config", None))
+        real = not_padding(mask, ids)
+        self._calls[threading.get_ident()] = Call(self.plan, visual, real, tuple(ids.shape), around)
 
     @not_compiled
     def _check_base(self, module: torch.nn.Module, args: tuple, output: Any) -> None:

@@ -37,7 +37,12 @@ _SPAN = {"at": Key(int, ..., 0), "until": Key(int, ..., 1)}
 KEYS: dict[str, dict[str, Key]] = {
     "withdraw": _START,
     "keep": {**_START, "select": Key(dict, ...)},
-    "mute": {**_SPAN, **{slot: Key(str, words(slot)[0]) for slot in MUTED}},
+    "mute": {
+        **_SPAN,
+        **{slot: Key(str, words(slot)[0]) for slot in MUTED},
+        "steps": Key(int, 1, 0),
+        "both_ways": Key(bool, False),
+    },
     "freeze": _SPAN,
     "when": {
         "cosine_below": Key(float, None, -1, 1),
@@ -68,6 +73,8 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
         at, until = data["at"], data["until"]
         if until <= at:
             raise ScheduleError(f"'until' ({until}) must be above 'at' ({at}); it is the first layer without")
+        if part == "mute":
+            _check_beyond(data)
     elif part in ("withdraw", "keep"):
         if data["at"] == "auto" and data.get("when") is None:
             raise ScheduleError("'at: auto' needs a condition under 'when'")
@@ -81,6 +88,14 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
             raise ScheduleError(f"score {data['score']} has no threshold; give ratio or count")
         if data.get("of") == "prompt" and data.get("ratio") is None:
             raise ScheduleError("'of: prompt' goes with a ratio only")
+
+
+def _check_beyond(data: Mapping[str, Any]) -> None:
+    beyond = data.get("columns") == "beyond"
+    if beyond and (data.get("readers") != "visual" or data.get("sink", "renormalise") != "renormalise"):
+        raise ScheduleError("'columns: beyond' goes with 'readers: visual' and 'sink: renormalise' only")
+    if not beyond and (data.get("steps", 1) != 1 or data.get("both_ways")):
+        raise ScheduleError("'steps' and 'both_ways' go with 'columns: beyond' only")
 
 
 def _one_of(slot: str, data: Mapping[str, Any]) -> None:

@@ -130,7 +130,10 @@ class Mute(_Range):
         sink: where the attention mass goes: ``renormalise`` (masked before the softmax), ``first`` (summed onto the
             first visual token) or ``zero`` (set to zero after the softmax, as VisiPruner's code does).
         readers: whose reading is muted; VisiPruner's layer 0 also mutes visual rows.
-        columns: all visual columns, or the first half of them (VisiPruner's 13b form).
+        columns: all visual columns, the first half of them (VisiPruner's 13b form), or those ``beyond`` some steps in
+            the grid of the reader's image (YOPO).
+        steps: of ``beyond``.
+        both_ways: whether what is nearer is read even where it comes later.
         during: ``all``, or only the ``prefill``: then tokens behind the prompt read as usual, as in VisiPruner's code.
     """
 
@@ -139,6 +142,8 @@ class Mute(_Range):
     readers: Annotated[str, OneOf("readers")] = _key("mute", "readers")
     columns: Annotated[str, OneOf("columns")] = _key("mute", "columns")
     during: Annotated[str, OneOf("during")] = _key("mute", "during")
+    steps: int = _key("mute", "steps")
+    both_ways: bool = _key("mute", "both_ways")
 
 
 class Freeze(_Range):

@@ -20,7 +20,8 @@ def describe(action: Action, layers: int) -> str:
             during = row("during", action.during).says
             span += f" {during}" if during else ""
             slots = (("readers", action.readers), ("columns", action.columns), ("sink", action.sink))
-            says = says.format(*(row(*slot).says for slot in slots))
+            says = says.format(*(row(*slot).says.format(action.steps) for slot in slots))
+            says += ", those nearer are read in both directions" if action.both_ways else ""
         return f"In {span} {says}."
     if action.at != "auto" and action.at >= layers:
         return "No visual token leaves."

@@ -10,7 +10,9 @@ A schedule is a plain dict, ``{"format_version": 1, "actions": [...]}``; its act
   ``count`` and ``above``. Measured scores come from layer K - 1. In format 2 there is also the score ``self_cross``,
   and ``of``: ``prompt`` lets a ratio count all visual tokens of the prompt and not those still ``present``.
 - ``{"at": A, "until": B, "action": "mute"}``: in layers A..B-1 ``readers`` (``text``, ``visual`` or ``all`` rows) do
-  not read visual columns (``columns``: ``all`` or the ``first_half`` of them); their attention mass is renormalised
+  not read visual columns (``columns``: ``all`` or the ``first_half`` of them; in format 2 for ``visual`` readers also
+  ``beyond``: those of other images and those more than ``steps`` rows or columns away in the grid of their image, and
+  with ``both_ways`` the nearer ones are read even where they come later); their attention mass is renormalised
   over the rest, moved onto the ``first`` visual token, or set to ``zero`` after the softmax (``sink``). Tokens behind
   the prompt are text rows too; with ``during`` ``prefill`` instead of ``all`` they read as usual. A row that
   ``renormalise`` leaves nothing to read reads itself.
@@ -129,6 +131,7 @@ WORDS = (
     Word("readers", "all", "nothing reads"),
     Word("columns", "all", "visual tokens"),
     Word("columns", "first_half", "the first half of the visual tokens"),
+    Word("columns", "beyond", "visual tokens more than {} steps away in their image's grid", since=2),
     Word("during", "all"),
     Word("during", "prefill", "while the prompt is read"),
 )
