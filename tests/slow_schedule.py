@@ -33,11 +33,13 @@ class Decisions:
         present: per layer, which tokens of the prompt may be read, [B, S].
         starts: per withdraw or keep action and sample, the layer at which it started, or None.
         kept: per action and sample, the kept tokens, counted among the sample's visual tokens.
+        gone: during the answer: first layer, sample and column -> the first row that does not read it there.
     """
 
     present: list[torch.Tensor] = field(default_factory=list)
     starts: list[list[int | None]] = field(default_factory=list)
     kept: list[list[list[int] | None]] = field(default_factory=list)
+    gone: dict[tuple[int, int, int], int] = field(default_factory=dict)
 
 
 def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
@@ -63,7 +65,8 @@ class _Interpreter:
         self.real = batch["attention_mask"].bool()
         self.visual = reference.visual_mask(model, self.ids)
         self.visual[:, prompt:] = False
-        self.leaving = [a for a in actions if a["action"] in ("withdraw", "keep")]
+        self.leaving = [a for a in actions if a["action"] in ("withdraw", "keep") and "every" not in a]
+        self.trims = [a for a in actions if "every" in a]
         self.mutes = [a for a in actions if a["action"] == "mute"]
         self.freezes = [a for a in actions if a["action"] == "freeze"]
         rows = len(self.ids)
@@ -88,6 +91,7 @@ class _Interpreter:
             else:
                 self.present = torch.ones_like(self.visual)
                 self.present[:, : self.prompt] = self.decided.present[index]
+                self.trim(index)
             given, length = kwargs["attention_mask"], self.ids.shape[1]
             if given is None:
                 allowed = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
@@ -98,6 +102,10 @@ class _Interpreter:
             for mute in self.mutes:
                 if mute.get("sink", "renormalise") == "renormalise" and mute["at"] <= index < mute["until"]:
                     allowed &= ~self.pairs(mute)[:, None]
+            if self.decided is not None:
+                for (layer, b, column), row in self.decided.gone.items():
+                    if layer <= index:
+                        allowed[b, :, row:, column] = False
             for mute in self.mutes:
                 if mute.get("both_ways") and mute["at"] <= index < mute["until"]:
                     allowed |= self.neighbours(mute.get("steps", 1))[:, None] & self.present[:, None, None, :]
@@ -108,6 +116,21 @@ class _Interpreter:
             return args, {**kwargs, "attention_mask": mask}
 
         return hook
+
+    def trim(self, layer: int) -> None:
+        """Let go what the newest token reads least."""
+        newest = self.ids.shape[1] - 1
+        step = newest + 1 - self.prompt
+        for action in self.trims:
+            if action["at"] != layer or step < 1 or step % action["every"]:
+                continue
+            for b in range(len(self.ids)):
+                left = {column for at, sample, column in self.decided.gone if sample == b and at <= layer}
+                visual = self.visual[b] & self.present[b]
+                tokens = [i for i in visual.nonzero()[:, 0].tolist() if i not in left]
+                self.scores = self.newest
+                for i in set(tokens) - set(self.select(b, action["select"], tokens)):
+                    self.decided.gone.setdefault((layer, b, i), newest)
 
     def leave(self, index: int):
         def hook(module, args, kwargs, output):
@@ -173,14 +196,19 @@ class _Interpreter:
             weights[b] = original[b].masked_fill(gone[b], 0)
             for first in (self.visual[b] & self.present[b]).nonzero()[:1, 0].tolist():
                 weights[b, :, :, first] += (original[b] * moved[b]).sum(-1)
+        if any(a["at"] == self.layer + 1 for a in self.trims):
+            newest = self.ids.shape[1] - 1
+            self.newest = [self.score(weights[b], values[b], b, newest) for b in range(len(self.ids))]
         if self.decided is None:
             self.scores = [self.score(weights[b], values[b], b) for b in range(len(self.ids))]
         return weights
 
     @torch.no_grad()
-    def score(self, weights: torch.Tensor, values: torch.Tensor, b: int) -> dict[int, dict[str, float]]:
-        """Per visual token: contribution, attention and cosine at the last row of the prompt."""
-        last = int(self.real[b, : self.prompt].nonzero()[-1])
+    def score(
+        self, weights: torch.Tensor, values: torch.Tensor, b: int, last: int | None = None
+    ) -> dict[int, dict[str, float]]:
+        """Per visual token: contribution, attention and cosine at the last row of the prompt, or at another."""
+        last = int(self.real[b, : self.prompt].nonzero()[-1]) if last is None else last
         heads = range(weights.shape[0])
         c = [torch.cat([weights[h, last, i] * values[h, i] for h in heads]) for i in range(weights.shape[2])]
         o = torch.stack(c).sum(0)

@@ -32,6 +32,7 @@ ROWS = {
     "exit": {"threshold": 0.85, "exit_layers": 1, "after": 1},
     "fitprune": {"drops": [0, 2, 0, 1, 0, 1], "visual": 6},
     "yopo": {"window": 3, "layer": 4, "depth": 6},
+    "st3": {"layers": [2, 4], "ratio": 0.8, "every": 1, "trim": 0.7},
     "vica": {"layers": [1, 3], "depth": 6},
 }  # fmt: skip
 
@@ -40,7 +41,10 @@ KINDS = ["llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "gemma3-window", 
 SAMPLES = ["t3 i t5", "t2 i t3 i t2"]
 STEPS = 3
 # what a method needs and a family does not tell
-REFUSED = {("yopo", "llava_onevision"): "neighbours of visual tokens, which is known of square images"}
+REFUSED = {
+    ("yopo", "llava_onevision"): "neighbours of visual tokens, which is known of square images",
+    ("st3", "gemma3-window"): "layer 2 has a sliding window",
+}
 
 
 @cache

@@ -7,6 +7,7 @@ from vtwcli.methods.fastv import FastV
 from vtwcli.methods.fitprune import FitPrune
 from vtwcli.methods.method import Method
 from vtwcli.methods.shortv import ShortV
+from vtwcli.methods.st3 import ST3
 from vtwcli.methods.subsets import Attention, Contribution, Random, TwoStep, Uniform
 from vtwcli.methods.vica import ViCA
 from vtwcli.methods.visipruner import VisiPruner
@@ -30,5 +31,6 @@ METHODS: dict[str, type[Method]] = {
         Exit,
         FitPrune,
         YOPO,
+        ST3,
     )
 }

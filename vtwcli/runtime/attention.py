@@ -20,6 +20,7 @@ from vtwcli.runtime.contract import (
 from vtwcli.runtime.masks import sunk
 from vtwcli.runtime.rows import TEXT, Rows, Tensor, compact, take, take_positions
 from vtwcli.runtime.scores import last_row_numbers, self_cross
+from vtwcli.runtime.trimming import spread
 
 _CHUNK_WEIGHTS = 1 << 24  # attention weights of some rows that are there at once
 
@@ -118,6 +119,10 @@ def _probe(module: Any, given: dict[str, Any], tap: Tap) -> dict[str, Tensor]:
     numbers = last_row_numbers(weights[:, :, 0], tap.values)
     if call.plan.needs_all(tap.layer):
         numbers["self_cross"] = _self_cross(module, given, tap)
+    if call.visual is None:
+        assert tap.columns is not None
+        call.entry_numbers = spread(numbers, tap.columns, tap.past + call.shape[1])
+        return {}
     batch, length = call.shape
     device = call.last.device
     wide = tap.keys.shape[2]

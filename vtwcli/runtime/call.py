@@ -12,6 +12,8 @@ from vtwcli.runtime.contract import attention_kind, strange
 from vtwcli.runtime.masks import check_mask, flash_mask, gathered, sunk
 from vtwcli.runtime.plan import Plan, PlannedAction
 from vtwcli.runtime.rows import TEXT, Rows, Split, Tensor, compact, split
+from vtwcli.runtime.scores import drawn
+from vtwcli.runtime.trimming import trims
 from vtwcli.schedule.words import kept_count
 
 
@@ -107,6 +109,10 @@ class Call:
         self.fired: list[Tensor] = []
         self.kept: dict[int, Tensor] = {}
         self.probe: dict[str, Tensor] | None = None
+        self.entry_numbers: dict[
+            str, Tensor
+        ] = {}  # of all entries by position, for what leaves during the answer
+        self.left: Tensor | None = None
         self.tap: Tap | None = None
         self.past = 0
         self.cache: Any = None
@@ -209,6 +215,8 @@ class Call:
 
     def probes(self, layer: int) -> bool:
         """Whether the last row's attention in ``layer`` decides something."""
+        if self.visual is None:
+            return bool(trims(self, layer + 1))
         if not self.plan.may_probe(layer):
             return False
         return any(
@@ -293,7 +301,7 @@ class Call:
             ordinal = there.cumsum(1) - 1
             return there & ((ordinal * wanted[:, None]) % number.clamp(min=1)[:, None] < wanted[:, None])
         if select["score"] == "random":
-            score = self._random(select.get("seed", 0))
+            score = drawn(self.visual, select.get("seed", 0))
         else:
             score = self._measured(select["score"])
         score = score.masked_fill(~there, -torch.inf)
@@ -306,15 +314,6 @@ class Call:
         if self.probe is None:
             raise strange(f"the attention of this model gave no {name}")
         return self.probe[name]
-
-    def _random(self, seed: int) -> Tensor:
-        """Scores [B, S] that depend on the seed and the number of a sample's visual tokens only."""
-        assert self.visual is not None
-        score = torch.zeros(self.shape, device=self.visual.device)
-        for row, number in enumerate(self.number.tolist()):
-            draw = torch.rand(number, generator=torch.Generator().manual_seed(seed))
-            score[row, self.visual[row]] = draw.to(score.device)
-        return score
 
     # ------------------------------------------------------------------ what a layer is given
 
@@ -393,6 +392,8 @@ class Call:
 
     def last_row(self, rows: Rows) -> Tensor:
         """Where the last token of each sample has its row, [B]."""
+        if self.visual is None:
+            return torch.full(self.shape[:1], self.shape[1] - 1)
         if rows.index is None:
             return self.last
         return torch.full_like(self.last, rows.index.shape[1] - 1)

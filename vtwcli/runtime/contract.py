@@ -85,3 +85,10 @@ def attention_kind(attention: Any) -> str:
     if "flex" in kind or "paged" in kind:
         raise PruningError(f"{kind} is not supported under a schedule; use sdpa, eager or flash attention")
     return kind
+
+
+def is_given(value: Any) -> bool:
+    """Whether an input was given; a mapping, whether any of its values was."""
+    if isinstance(value, Mapping):
+        return any(v is not None for v in value.values())
+    return value is not None

@@ -33,7 +33,7 @@ def places(visual: Tensor, given: Mapping[str, Any], config: Any) -> Tensor:
     total = int(visual.sum())
     found, tower = None, getattr(config, "vision_config", None)
     counts = _counts(given, total)
-    axes = given.get("position_ids")
+    axes: Any = given.get("position_ids")
     if not any(given.get(name) is not None for name in ("pixel_values_videos", "video_grid_thw")):
         if given.get("image_grid_thw") is not None:
             found = _grids(given["image_grid_thw"].tolist(), int(getattr(tower, "spatial_merge_size", 1)))

@@ -26,6 +26,7 @@ class PlannedAction:
     readers: str = "text"
     columns: str = "all"
     during: str = "all"
+    every: int | None = None
     steps: int = 1
     both_ways: bool = False
 
@@ -65,7 +66,8 @@ class Plan:
         self.depth = depth
         self.key = json.dumps(schedule.get("actions", ()), sort_keys=True)
         planned = [PlannedAction.of(action) for action in actions]
-        self.leaving = [a for a in planned if a.action in ("withdraw", "keep")]
+        self.trims = [a for a in planned if a.every is not None and a.at is not None and a.at < depth]
+        self.leaving = [a for a in planned if a.action in ("withdraw", "keep") and a.every is None]
         self.mutes = [a for a in planned if a.action == "mute"]
         self.freezes = [a for a in planned if a.action == "freeze"]
         for i, start in enumerate(earliest_starts(actions)):
@@ -77,6 +79,10 @@ class Plan:
                     f"action {number} ({a.action}): score {a.select['score']} comes from the layer before; "
                     "start at 1 or later"
                 )
+        for trim in self.trims:
+            first = (trim.at or 0) - 1
+            if any(self.mutes_in(layer) for layer in range(first, depth)):
+                raise PruningError(f"layers from {first} on must not be muted where 'every' looks at them")
         for layer in range(depth):
             if self.needs_all(layer) and (self.mutes_in(layer) or self.frozen(layer)):
                 raise PruningError(
@@ -100,6 +106,19 @@ class Plan:
     def needs_all(self, layer: int) -> bool:
         """Whether the attention of all rows in ``layer`` is asked for."""
         return layer + 1 < self.depth and any(a.at == layer + 1 and a.needs_all for a in self.leaving)
+
+    def trimmed(self, layer: int) -> bool:
+        """Whether ``layer`` forgets tokens during the answer, or is looked at for that."""
+        return any(layer >= (a.at or 0) - 1 for a in self.trims)
+
+    def trims_at(self, layer: int, step: int, tokens: int) -> list[PlannedAction]:
+        """What takes tokens away from ``layer`` on, in a pass of so many ``tokens``, the last of which is the
+        ``step``-th behind the prompt."""
+        return [
+            a
+            for a in self.trims
+            if a.at == layer and a.every and step // a.every > (step - tokens) // a.every
+        ]
 
     def sinks(self, layer: int, prefill: bool) -> list[PlannedAction]:
         """Mutes in ``layer`` that act on values, after the softmax."""
@@ -125,6 +144,10 @@ class Plan:
         """Whether text rows do not even need the visual columns of ``layer``."""
         return any(a.readers != "visual" and a.columns == "all" for a in self.masks(layer, prefill))
 
+    def acts(self, layer: int) -> bool:
+        """Whether ``layer`` does more in a prompt than run fewer rows, or must know its entries later."""
+        return self.mutes_in(layer) or self.frozen(layer) or self.trimmed(layer)
+
     def frozen(self, layer: int) -> bool:
         """Whether visual rows are not updated in ``layer``."""
         return any(a.covers(layer) for a in self.freezes)
@@ -137,6 +160,7 @@ class Plan:
     @property
     def idle(self) -> bool:
         """Whether nothing ever happens in a model of this depth."""
-        return all(
-            a.at is not None and a.at >= self.depth for a in [*self.leaving, *self.mutes, *self.freezes]
+        return (
+            all(a.at is not None and a.at >= self.depth for a in [*self.leaving, *self.mutes, *self.freezes])
+            and not self.trims
         )

@@ -47,6 +47,7 @@ from vtwcli.runtime.contract import (
     cache_argument,
     check_arguments,
     given_cache,
+    is_given,
     strange,
 )
 from vtwcli.runtime.freeze import leave_layer, part
@@ -55,6 +56,7 @@ from vtwcli.runtime.places import places
 from vtwcli.runtime.plan import Plan
 from vtwcli.runtime.rows import Rows, Tensor, take, take_positions
 from vtwcli.runtime.trace import Trace, traced
+from vtwcli.runtime.trimming import trim
 
 _CALL = "pruning_call"  # carries the state of one forward pass from the text model to its layers
 _VISION_INPUTS = (
@@ -110,7 +112,7 @@ class Pruning:
             if self.plan.frozen(index):
                 # before other hooks, which may record what comes out
                 add(layer.register_forward_hook(leave_layer, with_kwargs=True, prepend=True))
-            if self.plan.may_probe(index) or self.plan.mutes_in(index):
+            if self.plan.may_probe(index) or self.plan.mutes_in(index) or self.plan.trimmed(index):
                 attention = getattr(layer, "self_attn", None)
                 try:
                     if attention is None:
@@ -145,7 +147,7 @@ class Pruning:
             raise PruningError(
                 "inputs_embeds do not tell where the images are; pass input_ids with the vision inputs"
             )
-        if not any(name.startswith(_VISION_INPUTS) and _is_given(value) for name, value in given.items()):
+        if not any(name.startswith(_VISION_INPUTS) and is_given(value) for name, value in given.items()):
             return None
         visual = torch.isin(ids, torch.tensor(self.placeholders, device=ids.device))
         return visual if bool(visual.any()) else None
@@ -247,8 +249,8 @@ class Pruning:
         elif cache is not call.cache and not call.over:
             raise strange(f"layer {index} gets another cache than layer 0")
         before, rows = call.at.get(index - 1), call.rows(index, hidden.device)
-        acts = call.visual is not None and (self.plan.mutes_in(index) or self.plan.frozen(index))
-        probes = call.visual is not None and call.probes(index)
+        acts = call.visual is not None and self.plan.acts(index)
+        probes = call.probes(index)
         held = getattr(cache, "layers", [])[index : index + 1]
         if rows.index is not None or acts or probes or (held and isinstance(held[0], PrunedLayer)):
             self._change(index, module, call, before, rows, acts, probes, kwargs)
@@ -271,6 +273,8 @@ class Pruning:
                 f"{type(cache).__name__} is not supported under a schedule; use a DynamicCache"
             )
         call.past = cache.get_seq_length()
+        if call.visual is not None:
+            cache.vtw_prompt = call.past + call.shape[1]
         if call.past and getattr(cache, "vtw_schedule", None) != self.plan.key:
             raise PruningError("this cache was not filled under this schedule; start with an empty one")
         cache.vtw_schedule = self.plan.key
@@ -307,6 +311,7 @@ class Pruning:
                     layer.recall()
                 elif self.plan.text_skips(index, prefill):
                     layer.set_aside(call.memo)
+                trim(call, index, layer)
                 columns = call.columns(layer.columns, added, past, hidden.device)
                 layer.expect(columns, length)
         check_arguments(kwargs, {length, past + length} - {1})
@@ -352,13 +357,6 @@ def _guard_hooks() -> None:
     if getattr(dynamo, "skip_nnmodule_hook_guards", False):
         dynamo.skip_nnmodule_hook_guards = False
         torch.compiler.reset()
-
-
-def _is_given(value: Any) -> bool:
-    """Whether an input was given; a mapping, whether any of its values was."""
-    if isinstance(value, Mapping):
-        return any(v is not None for v in value.values())
-    return value is not None
 
 
 def apply(model: torch.nn.Module, schedule: Mapping[str, Any], layout: Mapping[str, Any]) -> Pruning:

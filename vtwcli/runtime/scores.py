@@ -7,6 +7,15 @@ import torch
 from vtwcli.runtime.rows import Tensor
 
 
+def drawn(visual: Tensor, seed: int) -> Tensor:
+    """Scores [B, S] that depend on the seed and the number of a sample's ``visual`` tokens only."""
+    score = torch.zeros(visual.shape, device=visual.device)
+    for row, mine in enumerate(visual):
+        draw = torch.rand(int(mine.sum()), generator=torch.Generator().manual_seed(seed))
+        score[row, mine] = draw.to(score.device)
+    return score
+
+
 def self_cross(weights: Tensor, visual: Tensor, text: Tensor) -> Tensor:
     """What some query rows add to the two factors of ``self_cross``, [2, B, T].
 

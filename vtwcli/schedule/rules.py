@@ -10,7 +10,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vtwcli.schedule.words import FORMAT_VERSION, MUTED, ScheduleError, given, row, version_of, words
+from vtwcli.schedule.words import (
+    FORMAT_VERSION,
+    LAST_ROW,
+    MUTED,
+    ScheduleError,
+    given,
+    leaves,
+    row,
+    version_of,
+    words,
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ _SPAN = {"at": Key(int, ..., 0), "until": Key(int, ..., 1)}
 
 KEYS: dict[str, dict[str, Key]] = {
     "withdraw": _START,
-    "keep": {**_START, "select": Key(dict, ...)},
+    "keep": {**_START, "select": Key(dict, ...), "every": Key(int, None, 1)},
     "mute": {
         **_SPAN,
         **{slot: Key(str, words(slot)[0]) for slot in MUTED},
@@ -80,6 +90,8 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
             raise ScheduleError("'at: auto' needs a condition under 'when'")
         if data["at"] != "auto" and not (data.get("when") is None and data.get("after") is None):
             raise ScheduleError("'when' and 'after' go with 'at: auto' only")
+        if data.get("every") is not None:
+            _check_every(data)
     elif part == "when":
         _one_of("condition", data)
     elif part == "select":
@@ -88,6 +100,18 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
             raise ScheduleError(f"score {data['score']} has no threshold; give ratio or count")
         if data.get("of") == "prompt" and data.get("ratio") is None:
             raise ScheduleError("'of: prompt' goes with a ratio only")
+
+
+def _check_every(data: Mapping[str, Any]) -> None:
+    select = data["select"]
+    score = select["score"] if isinstance(select, Mapping) else select.score
+    amount = select if isinstance(select, Mapping) else vars(select)
+    if data["at"] == "auto" or row("score", score).needs != LAST_ROW or amount.get("above") is not None:
+        raise ScheduleError(
+            "'every' wants a fixed layer, and attention or contribution with a ratio or a count"
+        )
+    if amount.get("of", "present") != "present":
+        raise ScheduleError("'every' wants a ratio of the tokens that are present")
 
 
 def _check_beyond(data: Mapping[str, Any]) -> None:
@@ -202,7 +226,7 @@ def earliest_starts(actions: Iterable[Mapping[str, Any]]) -> list[int]:
     """
     start, found = 0, []
     for action in actions:
-        if action["action"] in ("withdraw", "keep"):
+        if leaves(action):
             after = action.get("after")
             first = (
                 max(-1 if after is None else after, start - 1) + 2 if action["at"] == "auto" else action["at"]

@@ -112,10 +112,15 @@ class Withdraw(_Starting):
 
 
 class Keep(_Starting):
-    """From this layer on only the selected visual tokens exist."""
+    """From this layer on only the selected visual tokens exist.
+
+    Attributes:
+        every: do so not in the prompt but behind each so many tokens of the answer, in the cache.
+    """
 
     action: Literal["keep"]
     select: Select
+    every: int | None = _key("keep", "every")
 
 
 class _Range(_Part):

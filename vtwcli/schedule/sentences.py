@@ -27,6 +27,9 @@ def describe(action: Action, layers: int) -> str:
         return "No visual token leaves."
     if isinstance(action, Keep):
         says = says.format(_selection(action.select))
+        if action.every is not None:
+            begins = row("every", "every").says.format(action.every)
+            return f"{begins}from {_start(action, layers)} {says}."
     return f"From {_start(action, layers)} {says}."
 
 

@@ -9,6 +9,8 @@ A schedule is a plain dict, ``{"format_version": 1, "actions": [...]}``; its act
   holds a ``score`` (``contribution``, ``attention``, ``random`` with ``seed``, ``uniform``) and one of ``ratio``,
   ``count`` and ``above``. Measured scores come from layer K - 1. In format 2 there is also the score ``self_cross``,
   and ``of``: ``prompt`` lets a ratio count all visual tokens of the prompt and not those still ``present``.
+  With ``every``: n (format 2) it does nothing to the prompt: behind each n-th token that follows it, layers K and
+  later forget all but the selected of the visual tokens that they hold; the score is that token's own, in layer K - 1.
 - ``{"at": A, "until": B, "action": "mute"}``: in layers A..B-1 ``readers`` (``text``, ``visual`` or ``all`` rows) do
   not read visual columns (``columns``: ``all`` or the ``first_half`` of them; in format 2 for ``visual`` readers also
   ``beyond``: those of other images and those more than ``steps`` rows or columns away in the grid of their image, and
@@ -98,6 +100,10 @@ _ROWS_ONNX = (
     "keep with self_cross scores cannot be exported to ONNX: graphs look at the last row's attention only",
     "use attention, or --format hf",
 )
+_ANSWER_ONNX = (
+    "keep during the answer ('every') cannot be exported to ONNX: graphs of a step take no token away",
+    "leave out the actions with every, or --format hf",
+)
 _OF_PROMPT = (
     "a ratio of the prompt's visual tokens cannot be exported to ONNX: graphs know those that are left",
     "give ratios of the tokens that are left, or --format hf",
@@ -121,6 +127,7 @@ WORDS = (
     Word("amount", "ratio", "{:.0%} of the visual tokens"),
     Word("amount", "count", "{} visual tokens"),
     Word("amount", "above", "the visual tokens above {:g}", fixed=False, onnx=_DYNAMIC),
+    Word("every", "every", "Every {} tokens of the answer, ", onnx=_ANSWER_ONNX, since=2),
     Word("of", "present"),
     Word("of", "prompt", " of the prompt", onnx=_OF_PROMPT, since=2),
     Word("sink", "renormalise", "the attention goes to the other tokens"),
@@ -166,6 +173,8 @@ def used(actions: Iterable[Mapping[str, Any]]) -> Iterator[Word]:
         select, when = action.get("select") or {}, action.get("when") or {}
         if select:
             yield row("score", select["score"])
+        if action.get("every") is not None:
+            yield row("every", "every")
         if "of" in select:
             yield row("of", select["of"])
         for slot, data in (("condition", when), ("amount", select)):
@@ -176,6 +185,11 @@ def used(actions: Iterable[Mapping[str, Any]]) -> Iterator[Word]:
 def given(slot: str, data: Mapping[str, Any]) -> list[str]:
     """The keys that are words of a slot and hold something."""
     return [word for word in words(slot) if data.get(word) is not None]
+
+
+def leaves(action: Mapping[str, Any]) -> bool:
+    """Whether an action takes tokens away from the prompt."""
+    return action["action"] == "withdraw" or (action["action"] == "keep" and action.get("every") is None)
 
 
 def version_of(actions: Iterable[Mapping[str, Any]]) -> int:
@@ -223,7 +237,7 @@ def visual_per_layer(actions: Sequence[Mapping[str, Any]], layers: int, visual: 
         for action in actions:
             if action["at"] == layer and action["action"] == "withdraw":
                 present = 0
-            elif action["at"] == layer and action["action"] == "keep":
+            elif action["at"] == layer and leaves(action):
                 present = kept_count(action["select"], present, visual)
         counts.append(present)
     return counts

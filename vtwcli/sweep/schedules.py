@@ -65,6 +65,8 @@ def unknown(plan: Plan, layers: Iterable[nn.Module]) -> tuple[str, str] | None:
     """
     if any(action.needs_all for action in plan.leaving):
         return "scores of all rows are not known", "use the score attention"
+    if plan.trims:
+        return "what leaves during the answer is not known", "leave out the actions with every"
     if plan.looks_around:
         return "neighbours of visual tokens are not known", "leave out columns: beyond"
     if not any(mute.sink == "first" and mute.during == "all" for mute in plan.mutes):
