@@ -43,6 +43,10 @@ def budget(
     if study.streamed:
         console.note("layers are streamed: schedules are compared along the samples' reference answers")
     chosen = candidates(study.shape, options, rule)
+    if study.streamed:
+        chosen, without = study.streamable(chosen)
+        for reason, methods in without.items():
+            console.note(f"left out, since {reason} when layers are streamed: {', '.join(methods)}")
     found = study.try_(chosen, options.max_new_tokens, options.batch_size)
     rows, front = compared(chosen, found, study.text)
     return {

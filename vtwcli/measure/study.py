@@ -30,6 +30,7 @@ from vtwcli.recipe.recipe import ModelSection
 from vtwcli.results.document import ModelRecord, Origin, RunRecord
 from vtwcli.results.provenance import model_of, origin_of, provenance_of, run_of
 from vtwcli.sweep.layers import LayerSource, Resident, takes_masks
+from vtwcli.sweep.schedules import plan_of, unknown
 from vtwcli.sweep.streaming import Streamed
 from vtwcli.sweep.sweep import SweepItem
 
@@ -156,6 +157,18 @@ class Study(Generic[Options]):
         with self.part("answers"):
             answers = forced_answers(self.loaded, self.source, samples, self.options)
         return swept(self.loaded, samples, answers)
+
+    def streamable(self, candidates: Sequence[Candidate]) -> tuple[list[Candidate], dict[str, list[str]]]:
+        """The candidates that streamed layers can try, and why the methods of the others cannot."""
+        possible, without = [], dict[str, list[str]]()
+        for one in candidates:
+            plan = plan_of(one.schedule, self.shape.depth, self.loaded.family)
+            reason = unknown(plan, self.loaded.layers)
+            if reason is None:
+                possible.append(one)
+            elif one.method not in without.setdefault(reason[0], []):
+                without[reason[0]].append(one.method)
+        return possible, without
 
     def try_(self, candidates: Sequence[Candidate], max_new_tokens: int, batch_size: int) -> Tried:
         """Force every candidate along the full model's own answers; see ``candidates.tried``."""
