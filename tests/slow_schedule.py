@@ -35,6 +35,7 @@ class Decisions:
         moves: per layer and sample, for slots that another row fills: which rows are summed, and over what.
         starts: per withdraw or keep action and sample, the layer at which it started, or None.
         kept: per action and sample, the kept tokens, counted among the sample's visual tokens.
+        trimmed: during the answer: first layer, sample and column -> the first row that does not read it there.
     """
 
     present: list[torch.Tensor] = field(default_factory=list)
@@ -42,6 +43,7 @@ class Decisions:
     moves: list[list[dict[int, tuple[list[int], float]]]] = field(default_factory=list)
     starts: list[list[int | None]] = field(default_factory=list)
     kept: list[list[list[int] | None]] = field(default_factory=list)
+    trimmed: dict[tuple[int, int, int], int] = field(default_factory=dict)
 
 
 def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
@@ -73,10 +75,12 @@ class _Interpreter:
         self.front = front
         self.layers = reference.text_layers(model)
         self.ids, self.prompt, self.decided = batch["input_ids"], prompt, decided
+        self.batch, self.model_config = batch, model.config
         self.real = batch["attention_mask"].bool()
         self.visual = reference.visual_mask(model, self.ids)
         self.visual[:, prompt:] = False
-        self.leaving = [a for a in actions if a["action"] in ("withdraw", "keep")]
+        self.leaving = [a for a in actions if a["action"] in ("withdraw", "keep") and "every" not in a]
+        self.trims = [a for a in actions if "every" in a]
         self.mutes = [a for a in actions if a["action"] == "mute"]
         self.freezes = [a for a in actions if a["action"] == "freeze"]
         rows = len(self.ids)
@@ -124,6 +128,7 @@ class _Interpreter:
                 for now, then in ((self.present, self.decided.present), (self.gone, self.decided.gone)):
                     now[:, : self.prompt] = then[index]
                 self.moves = self.decided.moves[index]
+                self.trim(index)
             self.entry = hidden = self.put(hidden)
             kwargs = self.arguments(index, hidden, kwargs)
             if args:
@@ -144,6 +149,13 @@ class _Interpreter:
         for mute in self.mutes:
             if mute.get("sink", "renormalise") == "renormalise" and mute["at"] <= index < mute["until"]:
                 allowed &= ~self.pairs(mute)[:, None]
+        if self.decided is not None:
+            for (layer, b, column), row in self.decided.trimmed.items():
+                if layer <= index:
+                    allowed[b, :, row:, column] = False
+        for mute in self.mutes:
+            if mute.get("both_ways") and mute["at"] <= index < mute["until"]:
+                allowed |= self.neighbours(mute.get("steps", 1))[:, None] & self.present[:, None, None, :]
         alone = ~allowed.any(-1, keepdim=True) & torch.eye(length, dtype=torch.bool)
         allowed |= alone
         low = torch.finfo(hidden.dtype).min
@@ -172,6 +184,21 @@ class _Interpreter:
             rows.append([of[i - int(self.gone[b, :i].sum())] for i in range(len(of))])
         return torch.stack([torch.stack(row) for row in rows])
 
+    def trim(self, layer: int) -> None:
+        """Let go what the newest token reads least."""
+        newest = self.ids.shape[1] - 1
+        step = newest + 1 - self.prompt
+        for action in self.trims:
+            if action["at"] != layer or step < 1 or step % action["every"]:
+                continue
+            for b in range(len(self.ids)):
+                left = {column for at, sample, column in self.decided.trimmed if sample == b and at <= layer}
+                visual = self.visual[b] & self.present[b]
+                tokens = [i for i in visual.nonzero()[:, 0].tolist() if i not in left]
+                self.scores = self.newest
+                for i in set(tokens) - set(self.select(b, action["select"], tokens)):
+                    self.decided.trimmed.setdefault((layer, b, i), newest)
+
     def leave(self, index: int):
         def hook(module, args, kwargs, output):
             if not any(a["at"] <= index < a["until"] for a in self.freezes):
@@ -180,6 +207,29 @@ class _Interpreter:
             return torch.where(self.visual[:, :, None], before, output)
 
         return hook
+
+    def neighbours(self, steps: int) -> torch.Tensor:
+        """Pairs of visual tokens of one image that are few rows and columns apart [B, S, S]."""
+        where: dict[tuple[int, int], tuple[int, int, int]] = {}
+        tokens = self.visual.nonzero().tolist()
+        if "image_grid_thw" in self.batch:
+            merge = self.model_config.vision_config.spatial_merge_size
+            sizes = [(h // merge, w // merge) for _, h, w in self.batch["image_grid_thw"].tolist()]
+        else:
+            images = len(self.batch["pixel_values"])
+            side = math.isqrt(len(tokens) // images)
+            sizes = [(side, side)] * images
+        for image, (high, wide) in enumerate(sizes):
+            for row in range(high):
+                for column in range(wide):
+                    where[tuple(tokens[len(where)])] = image, row, column
+        assert len(where) == len(tokens)
+        out = torch.zeros(*self.ids.shape, self.ids.shape[1], dtype=torch.bool)
+        for (b, i), (image, row, column) in where.items():
+            for (other, j), (image_, row_, column_) in where.items():
+                if b == other and image == image_ and max(abs(row - row_), abs(column - column_)) <= steps:
+                    out[b, i, j] = True
+        return out
 
     def pairs(self, mute: dict) -> torch.Tensor:
         """Muted (row, column) pairs [B, S, S]."""
@@ -195,7 +245,7 @@ class _Interpreter:
                     continue
                 if mute.get("readers", "text") in (kind, "all"):
                     out[b, row, columns] = True
-        return out
+        return out & ~self.neighbours(mute.get("steps", 1)) if mute.get("columns") == "beyond" else out
 
     # -- inside attention
 
@@ -213,6 +263,9 @@ class _Interpreter:
             weights[b] = original[b].masked_fill(gone[b], 0)
             for first in (self.visual[b] & self.present[b]).nonzero()[:1, 0].tolist():
                 weights[b, :, :, first] += (original[b] * moved[b]).sum(-1)
+        if any(a["at"] == self.layer + 1 for a in self.trims):
+            newest = self.ids.shape[1] - 1
+            self.newest = [self.score(weights[b], values[b], b, newest) for b in range(len(self.ids))]
         if self.own is not None:
             self.own = [self.score(weights[b], values[b], b) for b in range(len(self.ids))]
             self.own_weights = original
@@ -222,16 +275,29 @@ class _Interpreter:
         return weights
 
     @torch.no_grad()
-    def score(self, weights: torch.Tensor, values: torch.Tensor, b: int) -> dict[int, dict[str, float]]:
-        """Per visual token: contribution, attention and cosine at the last row of the prompt."""
-        last = int(self.real[b, : self.prompt].nonzero()[-1])
+    def score(
+        self, weights: torch.Tensor, values: torch.Tensor, b: int, last: int | None = None
+    ) -> dict[int, dict[str, float]]:
+        """Per visual token: contribution, attention and cosine at the last row of the prompt, or at another."""
+        last = int(self.real[b, : self.prompt].nonzero()[-1]) if last is None else last
         heads = range(weights.shape[0])
         c = [torch.cat([weights[h, last, i] * values[h, i] for h in heads]) for i in range(weights.shape[2])]
         o = torch.stack(c).sum(0)
+        largest = weights.amax(0)
+        readers = [
+            r for r in range(self.prompt) if self.real[b, r] and (self.present[b, r] or not self.visual[b, r])
+        ]
+        seeing = [r for r in readers if self.visual[b, r]]
+        asking = [r for r in readers if not self.visual[b, r]]
         return {
             int(i): {
                 "contribution": float(c[i].norm()),
                 "attention": float(sum(weights[h, last, i] for h in heads) / len(heads)),
+                "self_cross": float(
+                    sum(largest[r, i] for r in seeing)
+                    / max(len(seeing), 1)
+                    * sum(largest[r, i] for r in asking)
+                ),
                 "cosine": float(torch.nn.functional.cosine_similarity(o - c[i], o, dim=0)),
             }
             for i in self.visual[b].nonzero()[:, 0]

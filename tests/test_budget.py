@@ -109,13 +109,11 @@ def test_measured_scores_decide_at_the_prompts_last_row(tiny_dir, data):
 def test_front_and_best(compared):
     rows = {row["name"]: row for row in compared["candidates"]}
     points = {name: (row["flops_ratio"]["flops"], row["kl"]) for name, row in rows.items()}
+    order = list(points)
     for name, (cost, kl) in points.items():
-        better = [one for one, (c, k) in points.items() if c <= cost and k <= kl and (c, k) != (cost, kl)]
-        assert rows[name]["pareto"] == (name in compared["pareto"])
-        twin = any(
-            points[one] == (cost, kl) for one in compared["pareto"]
-        )  # of equal ones the front holds one
-        assert twin == (not better)
+        near = [one for one, (c, k) in points.items() if c <= cost and k <= kl]
+        better = [one for one in near if points[one] != points[name] or order.index(one) < order.index(name)]
+        assert rows[name]["pareto"] == (name in compared["pareto"]) == (not better)
     best = rows[compared["best"]]
     assert best["flops_ratio"]["flops"] <= 0.9
     assert all(row["kl"] >= best["kl"] for row in rows.values() if row["flops_ratio"]["flops"] <= 0.9)

@@ -35,6 +35,7 @@ from vtwcli.results.document import ModelRecord, Origin, RunRecord
 from vtwcli.results.provenance import model_of, origin_of, provenance_of, run_of
 from vtwcli.results.resume import key_of
 from vtwcli.sweep.layers import LayerSource, Resident, takes_masks
+from vtwcli.sweep.schedules import plan_of, why_not
 from vtwcli.sweep.streaming import Streamed
 from vtwcli.sweep.sweep import SweepItem
 
@@ -225,6 +226,18 @@ class Study(Generic[Options]):
             for place, (_, ids) in zip(part, rows, strict=True)
         }
         return [found[place] for place in mine]
+
+    def streamable(self, candidates: Sequence[Candidate]) -> tuple[list[Candidate], dict[str, list[str]]]:
+        """The candidates that streamed layers can try, and why the methods of the others cannot."""
+        possible, without = [], dict[str, list[str]]()
+        for one in candidates:
+            plan = plan_of(one.schedule, self.shape.depth, self.loaded.family)
+            reason = why_not(plan, self.loaded.layers)
+            if reason is None:
+                possible.append(one)
+            elif one.method not in without.setdefault(reason[0], []):
+                without[reason[0]].append(one.method)
+        return possible, without
 
     def try_(
         self: Study[AnswerOptions],

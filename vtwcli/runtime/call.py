@@ -16,6 +16,7 @@ from vtwcli.runtime.plan import Plan, PlannedAction
 from vtwcli.runtime.positions import Turned, gone_at, lowering
 from vtwcli.runtime.rows import TEXT, Rows, Split, Tensor, compact, split
 from vtwcli.runtime.scores import best, drawn, spaced
+from vtwcli.runtime.trimming import trims
 from vtwcli.schedule.words import TOWER, kept_count
 from vtwcli.schedule.words import row as word
 
@@ -30,15 +31,21 @@ class Call:
     """
 
     def __init__(
-        self, plan: Plan, visual: Tensor | None, real: Tensor | None, shape: tuple[int, int]
+        self,
+        plan: Plan,
+        visual: Tensor | None,
+        real: Tensor | None,
+        shape: tuple[int, int],
+        places: Tensor | None = None,
     ) -> None:
         """
         Args:
             visual: which tokens are visual, [B, S]; None if none is.
             real: which tokens are not padding, [B, S]; None if all are.
             shape: (B, S).
+            places: of visual tokens, where the plan looks around, [B, S, 3].
         """
-        self.plan, self.visual, self.real, self.shape = plan, visual, real, shape
+        self.plan, self.visual, self.real, self.shape, self.places = plan, visual, real, shape, places
         self.memo: dict[Any, Any] = {}
         self.at: dict[int, Rows] = {}
         self.present_at: list[Tensor] = []
@@ -53,6 +60,9 @@ class Call:
         self.incoming: Tensor | None = None  # rows at a layer's entry, where some are merged
         self.gone: Tensor | None = None
         self.angles: list[Turned] = []
+        # of all entries by position, for what leaves during the answer
+        self.entry_numbers: dict[str, Tensor] = {}
+        self.left: Tensor | None = None
         self.tap: Any = None  # a ``Tap``, which knows this class
         self.past = 0
         self.cache: Any = None
@@ -158,6 +168,8 @@ class Call:
 
     def probes(self, layer: int) -> bool:
         """Whether the last row's attention in ``layer`` decides something."""
+        if self.visual is None:
+            return bool(trims(self, layer + 1))
         if not self.plan.may_probe(layer):
             return False
         return any(
@@ -361,7 +373,8 @@ class Call:
                 like, index = hidden.new_empty(0, dtype=dtype), self.index(rows, hidden.device)
                 reader = self.kinds(rows, hidden.device)
                 length = self.shape[1]
-                mask = gathered(given, rows, index, reader, columns, past, length, muted, like)
+                around = self.places
+                mask = gathered(given, rows, index, reader, columns, past, length, muted, like, around)
             self.memo[key] = mask, given, rows, columns
         return self.memo[key][0]
 
@@ -382,6 +395,8 @@ class Call:
 
     def last_row(self, rows: Rows) -> Tensor:
         """Where the last token of each sample has its row, [B]."""
+        if self.visual is None:
+            return torch.full(self.shape[:1], self.shape[1] - 1)
         if rows.index is None:
             return self.last
         return torch.full_like(self.last, rows.index.shape[1] - 1)

@@ -58,6 +58,7 @@ from vtwcli.runtime.entry import check_labels, visual_tokens
 from vtwcli.runtime.freeze import leave_layer, part
 from vtwcli.runtime.front import shorten, tapped
 from vtwcli.runtime.masks import not_padding, split_sinks
+from vtwcli.runtime.places import places
 from vtwcli.runtime.plan import Plan
 from vtwcli.runtime.positions import Turned, renumber
 from vtwcli.runtime.ranking import before_layer
@@ -65,6 +66,7 @@ from vtwcli.runtime.rows import Rows, take, take_positions
 from vtwcli.runtime.static import PromptLayer, StaticPrunedLayer, decides, greet, is_static, settle, stepped
 from vtwcli.runtime.tap import Tap
 from vtwcli.runtime.trace import Trace, traced
+from vtwcli.runtime.trimming import trim
 
 
 class Pruning:
@@ -115,7 +117,7 @@ class Pruning:
             if self.plan.frozen(index):
                 # before other hooks, which may record what comes out
                 add(layer.register_forward_hook(leave_layer, with_kwargs=True, prepend=True))
-            if self.plan.may_probe(index) or self.plan.mutes_in(index):
+            if self.plan.may_probe(index) or self.plan.mutes_in(index) or self.plan.trimmed(index):
                 attention = getattr(layer, "self_attn", None)
                 try:
                     if attention is None:
@@ -151,8 +153,11 @@ class Pruning:
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if ids is None:
             return
+        around = None
+        if visual is not None and self.plan.looks_around:
+            around = places(visual, given, getattr(module, "config", None))
         real = not_padding(mask, ids, is_static(given_cache(given)))
-        self._calls[threading.get_ident()] = Call(self.plan, visual, real, tuple(ids.shape))
+        self._calls[threading.get_ident()] = Call(self.plan, visual, real, tuple(ids.shape), around)
 
     @decides
     def _check_base(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -243,8 +248,8 @@ class Pruning:
         if call.visual is not None and index not in call.at:
             self._ask(index, module, call, before or call.full(hidden.device), kwargs)
         rows = call.rows(index, hidden.device)
-        acts = call.visual is not None and (self.plan.mutes_in(index) or self.plan.frozen(index))
-        probes = call.visual is not None and call.probes(index)
+        acts = call.visual is not None and self.plan.acts(index)
+        probes = call.probes(index)
         held = getattr(cache, "layers", [])[index : index + 1]
         if rows.index is not None or acts or probes or (held and isinstance(held[0], PrunedLayer)):
             self._change(index, module, call, before, rows, acts, probes, kwargs)
@@ -273,6 +278,8 @@ class Pruning:
         if is_static(cache):
             greet(cache, self.plan, attention)
         call.past = int(cache.get_seq_length())
+        if call.visual is not None and self.plan.trims:
+            cache.vtw_prompt = call.past + call.shape[1]
         if call.past and getattr(cache, "vtw_schedule", None) != self.plan.key:
             raise PruningError("this cache was not filled under this schedule; start with an empty one")
         cache.vtw_schedule = self.plan.key
@@ -327,6 +334,7 @@ class Pruning:
                     layer.recall()
                 elif self.plan.text_skips(index, prefill):
                     layer.set_aside(call.memo)
+                trim(call, index, layer)
                 columns = call.columns(layer.columns, added, past, hidden.device)
                 layer.expect(columns, length)
         check_arguments(kwargs, {length, past + length} - {1})

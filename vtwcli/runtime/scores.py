@@ -7,6 +7,27 @@ import torch
 from vtwcli.runtime.rows import Tensor
 
 
+def drawn(visual: Tensor, seed: int) -> Tensor:
+    """Scores [B, S] that depend on the seed and the number of a sample's ``visual`` tokens only."""
+    score = torch.zeros(visual.shape, device=visual.device)
+    for row, mine in enumerate(visual):
+        draw = torch.rand(int(mine.sum()), generator=torch.Generator().manual_seed(seed))
+        score[row, mine] = draw.to(score.device)
+    return score
+
+
+def self_cross(weights: Tensor, visual: Tensor, text: Tensor) -> Tensor:
+    """What some query rows add to the two factors of ``self_cross``, [2, B, T].
+
+    Args:
+        weights: attention weights [B, H, Q, T].
+        visual, text: which of the rows are visual tokens and text, bool [B, Q]; others are fillers.
+    """
+    largest = weights.to(torch.promote_types(weights.dtype, torch.float32)).amax(1)
+    kinds = torch.stack([visual, text]).to(largest.dtype)
+    return torch.einsum("bqt,kbq->kbt", largest, kinds)
+
+
 def last_row_numbers(weights: Tensor, values: Tensor) -> dict[str, Tensor]:
     """Scores of the columns for one query row per sample, each [B, T].
 
@@ -48,12 +69,3 @@ def spaced(there: Tensor, wanted: Tensor) -> Tensor:
     """Of those ``there`` [B, S], n in a row, ``wanted`` [B] ones, m of them: the ceil(i n / m)-th for i = 0..m-1."""
     ordinal, total = there.cumsum(1) - 1, there.sum(1)
     return there & ((ordinal * wanted[:, None]) % total.clamp(min=1)[:, None] < wanted[:, None])
-
-
-def drawn(visual: Tensor, seed: int) -> Tensor:
-    """Scores [B, S] that depend on the seed and the number of a sample's ``visual`` tokens only."""
-    score = torch.zeros(visual.shape, device=visual.device)
-    for row, number in enumerate(visual.sum(1).tolist()):
-        draw = torch.rand(number, generator=torch.Generator().manual_seed(seed))
-        score[row, visual[row]] = draw.to(score.device)
-    return score

@@ -201,6 +201,11 @@ def greet(cache: Any, plan: Plan, attention: Any) -> None:
             "under 'auto' or a threshold each prompt decides anew how many entries a layer holds, so a static cache "
             f"has no lengths to fix; name layers, counts or ratios in the schedule, or {INSTEAD}"
         )
+    if plan.trims:
+        raise PruningError(
+            "what leaves during the answer ('every') cannot leave a static cache, whose layers keep their lengths; "
+            f"leave it out, or {INSTEAD}"
+        )
     if plan.renumbers:
         raise PruningError(
             "with positions: compact the steps behind a prompt have other positions in each layer, which is not done "

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vtwcli.schedule.words import (
+    ALL_ROWS,
     FORMAT_VERSION,
     HIDDEN,
     KEYED,
@@ -23,6 +24,7 @@ from vtwcli.schedule.words import (
     TOWER,
     ScheduleError,
     given,
+    leaves,
     row,
     version_of,
     words,
@@ -58,8 +60,14 @@ KEYS: dict[str, dict[str, Key]] = {
         "select": Key(dict, ...),
         "positions": Key(str, words("positions")[0]),
         "rest": Key(dict),
+        "every": Key(int, None, 1),
     },
-    "mute": {**_SPAN, **{slot: Key(str, words(slot)[0]) for slot in MUTED}},
+    "mute": {
+        **_SPAN,
+        **{slot: Key(str, words(slot)[0]) for slot in MUTED},
+        "steps": Key(int, 1, 0),
+        "both_ways": Key(bool, False),
+    },
     "freeze": _SPAN,
     "when": {
         "cosine_below": Key(float, None, -1, 1),
@@ -113,6 +121,8 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
         at, until = data["at"], data["until"]
         if until <= at:
             raise ScheduleError(f"'until' ({until}) must be above 'at' ({at}); it is the first layer without")
+        if part == "mute":
+            _check_beyond(data)
     elif part in ("withdraw", "keep"):
         if data["at"] == "auto" and data.get("when") is None:
             raise ScheduleError("'at: auto' needs a condition under 'when'")
@@ -124,6 +134,8 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
             _check_auto(data.get("select"))
         if data.get("rest") is not None:
             _check_rest(data)
+        if data.get("every") is not None:
+            _check_every(data)
     elif part == "when":
         _one_of("condition", data)
     elif part == "select":
@@ -138,6 +150,27 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
         if data["score"] != "attention" and (said := said_of(part, data, ("rows", *OF_ATTENTION))):
             raise ScheduleError(f"score {data['score']} is the last row's; '{said[0]}' goes with attention")
         parameters(data)
+
+
+def _check_every(data: Mapping[str, Any]) -> None:
+    amount = data["select"] if isinstance(data["select"], Mapping) else vars(data["select"])
+    wrong = any(amount.get(key) is not None for key in ("above", "share", "found"))
+    if data["at"] == "auto" or row("score", amount["score"]).needs != LAST_ROW or wrong:
+        raise ScheduleError(
+            "'every' wants a fixed layer, and attention or contribution with a ratio or a count"
+        )
+    if said := said_of("select", amount, (*SELECTED, *OF_ATTENTION)):
+        raise ScheduleError(f"'every' looks at the newest token in the layer before; leave out '{said[0]}'")
+    if said := said_of("keep", data, ("positions", "rest")):
+        raise ScheduleError(f"'every' takes entries of the cache away; leave out '{said[0]}'")
+
+
+def _check_beyond(data: Mapping[str, Any]) -> None:
+    beyond = data.get("columns") == "beyond"
+    if beyond and (data.get("readers") != "visual" or data.get("sink", "renormalise") != "renormalise"):
+        raise ScheduleError("'columns: beyond' goes with 'readers: visual' and 'sink: renormalise' only")
+    if not beyond and (data.get("steps", 1) != 1 or data.get("both_ways")):
+        raise ScheduleError("'steps' and 'both_ways' go with 'columns: beyond' only")
 
 
 def _check_rest(data: Mapping[str, Any]) -> None:
@@ -165,7 +198,7 @@ def _check_auto(select: Any) -> None:
     data = select if isinstance(select, Mapping) or select is None else vars(select)
     if data is not None and (said := said_of("select", data, (*SELECTED, *OF_ATTENTION))):
         raise ScheduleError(f"'{said[0]}: {data[said[0]]}' needs a layer, not 'at: auto'")
-    if data is not None and row("score", data["score"]).needs in (HIDDEN, KEYED):
+    if data is not None and row("score", data["score"]).needs in (HIDDEN, KEYED, ALL_ROWS):
         raise ScheduleError(f"score {data['score']} needs a layer, not 'at: auto'")
 
 
@@ -305,7 +338,7 @@ def earliest_starts(actions: Iterable[Mapping[str, Any]]) -> list[int]:
     """
     start, found = 0, []
     for action in actions:
-        if action["action"] in ("withdraw", "keep"):
+        if leaves(action):
             after = action.get("after")
             first = (
                 max(-1 if after is None else after, start - 1) + 2 if action["at"] == "auto" else action["at"]

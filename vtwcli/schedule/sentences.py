@@ -21,7 +21,8 @@ def describe(action: Action, layers: int) -> str:
             during = row("during", action.during).says
             span += f" {during}" if during else ""
             slots = (("readers", action.readers), ("columns", action.columns), ("sink", action.sink))
-            says = says.format(*(row(*slot).says for slot in slots))
+            says = says.format(*(row(*slot).says.format(action.steps) for slot in slots))
+            says += ", those nearer are read in both directions" if action.both_ways else ""
         return f"In {span} {says}."
     if action.at != "auto" and action.at >= layers:
         return "No visual token leaves."
@@ -31,6 +32,9 @@ def describe(action: Action, layers: int) -> str:
             says += f"; {row('positions', action.positions).says}"
         if action.rest is not None:
             says += f"; {row('merge', action.rest.merge).says}"
+        if action.every is not None:
+            begins = row("every", "every").says.format(action.every)
+            return f"{begins}from {_start(action, layers)} {says}."
     return f"From {_start(action, layers)} {says}."
 
 
