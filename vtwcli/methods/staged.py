@@ -105,12 +105,13 @@ class Staged(Method):
 
     @classmethod
     def at_share(cls, model: Shape, share: float) -> Self | None:
-        """The published stages with shares in the published proportions."""
+        """The published stages with shares in the published proportions, none above all there are."""
         if model.first_withdrawal >= model.depth:
             return None
         published = cls.of(()).fitted(model)
         layers, ratios = published.layers, published.ratios
-        return fit_share(lambda first: cls(layers=layers, ratios=scaled(ratios, first)), model, share)
+        most = ratios[0] / ratios[-1] if ratios[-1] else 1.0  # then even the last stage keeps all
+        return fit_share(lambda x: cls(layers=layers, ratios=scaled(ratios, x * most)), model, share)
 
 
 def scaled(ratios: Sequence[float], first: float) -> tuple[float, ...]:
