@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -141,6 +141,12 @@ class Study(Generic[Options]):
     def shape(self) -> Shape:
         """What methods need to know of the model."""
         return Shape(len(self.loaded.layers), self.loaded.family.first_withdrawal)
+
+    def of(self, places: Sequence[int]) -> Study[Options]:
+        """The same study of these samples alone."""
+        samples = tuple(self.mix.samples[place] for place in places)
+        prints = tuple(self.mix.fingerprints[place] for place in places)
+        return replace(self, mix=replace(self.mix, samples=samples, fingerprints=prints))
 
     def least(self, min_layer: int | None) -> int:
         """The first layer that may be K: as asked, by default of the depth, never before the family allows."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtwcli.report.budget import COLUMNS, cells, flops
+from vtwcli.report.guarantee import promise_words, rule_words
 from vtwcli.report.plots import BLUE, GREEN, ORANGE, save_figure
 from vtwcli.report.tables import terminal_table
 from vtwcli.results.calibration import SearchedCalibration
@@ -41,18 +42,18 @@ def visipruner_view(result: SearchedCalibration) -> Group:
 
 def visipruner_sentence(result: SearchedCalibration) -> str:
     """One line: the chosen parameters and what they save, or that no candidate qualifies."""
-    rule = f"policy {result['policy']}, eta {result['eta']:g}, {result['positions']} positions"
+    rule, promise = rule_words(result), promise_words(result)
     wanted = result["chosen"] or result["compromise"]
     row = next(row for row in result["candidates"] if row["name"] == wanted)
     closeness = f"mean KL {row['kl']:.2e}, worst task {row['worst_kl']:.2e}"
     if result["chosen"] is None:
-        return f"No candidate qualifies ({rule}). Closest: {wanted}, {closeness}."
+        return f"No candidate qualifies ({rule}).{promise} Closest: {wanted}, {closeness}."
     cost = result["cost"]
     return (
         f"VisiPruner with shallow boundary {result['shallow_mid_layer']}, layer threshold "
         f"{result['layer_threshold']:g}, tokens threshold {result['tokens_threshold']:g} ({rule}): {closeness}; "
         f"prefill FLOPs {flops(result, row):.1%} of full ({cost['convention']}, {cost['visual_tokens']:.0f} visual + "
-        f"{cost['text_tokens']:.0f} text tokens), KV cache {row['kv_ratio']:.1%}."
+        f"{cost['text_tokens']:.0f} text tokens), KV cache {row['kv_ratio']:.1%}.{promise}"
     )
 
 
