@@ -114,7 +114,7 @@ def holding(path, value):
 def test_true_is_no_number_anywhere_in_a_recipe():
     schema = Recipe.model_json_schema()
     places = sorted(set(numbers(None, schema, schema["$defs"])))
-    assert len(places) == 57 and ("data", 0, "limit") in places and ("analyze", "map_layers", 0) in places
+    assert len(places) == 61 and ("data", 0, "limit") in places and ("analyze", "map_layers", 0) in places
     for path in places:
         for value in (True, False):
             document = holding(path, value)

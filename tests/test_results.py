@@ -96,7 +96,13 @@ def test_documents_are_what_their_types_say(written, name):
     told(written[name], KINDS[name], name, absent)
     # of some models, of the metric POPE, of measures that are a KL, and of timing with enough rounds
     timed = {"speed_up", "decode_speed_up", "batches_left_out"}
-    proved = {"guarantee", "losses"}  # where a promise is asked for
+    proved = {
+        "guarantee",
+        "losses",
+        "layer",
+        "candidate",
+        "ordered_on",
+    }  # of promises, some of each kind of method
     assert absent <= {"template_date", "precision", "recall", "f1", "yes_ratio", "positions"} | timed | proved
 
 
