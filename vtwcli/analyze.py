@@ -82,9 +82,9 @@ class Analysis(NamedTuple):
 def shares_sweep(options: AnalyzeSection, calibration: CalibrateSection) -> bool:
     """Whether both sections ask about the same samples and positions, so that one sweep serves both.
 
-    A calibration that is to be resumable or searches for VisiPruner's parameters runs by itself.
+    A calibration that is to be resumable, searches for VisiPruner's parameters or gives a promise runs by itself.
     """
-    if calibration.resume or calibration.method != "vtw":
+    if calibration.resume or calibration.method != "vtw" or calibration.policy == "guarantee":
         return False
     return all(getattr(options, name) == getattr(calibration, name) for name in _SHARED)
 
@@ -116,7 +116,7 @@ def analyze(
     if calibration is not None and not shares_sweep(options, calibration):
         raise UsageError(
             "analyze and calibrate cannot share one sweep with these options",
-            f"equal {', '.join(_SHARED)}, and neither resume nor another method than vtw",
+            f"equal {', '.join(_SHARED)}, and neither resume, another method than vtw nor the policy guarantee",
         )
     study = Study.open(model, data, options)
     study.check_sweep()

@@ -19,11 +19,13 @@ from vtwcli.io import console, files
 from vtwcli.judge import gates
 from vtwcli.judge import statistics as judge
 from vtwcli.judge.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape, kv_bytes
+from vtwcli.judge.guarantee import Promise
 from vtwcli.machine import distributed
 from vtwcli.machine.libraries import versions
 from vtwcli.machine.memory import peak_memory
 from vtwcli.measure.answers import Answer, flops_ratio, full_answers, kv_ratio, spent
 from vtwcli.measure.batches import by_length
+from vtwcli.measure.promised import changed_tokens, check_enough
 from vtwcli.measure.samples import read_samples
 from vtwcli.measure.timing import Costs, measured_costs
 from vtwcli.measure.variants import (
@@ -65,6 +67,7 @@ def evaluate(
     options: EvalSection = EvalSection(),
     *,
     limits: GatesSection = GatesSection(),
+    promise: Promise | None = None,
     calibration: Calibration | CalibratedOn | None = None,
     trace: Path | Callable[[str], object] | None = None,
     state: Path | None = None,
@@ -78,6 +81,7 @@ def evaluate(
         data: sources of samples, as for ``calibrate``; the demo source reads its test split.
         options: sample counts, timing, and ``baseline``, the full model where it is not the model itself.
         limits: gates, judged at the end (``gates``).
+        promise: what the gate ``risk`` shall prove when the document is judged later; by default that of ``limits``.
         calibration: the result document of the calibration; its samples are left out. By default the one in an
             exported directory, if that is where the schedule comes from.
         trace: file, or function, that gets a JSON line per sample and schedule: which tokens were kept, where, and
@@ -90,7 +94,7 @@ def evaluate(
     Raises:
         NotFoundError: model or data missing or unreadable, or all samples were calibrated on.
         UsageError: nothing to compare, or what cannot be compared: a schedule that does not fit the model, a
-            baseline of another family, twice the same name.
+            baseline of another family, twice the same name. Or too few samples for the gate ``risk``.
     """
     began = time.perf_counter()
     schedules, carried = choose(model, schedules, options)
@@ -98,6 +102,9 @@ def evaluate(
     mix = read_samples(
         model, specs, options, _calibrated_on(calibration or carried), reader=reader_of(model, options)
     )
+    promise = promise or gates.promise_of(limits)
+    if promise is not None:
+        check_enough(mix, promise, "the gate risk")
     full, variants = open_variants(model, schedules, options)
     _warn_if_calibrated_on(mix, variants)
     timing = {"load": time.perf_counter() - began}
@@ -111,7 +118,8 @@ def evaluate(
         trace(lines) if callable(trace) else files.write_text(trace, lines)
     peak = peak_memory()  # before the costs, whose measuring sets the record back
     costs = measured_costs(full, variants, mix.samples, answers, options, timing)
-    result = _result(_model(model, full, variants), full, variants, mix, answers, costs, options, limits)
+    about, proof = _model(model, full, variants), promise is not None
+    result = _result(about, full, variants, mix, answers, costs, options, limits, proof)
     timing["total"] = time.perf_counter() - began
     run = run_of(full, timing)
     run["peak_memory_bytes"] = {
@@ -251,8 +259,9 @@ def _result(
     costs: Costs,
     options: EvalSection,
     limits: GatesSection,
+    proof: bool,
 ) -> Evaluation:
-    """The document without ``run``."""
+    """The document without ``run``; ``proof``: with each sample's loss."""
     tasks = list(dict.fromkeys(sample.task for sample in mix.samples))
     by_task = {task: [i for i, sample in enumerate(mix.samples) if sample.task == task] for task in tasks}
     table, scores = {}, np.full((len(mix.samples), 1 + len(variants)), np.nan)
@@ -268,6 +277,9 @@ def _result(
         variant.name: _schedule_row(full, number, variant, table, answers, costs)
         for number, variant in enumerate(variants, 1)
     }
+    if proof:
+        for number, one in enumerate(schedules.values(), 1):
+            one["losses"] = changed_tokens(mix.samples, answers, number)
     return {
         "model": model,
         "format": FORMAT,

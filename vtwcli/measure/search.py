@@ -20,7 +20,9 @@ from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io import console
 from vtwcli.machine import distributed
 from vtwcli.measure.candidates import compared, flops_of, token_counts
+from vtwcli.measure.guaranteed import of_candidates
 from vtwcli.measure.many import walked
+from vtwcli.measure.promised import halved, promise_of
 from vtwcli.measure.study import STREAMED, Study
 from vtwcli.methods import METHODS
 from vtwcli.methods.method import Answers, Method
@@ -54,6 +56,8 @@ def search(
         data: sources of samples, as for VTW's calibration.
         options: policy, eta, budget and so on. ``paper`` and ``sustained`` accept a mean KL up to eta, ``worst-task``
             wants it of every task, ``quantile`` of a high quantile over samples, ``agreement`` a top-1 agreement.
+            ``guarantee`` makes candidates and their front on half of the samples, and tests that front on the others,
+            from its dearest candidate to its cheapest.
         rule: parameters that are not searched, of the recipe's schedule section.
 
     Returns:
@@ -81,18 +85,31 @@ def search(
     if study.streamed:
         console.note(STREAMED)
     mix = study.mix
-    seen = measured(study, method)
-    answers = answered(seen, mix.samples, options)
+    promise, ordering, testing = promise_of(options), study, study
+    if promise is not None:  # what makes and orders the candidates must not test them
+        ordering, testing = map(study.of, halved(mix.samples, options.seed))
+    seen = measured(ordering, method)
+    answers = answered(seen, ordering.samples, options)
     candidates = method.candidates(study.shape, answers, rule)
     longest = 1 if options.positions == "first" else options.max_new_tokens
-    found = study.try_(candidates, longest)
+    found = ordering.try_(candidates, longest)
     tried, front = compared(candidates, found, study.text)
     rows = [judged(row, found.kl(number), options) for number, row in enumerate(tried)]
+    counts, promised = found.counts, None
+    if promise is not None:
+        by_name = {one.name: one for one in candidates}
+        promised = of_candidates(testing, promise, [by_name[name] for name in reversed(front)], longest)
+        promised["ordered_on"] = {task: one["samples"] for task, one in counts.items()}
+        held = {one["candidate"] for one in promised["tested"] if one["holds"]}
+        rows = [{**row, "accepted": row["name"] in held} for row in rows]
+        counts = {
+            task: {"samples": promised["ordered_on"].get(task, 0) + promised["samples"].get(task, 0)}
+            for task in promised["ordered_on"] | promised["samples"]
+        }
     chosen = choice(rows, options)
     schedule = None
     if chosen is not None:
-        how = {"policy": options.policy, "eta": options.eta, "positions": options.positions}
-        provenance = study.provenance(**how)
+        provenance = study.provenance(**options.how())
         [one] = [one for one in candidates if one.name == chosen["name"]]
         schedule = one.schedule.model_copy(
             update={"provenance": {**one.schedule.provenance, **provenance}}
@@ -109,7 +126,7 @@ def search(
         "policy": options.policy,
         "eta": options.eta,
         "positions": options.positions,
-        "options": options.model_dump(mode="json", exclude={"resume"}),
+        "options": options.recorded(),
         "rule": {
             key: value
             for key, value in rule.items()
@@ -118,7 +135,7 @@ def search(
         "candidates": rows,
         "pareto": front,
         "cost": token_counts(found),
-        "tasks": found.counts,
+        "tasks": counts,
         "schedule": schedule,
         "samples": [
             {"id": sample.id, "fingerprint": fingerprint, "task": sample.task}
@@ -127,6 +144,8 @@ def search(
         **study.origin(options.seed),
         "run": {**study.run(), "streamed": study.streamed},
     }
+    if promised is not None:
+        document["guarantee"] = promised
     parameters = {} if chosen is None else chosen["parameters"]
     searched = {name: parameters.get(name) for name in method.searched}
     findings = method.findings(answers)
@@ -192,7 +211,7 @@ def answered(seen: Sequence[Seen], samples: Sequence[Sample], options: Calibrate
         by_task={task: kl[tasks == task].mean(0).tolist() for task in dict.fromkeys(tasks.tolist())},
         contribution=np.concatenate([one["sizes"] for one in seen]).tolist(),
         eta=options.eta,
-        worst_task=options.policy == "worst-task",
+        worst_task=options.policy in ("worst-task", "guarantee"),
         lost=np.mean([one["lost"] for one in seen if one["visual"]], axis=0).tolist(),
     )
 

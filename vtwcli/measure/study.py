@@ -143,6 +143,12 @@ class Study(Generic[Options]):
         shape = Shape.of(self.loaded.family, self.loaded.model.config)
         return replace(shape, tower=None) if self.streamed else shape
 
+    def of(self, places: Sequence[int]) -> Study[Options]:
+        """The same study of these samples alone."""
+        samples = tuple(self.mix.samples[place] for place in places)
+        prints = tuple(self.mix.fingerprints[place] for place in places)
+        return replace(self, mix=replace(self.mix, samples=samples, fingerprints=prints))
+
     def least(self, min_layer: int | None) -> int:
         """The first layer that may be K: as asked, by default of the depth, never before the family allows."""
         depth, first = self.shape.depth, self.shape.first_withdrawal

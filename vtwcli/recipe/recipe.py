@@ -15,6 +15,8 @@ from vtwcli.io.section import Section
 from vtwcli.methods import METHODS
 from vtwcli.methods.method import Method
 from vtwcli.methods.visipruner import Rule
+from vtwcli.recipe.fields import BATCH_SIZE, Answers, Limit, Loss, Positions, SkipBad
+from vtwcli.recipe.gates import GatesSection
 
 
 class ModelSection(Section):
@@ -36,24 +38,7 @@ class ModelSection(Section):
     )
 
 
-Policy = Literal["paper", "sustained", "quantile", "agreement", "worst-task", "budget"]
-
-
-_BATCH_SIZE = "samples answered at once; by default 8, fewer where memory is short"
-# fields that several sections have
-Limit = Annotated[int, Field(ge=1, description="samples per task")]
-Positions = Annotated[
-    Literal["first", "answer"],
-    Field(description="first: the next token after the prompt; answer: every token of the answer"),
-]
-Answers = Annotated[
-    Literal["auto", "generated", "reference"],
-    Field(
-        description="whose answer is teacher-forced: the full model's own greedy one, or the reference; "
-        "auto is generated, and reference when layers are streamed"
-    ),
-]
-SkipBad = Annotated[bool, Field(description="skip unreadable samples and count them")]
+Policy = Literal["paper", "sustained", "quantile", "agreement", "worst-task", "budget", "guarantee"]
 
 
 class CalibrateSection(Section):
@@ -69,22 +54,46 @@ class CalibrateSection(Section):
         None, ge=0, description="first candidate layer; by default 5 for 16 layers and more, else 1"
     )
     policy: Policy = Field(
-        "worst-task", description="paper, sustained, quantile, agreement, worst-task or budget"
+        "worst-task", description="paper, sustained, quantile, agreement, worst-task, budget or guarantee"
     )
     positions: Positions = "answer"
     answers: Answers = "auto"
     max_new_tokens: int = Field(48, ge=1, description="longest generated answer")
-    batch_size: int | None = Field(None, ge=1, description=_BATCH_SIZE)
+    batch_size: int | None = Field(None, ge=1, description=BATCH_SIZE)
     quantile: float = Field(0.95, gt=0, le=1, description="of the samples' KL, for the policy quantile")
     agreement: float = Field(0.98, gt=0, le=1, description="least top-1 agreement, for the policy agreement")
     budget: float = Field(
         0.6, gt=0, le=1, description="largest share of the full cost, for the policy budget"
     )
     budget_of: Literal["flops", "kv"] = Field("flops", description="what the budget counts: flops or kv")
+    risk: float = Field(
+        0.02,
+        gt=0,
+        lt=1,
+        description="policy guarantee: largest mean loss promised of each task on inputs like the samples",
+    )
+    confidence: float = Field(
+        0.95, gt=0, lt=1, description="policy guarantee: how sure; at 0.95 one promise of 20 may be wrong"
+    )
+    loss: Loss = Field(
+        "tokens",
+        description="policy guarantee, what a sample loses: tokens, the share of its answer's tokens that change; "
+        "answer, 1 if any does; kl, 1 if its mean KL exceeds eta; metric, how much the task's metric drops",
+    )
     bootstrap: int = Field(1000, ge=0, description="resamples for the interval of K; 0 for none")
     seed: int = Field(0, ge=0, description="of sample choice and bootstrap")
     skip_bad: SkipBad = False
     resume: bool = Field(False, description="keep finished samples across an interruption")
+
+    def recorded(self) -> dict[str, Any]:
+        """What result documents say of it: what a promise needs only where one is given."""
+        unused = () if self.policy == "guarantee" else ("risk", "confidence", "loss")
+        return self.model_dump(mode="json", exclude={"resume", *unused})
+
+    def how(self) -> dict[str, Any]:
+        """How its schedule was found, for the schedule's provenance."""
+        promised = ("risk", "confidence", "loss") if self.policy == "guarantee" else ()
+        return {name: getattr(self, name) for name in ("policy", "eta", "positions", *promised)}
 
 
 class AnalyzeSection(Section):
@@ -106,7 +115,7 @@ class AnalyzeSection(Section):
     positions: Positions = "answer"
     answers: Answers = "auto"
     max_new_tokens: int = Field(48, ge=1, description="longest generated answer")
-    batch_size: int | None = Field(None, ge=1, description=_BATCH_SIZE)
+    batch_size: int | None = Field(None, ge=1, description=BATCH_SIZE)
     lens: int = Field(3, ge=0, description="tokens of the logit lens in each layer; 0 for none")
     maps: int = Field(4, ge=0, description="samples shown with heat maps")
     map_layers: tuple[int, ...] | None = Field(
@@ -225,7 +234,7 @@ class BudgetSection(Section):
         (0.05, 0.1, 0.2, 0.4, 0.8), min_length=1, description="VisiPruner's norms of contribution to try"
     )
     max_new_tokens: int = Field(32, ge=1, description="longest answer")
-    batch_size: int | None = Field(None, ge=1, description=_BATCH_SIZE)
+    batch_size: int | None = Field(None, ge=1, description=BATCH_SIZE)
     seed: int = Field(0, ge=0, description="of sample choice and of the random control")
     skip_bad: SkipBad = False
 
@@ -240,7 +249,7 @@ class EvalSection(Section):
 
     limit: Limit = 50
     max_new_tokens: int = Field(48, ge=1, description="longest answer")
-    batch_size: int | None = Field(None, ge=1, description=_BATCH_SIZE)
+    batch_size: int | None = Field(None, ge=1, description=BATCH_SIZE)
     bootstrap: int = Field(1000, ge=0, description="resamples for the intervals of differences; 0 for none")
     seed: int = Field(0, ge=0, description="of sample choice and bootstrap")
     skip_bad: SkipBad = False
@@ -265,17 +274,6 @@ class EvalSection(Section):
     @classmethod
     def _split_sizes(cls, value: Any) -> Any:
         return tuple(value.split(",")) if isinstance(value, str) else value
-
-
-class GatesSection(Section):
-    """What an evaluation must show; a gate that does not hold ends with exit code 3."""
-
-    max_drop: float | None = Field(None, ge=0, description="largest drop of the worst task's metric")
-    max_kl: float | None = Field(None, ge=0, description="largest mean KL over answer positions")
-    min_agreement: float | None = Field(
-        None, ge=0, le=1, description="least share of tokens whose first choice stays"
-    )
-    max_flops: float | None = Field(None, gt=0, description="largest share of the full prefill FLOPs")
 
 
 class ExportSection(Section):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtwcli.methods import METHODS
 from vtwcli.report.budget import COLUMNS, cells, flops
+from vtwcli.report.guarantee import promise_words, rule_words
 from vtwcli.report.plots import BLUE, GREEN, ORANGE, save_figure
 from vtwcli.report.tables import terminal_table
 from vtwcli.results.calibration import SearchedCalibration, SearchedRow
@@ -47,12 +48,12 @@ def _curve(result: SearchedCalibration) -> Any:
 
 def searched_sentence(result: SearchedCalibration) -> str:
     """One line: the chosen parameters and what they save, or that no candidate qualifies."""
-    rule = f"policy {result['policy']}, eta {result['eta']:g}, {result['positions']} positions"
+    rule, promise = rule_words(result), promise_words(result)
     wanted = result["chosen"] or result["compromise"]
     row = next(row for row in result["candidates"] if row["name"] == wanted)
     closeness = f"mean KL {row['kl']:.2e}, worst task {row['worst_kl']:.2e}"
     if result["chosen"] is None:
-        return f"No candidate qualifies ({rule}). Closest: {wanted}, {closeness}."
+        return f"No candidate qualifies ({rule}).{promise} Closest: {wanted}, {closeness}."
     cost = result["cost"]
     if "boundary" in result:
         found = (
@@ -64,7 +65,7 @@ def searched_sentence(result: SearchedCalibration) -> str:
     return (
         f"{METHODS[result['method']].title} with {found} ({rule}): {closeness}; "
         f"prefill FLOPs {flops(result, row):.1%} of full ({cost['convention']}, {cost['visual_tokens']:.0f} visual + "
-        f"{cost['text_tokens']:.0f} text tokens), KV cache {row['kv_ratio']:.1%}."
+        f"{cost['text_tokens']:.0f} text tokens), KV cache {row['kv_ratio']:.1%}.{promise}"
     )
 
 

@@ -24,6 +24,7 @@ from vtwcli.results.document import (
     Unchecked,
     has_convention,
 )
+from vtwcli.results.guarantee import Guarantee
 
 FORMAT: Final = "vtw-calibration"
 FORMAT_VERSION: Final = 1
@@ -135,6 +136,8 @@ class VtwCalibration(Origin):
     """In canonical form; None where no layer qualifies."""
     samples: list[CalibratedSample]
     """[S], also those without visual tokens, which do not count."""
+    guarantee: NotRequired[Unchecked[Guarantee]]
+    """Of the policy ``guarantee``."""
     run: NotRequired[Unchecked[SweepRun]]
 
 
@@ -205,6 +208,8 @@ class SearchedCalibration(Origin):
     """In canonical form; None where no candidate qualifies."""
     samples: list[SearchedSample]
     """[S], also those without visual tokens, which do not count."""
+    guarantee: NotRequired[Unchecked[Guarantee]]
+    """Of the policy ``guarantee``; ``candidates`` then tells what the samples say that ordered them."""
     run: NotRequired[Unchecked[SweepRun]]
 
 
