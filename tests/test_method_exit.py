@@ -65,5 +65,5 @@ def test_the_word_needs_format_2():
     data = Exit().schedule().to_dict()
     assert data["format_version"] == 2
     assert Schedule.from_dict(data) == Exit().schedule()
-    with pytest.raises(Exception, match="schedule format 1 has not all of these words; format 2 has"):
+    with pytest.raises(Exception, match="format_version is 1, but what the schedule says needs 2"):
         Schedule.from_dict({**data, "format_version": 1})
