@@ -433,3 +433,22 @@ def test_the_pass_gives_what_the_runtime_gives(tiny_dir, data):
         for mine, its in zip(one.rows[c], other.rows[c], strict=True):
             assert (mine.actions, mine.visual_per_layer) == (its.actions, its.visual_per_layer)
             assert mine.text_tokens == its.text_tokens
+
+
+def test_what_this_model_cannot_execute_is_left_out_with_its_reason(tiny_dir, data, capsys):
+    from vtwcli.measure.candidates import tried
+    from vtwcli.methods.method import Candidate
+    from vtwcli.sweep.layers import Resident
+
+    loaded = load(str(tiny_dir))
+    samples = load_data([DataSpec(source=str(data))], limit=1, seed=0).samples
+    mute = {"at": 2, "until": 3, "action": "mute"}
+    keep = {"at": 3, "action": "keep", "select": {"score": "attention", "ratio": 0.5}}
+    bad = Candidate("bad", "attention", Schedule.from_dict([mute, keep]))
+    good = Candidate("good", "vtw", Schedule.withdraw_at(3))
+    work = loaded, Resident(loaded.model, loaded.family), [bad, good], samples, 2, [range(len(samples))]
+    found = tried(*work, lenient=True)
+    assert list(found.refused) == [0] and "layer 2 is muted, so it has no scores" in found.refused[0]
+    assert found.rows[0] == [] and len(found.rows[1]) == len(samples)
+    with pytest.raises(UsageError, match="schedule bad: layer 2 is muted"):
+        tried(*work)

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from tests import parity, slow_selectors
+from tests.plain_rows import Plain, State, best
 from tests.tiny import TINY
 from vtwcli.methods import METHODS
 from vtwcli.methods.in_front import InFront
+from vtwcli.methods.method import Shape
 from vtwcli.models.families import family_of
 from vtwcli.runtime import pruned
 
@@ -124,7 +126,8 @@ def rows_by_hand(name, model, batch):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_method_is_a_shorter_prompt(name, model, batch):
     finds = METHODS[name].model_fields["ratio"].default is None
-    schedule = METHODS[name](**({} if finds else {"count": COUNT})).schedule()
+    given = {"second": 1} if name == "vscan" else {}  # its second cut has a test of its own
+    schedule = METHODS[name](**given, **({} if finds else {"count": COUNT})).schedule()
     image = rows_by_hand(name, model, batch)
     assert 1 < len(image) < 64
     embed = model.get_input_embeddings()
@@ -142,6 +145,30 @@ def test_a_method_is_a_shorter_prompt(name, model, batch):
     assert out.past_key_values.layers[0].keys.shape[-2] == 10 + len(image) + STEPS - 1
 
 
+def test_vscan_cuts_a_second_time(model, batch):
+    """By the layer's own attention from the last row, in the shorter prompt; positions close up once more."""
+    image, kept = rows_by_hand("vscan", model, batch), []
+
+    def rule(plain: Plain, index: int, state: State) -> None:
+        if index == 1:
+            scores = plain.weights(index, state.x, state.pos)[:, state.last].mean(0)
+            kept.append(state.keep(best(scores, state.image, -(-len(image) * 2 // 5))))
+            state.renumber()
+
+    ids = torch.cat(
+        [batch["input_ids"][0, :4], torch.zeros(len(image), dtype=torch.long), batch["input_ids"][0, 68:]]
+    )
+    visual = range(4, 4 + len(image))
+    tokens, logits, lengths = Plain(model).answer(ids, image, visual, rule, STEPS)
+    schedule = METHODS["vscan"](count=COUNT, second=0.4, layer=1).schedule()
+    out, got = parity.generated(model, batch, schedule, STEPS)
+    assert out.sequences[0, -STEPS:].tolist() == tokens
+    torch.testing.assert_close(got[0], logits, rtol=0, atol=1e-6)
+    entries = [layer.keys.shape[-2] for layer in out.past_key_values.layers]
+    assert entries == [length + STEPS - 1 for length in lengths]
+    assert lengths == [10 + len(image), *[10 + len(kept[0])] * 2]
+
+
 # grids without a class token, tiles without one grid, tiles of a class token, rows of three axes, merged patches
 @pytest.mark.parametrize(
     "kind", ["llava_onevision", "llava_next", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma"]
@@ -150,7 +177,7 @@ def test_a_method_is_a_shorter_prompt(name, model, batch):
 def test_a_method_on_other_families(name, kind):
     """Tokens leave, and a prompt gives in a batch what it gives alone."""
     model = TINY[kind].build(dtype=torch.float64)
-    schedule = METHODS[name](ratio=0.5).schedule()
+    schedule = METHODS[name](ratio=0.5).fitted(Shape.of(family_of(model.config), model.config)).schedule()
     schedule.check_depth(6, family_of(model.config).first_withdrawal)
     found = []
     for rows in (["t3 i t5", "t2 i t3 i t2"], ["t3 i t5"]):

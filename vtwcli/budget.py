@@ -6,7 +6,7 @@ Muted columns are not compared: alone they save no FLOPs in this runtime. Nor ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vtwcli.data import metrics
@@ -58,7 +58,11 @@ def budget(
         for reason, methods in without.items():
             console.note(f"left out, since {reason} when layers are streamed: {', '.join(methods)}")
     free = equal is not None and not study.streamed
-    found = study.try_(chosen, options.max_new_tokens, free=free)
+    found = study.try_(chosen, options.max_new_tokens, free=free, lenient=True)
+    for number, why in found.refused.items():
+        console.note(f"left out: {why or chosen[number].name}")
+    chosen = [one for number, one in enumerate(chosen) if number not in found.refused]
+    found = replace(found, rows=[rows for rows in found.rows if rows], refused={})
     rows, front = compared(chosen, found, study.text)
     more: dict[str, Any] = {}
     if equal is not None:

@@ -69,7 +69,7 @@ class Many:
         plans: theirs, by their places among all candidates.
 
     Raises:
-        UsageError: a candidate that cannot be executed on this model, or only on one that is not streamed.
+        UsageError: a candidate that cannot be executed on streamed layers.
     """
 
     def __init__(self, loaded: LoadedModel, source: LayerSource, candidates: Sequence[Named]) -> None:
@@ -79,7 +79,9 @@ class Many:
             try:
                 plan = plan_of(one.schedule, source.depth, loaded.family)
             except PruningError as error:
-                raise UsageError(f"schedule {one.name}: {error}") from None
+                if source.together:
+                    raise UsageError(f"schedule {one.name}: {error}") from None
+                continue  # the runtime will say so too
             reason = why_not(plan, loaded.layers)
             if reason is None:
                 self.plans[c] = plan

@@ -251,12 +251,22 @@ class Study(Generic[Options]):
         max_new_tokens: int,
         *,
         free: bool = False,
+        lenient: bool = False,
     ) -> Tried:
         """Force every candidate along the full model's own answers; see ``candidates.tried``."""
         batches = self.batches(max_new_tokens)
         with self.part("schedules"):
             source = self.source if takes_masks(self.loaded.model, self.loaded.family) else None
-            return tried(self.loaded, source, candidates, self.samples, max_new_tokens, batches, free=free)
+            return tried(
+                self.loaded,
+                source,
+                candidates,
+                self.samples,
+                max_new_tokens,
+                batches,
+                free=free,
+                lenient=lenient,
+            )
 
     def provenance(self, **found: Any) -> dict[str, Any]:
         """Where a schedule of this study comes from."""

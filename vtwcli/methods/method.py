@@ -26,18 +26,24 @@ class Shape:
         tower: what scores of the vision tower look at: its ``class token``, or the attention that patches
             ``received``; None: there are none.
         tower_depth: number of the tower's layers; None: not known, so published layers are taken as they are.
+        axes: whether positions count time, rows and columns of an image apart, so that nobody can say how they
+            close up.
     """
 
     depth: int
     first_withdrawal: int = 0
     tower: str | None = "class token"
     tower_depth: int | None = None
+    axes: bool = False
 
     @classmethod
     def of(cls, family: Family, config: Any) -> Shape:
         """Read off a model's config, top-level."""
-        depth = config.get_text_config().num_hidden_layers
-        return cls(depth, family.first_withdrawal, tower_of(family, config), tower_depth(config))
+        text = config.get_text_config()
+        rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+        axes = "mrope_section" in rope
+        tower, layers = tower_of(family, config), tower_depth(config)
+        return cls(text.num_hidden_layers, family.first_withdrawal, tower, layers, axes)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class PyramidDrop(Staged):
     title: ClassVar[str] = "PyramidDrop"
     paper: ClassVar[str | None] = "2410.17247"
     style: ClassVar[Style] = Style("#D55E00", "h", "PyramidDrop")
+    compact: ClassVar[bool] = True
 
     layers: Layers = Field((8, 16, 24), description="first layer of each stage, with the chosen tokens only")
     ratios: Shares = Field(

@@ -44,6 +44,7 @@ class SparseVLM(Staged):
     title: ClassVar[str] = "SparseVLM"
     paper: ClassVar[str | None] = "2410.04417"
     style: ClassVar[Style] = Style("#CC79A7", "<", "SparseVLM")
+    compact: ClassVar[bool] = True
     published: ClassVar[Mapping[int, tuple[int, ...]]] = COUNTS
 
     layers: Layers = Field((3, 7, 16), description="first layer of each stage, with the chosen tokens only")
@@ -82,6 +83,7 @@ class SparseVLMPlus(SparseVLM):
     key: ClassVar[str] = "sparsevlm_plus"
     title: ClassVar[str] = "SparseVLM+"
     style: ClassVar[Style] = Style("#CC79A7", ">", "SparseVLM+")
+    compact: ClassVar[bool] = False
     published: ClassVar[Mapping[int, tuple[int, ...]]] = COUNTS_PLUS
 
     ratios: Shares = Field(

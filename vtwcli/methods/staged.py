@@ -33,6 +33,7 @@ class Staged(Method):
 
     Class attributes:
         least: the first layer at which a stage may begin.
+        compact: whether positions close up behind what leaves.
     """
 
     layers: Layers = Field(..., description="first layer of each stage, with the chosen tokens only")
@@ -44,6 +45,13 @@ class Staged(Method):
         None, description="numbers of visual tokens that stay, in place of ratios; one number: at all stages"
     )
     least: ClassVar[int] = 1
+    compact: ClassVar[bool] = False
+
+    @classmethod
+    def refused(cls, model: Shape) -> str | None:
+        if cls.compact and model.axes:
+            return "positions of this model have several axes, and no rule says how they close up"
+        return None
 
     @model_validator(mode="after")
     def _one_amount_a_stage(self) -> Staged:
@@ -92,7 +100,7 @@ class Staged(Method):
     @classmethod
     def compared(cls, model: Shape, grid: Grid, base: Mapping[str, Any]) -> list[Candidate]:
         """The published stages, and the same with every ratio of the grid at the first and the others in proportion."""
-        if model.first_withdrawal >= model.depth:
+        if model.first_withdrawal >= model.depth or cls.refused(model):
             return []
         published = cls.of(()).fitted(model)
         found = [Candidate(cls.key, cls.key, published.schedule(), published.model_dump(mode="json"))]
@@ -106,7 +114,7 @@ class Staged(Method):
     @classmethod
     def at_share(cls, model: Shape, share: float) -> Self | None:
         """The published stages with shares in the published proportions, none above all there are."""
-        if model.first_withdrawal >= model.depth:
+        if model.first_withdrawal >= model.depth or cls.refused(model):
             return None
         published = cls.of(()).fitted(model)
         layers, ratios = published.layers, published.ratios
