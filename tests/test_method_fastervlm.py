@@ -123,9 +123,9 @@ def test_in_words():
 
 
 def test_layers_of_the_sum_follow_the_tower():
-    assert [METHODS["vtc_cls"]().fitted(Shape(32, vision_layers=n)).first for n in (24, 12, 2)] == [
+    assert [METHODS["vtc_cls"]().fitted(Shape(32, tower_depth=n)).first for n in (24, 12, 2)] == [
         -9,
         -4,
         -2,
     ]
-    assert METHODS["vtc_cls"](first=-5).fitted(Shape(32, vision_layers=12)).first == -5
+    assert METHODS["vtc_cls"](first=-5).fitted(Shape(32, tower_depth=12)).first == -5

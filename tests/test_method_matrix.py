@@ -36,6 +36,9 @@ ROWS = {
     "two-step": {"layer": 3, "ratio": 0.5, "withdraw": 5},
     "shortv": {"layers": [0, 3, 4]},
     "exit": {"threshold": 0.85, "exit_layers": 1, "after": 1},
+    "fitprune": {"drops": [0, 2, 0, 1, 0, 1], "visual": 6},
+    "yopo": {"window": 3, "layer": 4, "depth": 6},
+    "st3": {"layers": [2, 4], "ratio": 0.8, "every": 1, "trim": 0.7},
     "vica": {"layers": [1, 3], "depth": 6},
     "fastervlm": {"count": 2},
     "vtc_cls": {"ratio": 0.4, "first": -2},
@@ -47,6 +50,11 @@ ROWS = {
 KINDS = ["llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "gemma3-window", "paligemma2"]
 SAMPLES = ["t3 i t5", "t2 i t3 i t2"]
 STEPS = 3
+# what a method needs and a family does not tell
+REFUSED = {
+    ("yopo", "llava_onevision"): "neighbours of visual tokens, which is known of square images",
+    ("st3", "gemma3-window"): "layer 2 has a sliding window",
+}
 
 
 @cache
@@ -68,6 +76,10 @@ def test_a_method_is_its_schedule_written_out(name, kind, attn):
     schedule = METHODS[name](**ROWS[name]).schedule()
     family = family_of(model.config)
     schedule.check_depth(LAYERS, family.first_withdrawal)
+    if (name, kind) in REFUSED:
+        with pytest.raises(PruningError, match=REFUSED[name, kind]), pruned(model, schedule):
+            model(**batch)
+        return
     if METHODS[name].refused(Shape(LAYERS, family.first_withdrawal, tower_of(family, model.config))):
         with pytest.raises(PruningError, match="no class token"), pruned(model, schedule):
             pass

@@ -86,8 +86,8 @@ def told(value, kind, name, absent):
 def test_documents_are_what_their_types_say(written, name):
     absent = set()
     told(written[name], KINDS[name], name, absent)
-    # of some models, of the metric POPE, of measures that are a KL, and of timing with enough rounds
-    timed = {"speed_up", "decode_speed_up", "batches_left_out"}
+    # of some models, of other methods, of the metric POPE, of measures that are a KL, of timing with enough rounds
+    timed = {"speed_up", "decode_speed_up", "batches_left_out", "parameters", "findings"}
     assert absent <= {"template_date", "precision", "recall", "f1", "yes_ratio", "positions"} | timed
 
 

@@ -36,6 +36,8 @@ THIRTEEN_B = [
 FILTER = {"at": "auto", "action": "keep", "select": {"score": "contribution", "above": 0.5}}
 LEAVE = {"at": "auto", "action": "withdraw"}
 UNIFORM = {"score": "uniform", "ratio": 0.5}
+RATED = {"score": "attention", "rows": "raters"}
+CLUSTER = {"merge": "cluster"}
 OWN = {"score": "attention", "layer": "here"}
 
 SCHEDULES: dict[str, list[dict]] = {
@@ -133,6 +135,26 @@ SCHEDULES: dict[str, list[dict]] = {
         {"at": 3, "until": 5, "action": "freeze"},
         {"at": 5, "action": "keep", "select": {"score": "change", "ratio": 0.5}},
     ],
+    "merge by raters": [
+        {"at": 2, "action": "keep", "select": {**RATED, "count": 4}, "rest": CLUSTER, "positions": "compact"},
+        {"at": 4, "action": "keep", "select": {**RATED, "count": 3}, "rest": CLUSTER, "positions": "compact"},
+    ],
+    "merge what changes little": [
+        {
+            "at": 1,
+            "action": "keep",
+            "select": {"score": "change", "ratio": 0.7},
+            "rest": {**CLUSTER, "share": 1.0, "into": 0.5, "seed": 3},
+            "positions": "compact",
+        },
+        {"at": 3, "action": "keep", "select": {"score": "duplication", "count": 4}},
+        {"at": 4, "until": 6, "action": "freeze"},
+    ],
+    "keep by some heads, levelled": [
+        {"at": 1, "action": "keep", "select": {"score": "attention", "heads": 2, "ratio": 0.7}},
+        {"at": 3, "action": "keep", "select": {**RATED, "heads": 1, "level": True, "ratio": 0.7}},
+        {"at": 4, "action": "keep", "select": {**OWN, "rows": "visual", "level": True, "ratio": 0.7}},
+    ],
     "freeze and close up": [
         {"at": 0, "until": 4, "action": "freeze"},
         {"at": 2, "action": "keep", "positions": "compact", "select": {**OWN, "count": 4}},
@@ -167,6 +189,12 @@ def schedule(actions: list[dict]) -> Schedule:
     return Schedule.from_dict(actions)
 
 
+def layouts(actions: list[dict]) -> list[list[str]]:
+    """What a schedule can do: merged rows have no place behind an image that ends the prompt."""
+    merges = any("rest" in action for action in actions)
+    return [rows for rows in LAYOUTS if not (merges and any(row.endswith("i") for row in rows))]
+
+
 @cache
 def model_of(dtype: torch.dtype = torch.float64, attn: str = "sdpa"):
     return llava(dtype=dtype, attn=attn)
@@ -199,13 +227,13 @@ def check_forward(model, batch: dict, actions: list[dict], atol: float = 1e-9) -
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_forward_equals_the_slow_interpreter(name, side):
-    for rows in LAYOUTS:
+    for rows in layouts(SCHEDULES[name]):
         check_forward(model_of(), batch_of(rows, side), SCHEDULES[name])
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_generation_equals_the_slow_interpreter(name):
-    for rows in LAYOUTS:
+    for rows in layouts(SCHEDULES[name]):
         batch, actions = batch_of(rows), SCHEDULES[name]
         tokens, scores, _ = slow_schedule.greedy(model_of(), batch, actions, 4)
         out, logits = parity.generated(model_of(), batch, schedule(actions))
@@ -240,6 +268,14 @@ def test_the_schedules_decide_differently_for_different_samples():
         "auto, not consecutive": [[5, 5, None]],
         "visipruner": [[4, 3, None], [None, 5, None]],
     }
+
+
+def test_merged_rows_need_text_behind_them():
+    with (
+        pruned(model_of(), schedule(SCHEDULES["merge by raters"])),
+        pytest.raises(PruningError, match="this prompt ends with an image"),
+    ):
+        model_of()(**batch_of(["t3 i"]))
 
 
 amounts = st.one_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from tests import golden
 from tests.plain_rows import Plain, Rule, State, best
@@ -12,6 +13,7 @@ from vtwcli.methods.dart import Dart
 from vtwcli.methods.himap import HiMAP
 from vtwcli.methods.method import Shape
 from vtwcli.methods.pyramiddrop import PyramidDrop
+from vtwcli.methods.sparsevlm import SparseVLM, SparseVLMPlus
 from vtwcli.methods.v2drop import V2Drop
 from vtwcli.runtime import pruned
 
@@ -128,6 +130,96 @@ def test_dart(model, ratio, count):
     found = same(model, Dart(ratios=ratio), rule)
     assert found == kept[:1]
     assert len(found[0]) == count
+
+
+def raters(plain: Plain, state: State) -> list[int]:
+    """Who rates, of the rows of text behind the image."""
+    image, text = state.x[VISUAL.start : VISUAL.stop], state.x[VISUAL.stop : state.prompt]
+    share = (image @ text.T).softmax(1).mean(0)
+    return [VISUAL.stop + j for j in range(len(text)) if share[j] > share.mean()]
+
+
+@pytest.mark.parametrize("tokens", [192, 64])
+def test_sparsevlm(model, tokens):
+    counts, kept = {192: (300, 200), 64: (66, 30)}[tokens], []
+
+    def rule(plain: Plain, index: int, state: State) -> None:
+        if index == 0:
+            state.notes["raters"] = raters(plain, state)
+        if index not in (3, 7):
+            return
+        assert state.weights is not None
+        rows = [state.who.index(j) for j in state.notes["raters"]]
+        scores = state.weights.mean(0)[rows].mean(0)
+        image = state.image
+        chosen = best(scores, image, counts[index == 7])
+        dropped = sorted(set(image) - set(chosen), key=lambda j: -float(scores[j]))
+        dropped = dropped[: int(0.3 * len(dropped)) + 1]
+        merged = means(state.x[dropped], int(len(dropped) / 10) + 1)
+        name = min([0, *state.who])
+        kept.append(state.keep(chosen))
+        at = state.image[-1] + 1
+        state.x = torch.cat([state.x[:at], merged, state.x[at:]])
+        state.who[at:at] = [name - 1 - c for c in range(len(merged))]
+        state.renumber()
+
+    found = same(model, SparseVLM(layers=[3, 7], counts=counts), rule, sample=2)
+    assert found == kept[:2]
+    assert any(i < 0 for i in found[1]), "no merged token stayed"
+
+
+def means(x: torch.Tensor, n: int) -> torch.Tensor:
+    """The published clustering, its noise drawn from seed 0."""
+    apart = torch.stack([(x - row).norm(dim=1) for row in x]) / x.shape[1] ** 0.5
+    density = (-(apart.sort(1).values[:, :n] ** 2).mean(1)).exp()
+    density = density + torch.rand(len(x), generator=torch.Generator().manual_seed(0)) * 1e-6
+    far = torch.stack(
+        [
+            apart[i][density > density[i]].min() if (density > density[i]).any() else apart.max()
+            for i in range(len(x))
+        ]
+    )
+    centres = (density * far).sort(descending=True).indices[:n].tolist()
+    owner = [centres.index(i) if i in centres else int(apart[i, centres].argmin()) for i in range(len(x))]
+    groups = [[i for i, o in enumerate(owner) if o == c] for c in range(n)]
+    return torch.stack([x[group].sum(0) / (len(group) + 1e-6) for group in groups])
+
+
+@pytest.mark.parametrize("sample", [0, 3])
+def test_sparsevlm_plus(model, sample):
+    counts, heads, kept = {3: 300, 7: 200}, 2, {}
+
+    def rule(plain: Plain, index: int, state: State) -> None:
+        if index == 0:
+            state.notes["raters"] = raters(plain, state)
+        if index not in counts:
+            return
+        assert state.weights is not None
+        rows, image = [state.who.index(j) for j in state.notes["raters"]], state.image
+        ones = plain.turned(torch.ones(1, len(state.who), plain.width, dtype=state.x.dtype), state.pos)[0]
+        weights = state.weights / (ones @ ones.T / plain.width**0.5)
+        strength = weights[:, rows][:, :, image].sum((1, 2))
+        scores = weights[strength.topk(heads).indices].mean(0)[rows].mean(0)
+        kept[index] = state.keep(best(scores, image, counts[index]))
+
+    found = same(model, SparseVLMPlus(layers=[3, 7], counts=[300, 200], heads=heads), rule, sample)
+    assert found == list(kept.values())
+
+
+def test_published_numbers_of_tokens():
+    for method, counts in (
+        (SparseVLM(), [300 + 9, 200 + 4, 110 + 3]),
+        (SparseVLM(tokens=64), [66 + 16, 30 + 2, 17 + 1]),
+        (SparseVLMPlus(tokens=96), [246, 54, 28]),
+    ):
+        visual = method.schedule().visual_per_layer(32, golden.VISUAL)
+        assert [visual[at] for at in (3, 7, 16)] == counts
+    assert SparseVLM(tokens=192).schedule() == SparseVLM().schedule()
+    assert SparseVLM(tokens=64).fitted(Shape(16)).amounts()[0] == {"share": 66 / 576}
+    with pytest.raises(ValidationError, match="tokens: 100 is not one of 192, 128, 96, 64"):
+        SparseVLM(tokens=100)
+    with pytest.raises(ValidationError, match="give one of tokens and counts"):
+        SparseVLM(tokens=64, counts=3)
 
 
 def test_stages_are_scaled_to_the_depth():

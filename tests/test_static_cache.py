@@ -257,7 +257,9 @@ def test_a_first_visual_token_that_slides_out_of_the_window_is_refused():
 def test_words_of_actions_that_static_steps_know():
     """A step on a static cache decides nothing. Whoever adds a word that acts behind the prompt (on positions, masks,
     values or entries of generated tokens) lets ``StaticPrunedLayer`` follow it, or ``static.greet`` refuse it."""
-    known = "action at until after when select positions rest sink readers columns during"
+    known = (
+        "action at until after when select positions rest every steps both_ways sink readers columns during"
+    )
     assert {field.name for field in dataclasses.fields(PlannedAction)} == set(known.split())
 
 

@@ -22,7 +22,6 @@ from vtwcli.methods.method import Candidate, Grid, Shape
 from vtwcli.models.inputs import encode
 from vtwcli.recipe.recipe import BudgetSection, ModelSection, ScheduleSection
 from vtwcli.results.comparison import FORMAT, FORMAT_VERSION, Budget, FullScore, LeftOut, TriedRow
-from vtwcli.sweep.schedules import plan_of, why_not
 
 
 def budget(
@@ -55,7 +54,9 @@ def budget(
     equal = None if options.tokens is None else at_equal_cost(study.shape, options, visual_tokens(study))
     chosen = candidates(study.shape, options, rule) if equal is None else equal.candidates
     if study.streamed:
-        chosen = streamable(study, chosen)
+        chosen, without = study.streamable(chosen)
+        for reason, methods in without.items():
+            console.note(f"left out, since {reason} when layers are streamed: {', '.join(methods)}")
     free = equal is not None and not study.streamed
     found = study.try_(chosen, options.max_new_tokens, free=free)
     rows, front = compared(chosen, found, study.text)
@@ -164,27 +165,6 @@ def at_equal_cost(model: Shape, options: BudgetSection, visual: float) -> Equal:
         raise UsageError(
             "--tokens: none of the methods has a setting for these numbers", "more tokens or methods"
         )
-    return found
-
-
-def streamable(study: Study[Any], chosen: Sequence[Candidate]) -> list[Candidate]:
-    """Those that one pass over streamed layers can follow; the others are named on stderr.
-
-    Raises:
-        UsageError: none can be.
-    """
-    found, lost = [], dict[str, list[str]]()
-    for one in chosen:
-        plan = plan_of(one.schedule, study.shape.depth, study.loaded.family)
-        reason = why_not(plan, study.loaded.layers)
-        if reason is None:
-            found.append(one)
-        else:
-            lost.setdefault(reason[0], []).append(one.method)
-    for why, names in lost.items():
-        console.note(f"not compared on streamed layers: {', '.join(dict.fromkeys(names))}; {why}")
-    if not found:
-        raise UsageError("none of these methods can be compared on streamed layers", "leave out --stream")
     return found
 
 

@@ -254,7 +254,8 @@ def _actions(schedule: Schedule, trace: Trace | None, row: int) -> list[ActionTa
     if trace is not None:
         happened = trace.samples[row].actions
     else:
-        leaving = [action for action in schedule.actions if isinstance(action, Withdraw | Keep)]
+        taking = (one for one in schedule.actions if isinstance(one, Withdraw | Keep))
+        leaving = [one for one in taking if isinstance(one, Withdraw) or one.every is None]
         happened = [ActionTrace(action.action, None) for action in leaving]
     found: list[ActionTaken] = []
     for one in happened:

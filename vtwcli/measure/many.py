@@ -84,7 +84,10 @@ class Many:
             if reason is None:
                 self.plans[c] = plan
             elif source.together:
-                raise UsageError(f"schedule {one.name}: {reason[0]}", reason[1])
+                raise UsageError(
+                    f"schedule {one.name}: {reason[0]} when layers are streamed",
+                    f"{reason[1]}, or leave out --stream",
+                )
         self._schedules = [candidates[c].schedule for c in self.plans]
 
     def along(

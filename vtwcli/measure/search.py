@@ -23,7 +23,7 @@ from vtwcli.measure.candidates import compared, flops_of, token_counts
 from vtwcli.measure.many import walked
 from vtwcli.measure.study import STREAMED, Study
 from vtwcli.methods import METHODS
-from vtwcli.methods.method import Answers
+from vtwcli.methods.method import Answers, Method
 from vtwcli.recipe.recipe import CalibrateSection, ModelSection
 from vtwcli.results.calibration import (
     FORMAT,
@@ -33,9 +33,10 @@ from vtwcli.results.calibration import (
     with_own_keys,
 )
 from vtwcli.results.comparison import ComparedRow
-from vtwcli.schedule.intervention import Intervention
+from vtwcli.sweep.lost import LostProbe
 from vtwcli.sweep.probes import LastRowProbe
 from vtwcli.sweep.sweep import sweep
+from vtwcli.sweep.views import Probe
 
 _SINK_RATIO = 10.0  # the probe wants one; sinks are not looked at here
 
@@ -80,7 +81,7 @@ def search(
     if study.streamed:
         console.note(STREAMED)
     mix = study.mix
-    seen = measured(study, method.ask(study.shape), first=method.at_prompt)
+    seen = measured(study, method)
     answers = answered(seen, mix.samples, options)
     candidates = method.candidates(study.shape, answers, rule)
     longest = 1 if options.positions == "first" else options.max_new_tokens
@@ -141,18 +142,18 @@ class Seen(TypedDict):
         visual: number of visual tokens.
         kl: of every intervention asked for, mean over positions or that of the first, nats.
         sizes: the 0, 1, .., 100 % quantiles of ||c_i||_2 over visual tokens and layers of the full model.
+        lost: of each layer, see ``sweep.lost``; empty where nobody asks.
     """
 
     visual: int
     kl: list[float]
     sizes: list[float]
+    lost: list[list[float]]
 
 
-def measured(
-    study: Study[CalibrateSection], asked: Sequence[Intervention], *, first: bool = False
-) -> list[Seen]:
-    """What the sweep says of each sample; ``first``: of its first position alone."""
-    mine = study.share()
+def measured(study: Study[CalibrateSection], method: type[Method]) -> list[Seen]:
+    """What the sweep says of each sample to a method's questions."""
+    asked, mine = method.ask(study.shape), study.share()
 
     def work() -> dict[int, Seen]:
         encoded, items = study.encode(mine)
@@ -160,14 +161,16 @@ def measured(
         words = f"{source.depth} layers x {len(items)} samples"
         with study.part("sweep"), console.progress(words, len(items) * source.depth) as bar:
             for part in walked(study.loaded, source, encoded, asked):
-                probe = LastRowProbe(_SINK_RATIO)
-                outcomes = sweep(source, [items[i] for i in part], list(asked), probes=[probe], progress=bar)
+                probe, losses = LastRowProbe(_SINK_RATIO), LostProbe()
+                probes: list[Probe] = [probe, losses] if method.lost else [probe]
+                outcomes = sweep(source, [items[i] for i in part], asked, probes=probes, progress=bar)
                 for number, (i, outcome) in enumerate(zip(part, outcomes, strict=True)):
                     sizes = torch.cat([row.contribution for row in probe.found[number, 0]]).double()
                     done[mine[i]] = {
                         "visual": outcome.visual,
-                        "kl": (outcome.kl[:, 0] if first else outcome.kl.mean(1)).tolist(),
+                        "kl": (outcome.kl[:, 0] if method.at_prompt else outcome.kl.mean(1)).tolist(),
                         "sizes": np.quantile(sizes, np.linspace(0, 1, 101)).tolist() if len(sizes) else [],
+                        "lost": [layer.tolist() for layer in losses.found[number, 0]],
                     }
         return done
 
@@ -190,6 +193,7 @@ def answered(seen: Sequence[Seen], samples: Sequence[Sample], options: Calibrate
         contribution=np.concatenate([one["sizes"] for one in seen]).tolist(),
         eta=options.eta,
         worst_task=options.policy == "worst-task",
+        lost=np.mean([one["lost"] for one in seen if one["visual"]], axis=0).tolist(),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -35,6 +35,7 @@ from vtwcli.results.document import ModelRecord, Origin, RunRecord
 from vtwcli.results.provenance import model_of, origin_of, provenance_of, run_of
 from vtwcli.results.resume import key_of
 from vtwcli.sweep.layers import LayerSource, Resident, takes_masks
+from vtwcli.sweep.schedules import plan_of, why_not
 from vtwcli.sweep.streaming import Streamed
 from vtwcli.sweep.sweep import SweepItem
 
@@ -138,8 +139,9 @@ class Study(Generic[Options]):
 
     @property
     def shape(self) -> Shape:
-        """What methods need to know of the model."""
-        return Shape.of(self.loaded.family, self.loaded.model.config)
+        """What methods need to know of the model; one whose layers are streamed has no scores of its vision tower."""
+        shape = Shape.of(self.loaded.family, self.loaded.model.config)
+        return replace(shape, tower=None) if self.streamed else shape
 
     def least(self, min_layer: int | None) -> int:
         """The first layer that may be K: as asked, by default of the depth, never before the family allows."""
@@ -224,6 +226,18 @@ class Study(Generic[Options]):
             for place, (_, ids) in zip(part, rows, strict=True)
         }
         return [found[place] for place in mine]
+
+    def streamable(self, candidates: Sequence[Candidate]) -> tuple[list[Candidate], dict[str, list[str]]]:
+        """The candidates that streamed layers can try, and why the methods of the others cannot."""
+        possible, without = [], dict[str, list[str]]()
+        for one in candidates:
+            plan = plan_of(one.schedule, self.shape.depth, self.loaded.family)
+            reason = why_not(plan, self.loaded.layers)
+            if reason is None:
+                possible.append(one)
+            elif one.method not in without.setdefault(reason[0], []):
+                without[reason[0]].append(one.method)
+        return possible, without
 
     def try_(
         self: Study[AnswerOptions],

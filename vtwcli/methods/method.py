@@ -90,6 +90,8 @@ class Answers:
         kl: mean over samples for each intervention asked for, nats.
         by_task: the same for each task.
         contribution: ||c_i||_2 of visual tokens in all layers of all samples, or their quantiles.
+        lost: what attention loses in each layer with 0, 1, .., 100 % of visual tokens gone, mean over samples, where
+            the method asks for it; see ``sweep.lost``.
         eta: the KL threshold in nats.
         worst_task: whether the worst task's curve decides, and not the mean.
     """
@@ -99,6 +101,7 @@ class Answers:
     contribution: Sequence[float]
     eta: float
     worst_task: bool
+    lost: Sequence[Sequence[float]] = ()
 
 
 class Method(Section):
@@ -110,6 +113,7 @@ class Method(Section):
         paper: where it was published; None for a control.
         finds: what a calibration of it finds, in words; None where there is nothing to find.
         searched: parameters that a calibration finds by running candidates; none where the sweep tells all.
+        lost: whether it asks what attention loses.
         at_prompt: whether the sweep answers it at the prompt's last row alone, and not over the whole answer.
         style: how it is drawn.
     """
@@ -119,6 +123,7 @@ class Method(Section):
     paper: ClassVar[str | None] = None
     finds: ClassVar[str | None] = None
     searched: ClassVar[tuple[str, ...]] = ()
+    lost: ClassVar[bool] = False
     at_prompt: ClassVar[bool] = False
     style: ClassVar[Style]
 

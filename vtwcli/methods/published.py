@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from vtwcli.schedule.schedule import Freeze, Mute
 from vtwcli.schedule.short import layers_in, spans
 
-Layers = Annotated[tuple[int, ...], BeforeValidator(layers_in)]
+
+def _layers(value: Any) -> Any:
+    """``layers_in``, where there is text to read; the rest is for the type to judge, item by item."""
+    parts = value if isinstance(value, Sequence) else ()
+    return layers_in(value) if any(isinstance(part, str) for part in parts) else value
+
+
+Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_layers)]
 """A parameter: a list of layers, or a text like ``"0-5, 9"``."""
 
 

@@ -56,16 +56,19 @@ class SparseVLM(Staged):
     )
     seed: int = Field(0, ge=0, description="of the noise in the clusters")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _ratios_of_tokens(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or data.get("tokens") is None:
-            return data
-        if others := [name for name in ("ratios", "counts") if data.get(name) is not None]:
+    @model_validator(mode="after")
+    def _ratios_of_tokens(self) -> SparseVLM:
+        if self.tokens is None:
+            return self
+        if others := sorted({"ratios", "counts"} & self.model_fields_set):
             raise ValueError(f"give one of tokens and {others[0]}")
-        if data["tokens"] not in cls.published:
-            raise ValueError(f"tokens: {data['tokens']} is not one of {', '.join(map(str, cls.published))}")
-        return {**data, "tokens": None, "ratios": _shares(cls.published[data["tokens"]])}
+        if self.tokens not in self.published:
+            raise ValueError(f"tokens: {self.tokens} is not one of {', '.join(map(str, self.published))}")
+        return self
+
+    def shares(self) -> tuple[float, ...]:
+        counts = self.published.get(self.tokens or 0)  # unknown ones are refused above
+        return self.ratios if counts is None else _shares(counts)
 
     def stage(self, number: int, at: int, amount: Mapping[str, Any]) -> Keep:
         select = Select(score="attention", rows="raters", **amount)

@@ -49,16 +49,20 @@ class Staged(Method):
     def _one_amount_a_stage(self) -> Staged:
         if self.counts is not None and "ratios" in self.model_fields_set:
             raise ValueError("give one of ratios and counts")
-        name, given = ("ratios", self.ratios) if self.counts is None else ("counts", self.counts)
+        name, given = ("ratios", self.shares()) if self.counts is None else ("counts", self.counts)
         if len(given) not in (1, len(self.layers)):
             raise ValueError(f"{len(self.layers)} layers and {len(given)} {name}; give one for each layer")
         if list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layers {list(self.layers)} must rise")
         return self
 
+    def shares(self) -> tuple[float, ...]:
+        """The ratios that count where no counts are given."""
+        return self.ratios
+
     def amounts(self) -> list[dict[str, Any]]:
         """How many stay at each stage, as ``select`` says it."""
-        name, given = ("share", self.ratios) if self.counts is None else ("count", self.counts)
+        name, given = ("share", self.shares()) if self.counts is None else ("count", self.counts)
         return [{name: one} for one in (given * len(self.layers) if len(given) == 1 else given)]
 
     def stage(self, number: int, at: int, amount: Mapping[str, Any]) -> Keep:
@@ -76,10 +80,13 @@ class Staged(Method):
             return self
         least = max(self.least, model.first_withdrawal)
         layers = [max(round(at * model.depth / PUBLISHED_DEPTH), least) for at in self.layers]
-        name, given = ("ratios", self.ratios) if self.counts is None else ("counts", self.counts)
+        name, given = ("ratios", self.shares()) if self.counts is None else ("counts", self.counts)
         amounts = given * len(layers) if len(given) == 1 else given
         stages = {at: amount for at, amount in zip(layers, amounts, strict=True) if at < model.depth}
-        others = {key: getattr(self, key) for key in self.model_fields_set - {"layers", "ratios", "counts"}}
+        others = {
+            key: getattr(self, key)
+            for key in self.model_fields_set - {"layers", "ratios", "counts", "tokens"}
+        }
         return type(self)(**{**others, "layers": tuple(stages), name: tuple(stages.values())})
 
     @classmethod

@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 
+from vtwcli.runtime.asking import attend, not_compiled, row_weights
 from vtwcli.runtime.cache import Columns
-from vtwcli.runtime.call import Tap
-from vtwcli.runtime.contract import CACHE_NAMES, attention_kind, strange
+from vtwcli.runtime.contract import attention_kind, strange
 from vtwcli.runtime.masks import sunk
 from vtwcli.runtime.ranking import Sight, key_sizes, look
 from vtwcli.runtime.rows import TEXT, Rows, Tensor, compact, take
-from vtwcli.runtime.scores import last_row_numbers, placed
-from vtwcli.runtime.weights import attend, not_compiled, row_weights
-from vtwcli.schedule.words import KEYS
+from vtwcli.runtime.scores import last_row_numbers, placed, self_cross
+from vtwcli.runtime.tap import Tap, tap_of
+from vtwcli.runtime.trimming import spread
+from vtwcli.schedule.words import KEYED
+
+_CHUNK_WEIGHTS = 1 << 24  # attention weights of some rows that are there at once
 
 
 def guard_hooks() -> None:
@@ -32,12 +35,6 @@ def leave_attention(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
     """Run text rows again with the values their mutes leave them; look at the last row's attention."""
     tap = tap_of(kwargs)
     return output if tap is None else _leave_attention(module, args, kwargs, output, tap)
-
-
-def tap_of(kwargs: dict[str, Any]) -> Tap | None:
-    """The ``Tap`` that a call was given for its cache; ``torch.compile`` follows the search for it."""
-    caches = [kwargs[name] for name in CACHE_NAMES if isinstance(kwargs.get(name), Tap)]
-    return caches[0] if caches else None
 
 
 @not_compiled
@@ -63,11 +60,12 @@ def _leave_attention(
     if tap.probes:
         call = tap.call
         with torch.no_grad():
-            for number, action in call.plan.asks_in(tap.layer).items():
-                call.scores[number] = look(call, _sight(module, given, tap), action.select)
-            if any(a.needs == KEYS for a in call.plan.by_states(tap.layer + 1).values()):
-                call.sizes = key_sizes(call, _sight(module, given, tap))
-            if call.plan.asks_last(tap.layer):
+            if call.visual is not None:
+                for number, action in call.plan.asks_in(tap.layer).items():
+                    call.scores[number] = look(call, _sight(module, given, tap), action.select)
+                if any(a.needs == KEYED for a in call.plan.by_states(tap.layer + 1).values()):
+                    call.sizes = key_sizes(call, _sight(module, given, tap))
+            if call.visual is None or call.plan.asks_last(tap.layer):
                 call.probe = _probe(module, given, tap)
     return output
 
@@ -129,8 +127,39 @@ def _probe(module: Any, given: dict[str, Any], tap: Tap) -> dict[str, Tensor]:
         mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, torch.finfo(like.dtype).min)
     weights = row_weights(module, given, last, mask, tap.keys, tap.values)
     numbers = last_row_numbers(weights[:, :, 0], tap.values)
+    if call.plan.needs_all(tap.layer):
+        numbers["self_cross"] = _self_cross(module, given, tap)
+    if call.visual is None:
+        assert tap.columns is not None
+        call.entry_numbers = spread(numbers, tap.columns, tap.past + call.shape[1])
+        return {}
     device, position = call.last.device, _sight(module, given, tap).columns.position
     return {
         name: placed(x.to(device), position.to(device), tap.past, call.shape[1])
         for name, x in numbers.items()
     }
+
+
+def _self_cross(module: Any, given: dict[str, Any], tap: Tap) -> Tensor:
+    """The score ``self_cross`` of the columns [B, T], a chunk of rows at a time."""
+    hidden, call = given["hidden_states"], tap.call
+    assert tap.keys is not None and tap.values is not None
+    (batch, tall), wide, device = hidden.shape[:2], tap.keys.shape[2], hidden.device
+    kind = call.kinds(tap.rows, device)
+    there = (tap.rows.query & tap.rows.key).to(device)  # a visual token that left may have the last row
+    visual, text = there & (kind != TEXT), there & (kind == TEXT)
+    mask = given.get("attention_mask")
+    if mask is None or mask.ndim == 2:
+        causal = torch.ones(tall, wide, dtype=torch.bool, device=device).tril(wide - tall)[None, None]
+        mask = causal if mask is None else causal & mask[:, None, None, :].bool()
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
+    step = max(1, _CHUNK_WEIGHTS // (batch * wide * getattr(module.config, "num_attention_heads", 1)))
+    parts = [slice(at, min(at + step, tall)) for at in range(0, tall, step)]
+    found = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for part in parts:
+        index = torch.arange(part.start, part.stop, device=device).expand(batch, -1)
+        weights = row_weights(module, given, index, mask[:, :, part], tap.keys, tap.values)
+        found = found + self_cross(weights, visual[:, part], text[:, part])
+    by_visual, by_text = found
+    return by_visual / visual.sum(1, keepdim=True).clamp(min=1) * by_text

@@ -137,8 +137,8 @@ class PrunedLayer(DynamicLayer):
             memo[key] = (*parts, replace(text, visual=False), visual_columns, self.columns)
         rows, others, columns, other_columns, _ = memo[key]
         self.aside = copy.copy(self)
-        self.aside._hold(others, other_columns)
-        self._hold(rows, columns)
+        self.aside.hold(others, other_columns)
+        self.hold(rows, columns)
 
     def recall(self) -> None:
         """Take back what was set aside; the order of entries does not matter, their positions tell it."""
@@ -159,7 +159,8 @@ class PrunedLayer(DynamicLayer):
             two.gone,
         )
 
-    def _hold(self, rows: Rows, columns: Columns) -> None:
+    def hold(self, rows: Rows, columns: Columns) -> None:
+        """Hold these entries only, which are ``columns``."""
         assert self.keys is not None and self.values is not None
         self.keys, self.values = take(self.keys, rows.index, 2), take(self.values, rows.index, 2)
         self.columns = columns

@@ -2,86 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from vtwcli.runtime.cache import Columns
 from vtwcli.runtime.contract import attention_kind, strange
-from vtwcli.runtime.masks import check_mask, flash_mask, gathered, sunk
+from vtwcli.runtime.masks import check_mask, flash_mask, gathered
 from vtwcli.runtime.merge import Recycled, recycled
 from vtwcli.runtime.picture import Front
 from vtwcli.runtime.plan import Plan, PlannedAction
 from vtwcli.runtime.positions import Turned, gone_at, lowering
 from vtwcli.runtime.rows import TEXT, Rows, Split, Tensor, compact, split
-from vtwcli.runtime.selection import best, drawn, spaced
+from vtwcli.runtime.scores import best, drawn, spaced
+from vtwcli.runtime.trimming import trims
 from vtwcli.schedule.words import TOWER, kept_count
 from vtwcli.schedule.words import row as word
 
 NOBODY = torch.iinfo(torch.long).min  # no token's number
-
-
-@dataclass(eq=False)
-class Frozen:
-    """What of a frozen layer does not run.
-
-    Attributes:
-        split: its rows.
-        hidden: their hidden states, [B, S, D].
-        entries: keys and values of those that only have these.
-    """
-
-    split: Split
-    hidden: Tensor
-    entries: tuple[Tensor, Tensor]
-
-
-@dataclass(eq=False)
-class Tap:
-    """Stands where the cache stands in one layer's call: keeps keys and values, may hand out other values.
-
-    Attributes:
-        cache: the model's, or None.
-        call, layer, rows, columns, past: of the forward pass and the layer; ``columns`` None: those of a stock layer.
-        base: mutes whose values the attention itself is given.
-        second: mutes whose values text rows are given in a pass of their own, or None.
-        skips: whether text rows are given text entries only, in a pass of their own.
-        given: the mask that the model made.
-        probes: whether the last row is to be looked at.
-        due: whether the attention's hook still has something to do.
-        frozen: what of a frozen layer does not run, or None.
-    """
-
-    cache: Any
-    call: Call
-    layer: int
-    rows: Rows
-    columns: Columns | None
-    past: int
-    base: list[PlannedAction]
-    second: list[PlannedAction] | None
-    skips: bool
-    given: Tensor | None
-    probes: bool
-    due: bool
-    frozen: Frozen | None = None
-    keys: Tensor | None = None
-    values: Tensor | None = None
-
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As a cache's."""
-        if self.frozen is not None:
-            keys, values = (
-                torch.cat(two, 2) for two in zip(self.frozen.entries, (keys, values), strict=True)
-            )
-        if self.cache is not None:
-            keys, values = self.cache.update(keys, values, *args, **kwargs)
-        self.keys, self.values = keys, values
-        return keys, values if self.columns is None else sunk(values, self.columns, self.base)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["cache"], name)
 
 
 class Call:
@@ -92,15 +31,21 @@ class Call:
     """
 
     def __init__(
-        self, plan: Plan, visual: Tensor | None, real: Tensor | None, shape: tuple[int, int]
+        self,
+        plan: Plan,
+        visual: Tensor | None,
+        real: Tensor | None,
+        shape: tuple[int, int],
+        places: Tensor | None = None,
     ) -> None:
         """
         Args:
             visual: which tokens are visual, [B, S]; None if none is.
             real: which tokens are not padding, [B, S]; None if all are.
             shape: (B, S).
+            places: of visual tokens, where the plan looks around, [B, S, 3].
         """
-        self.plan, self.visual, self.real, self.shape = plan, visual, real, shape
+        self.plan, self.visual, self.real, self.shape, self.places = plan, visual, real, shape, places
         self.memo: dict[Any, Any] = {}
         self.at: dict[int, Rows] = {}
         self.present_at: list[Tensor] = []
@@ -115,7 +60,10 @@ class Call:
         self.incoming: Tensor | None = None  # rows at a layer's entry, where some are merged
         self.gone: Tensor | None = None
         self.angles: list[Turned] = []
-        self.tap: Tap | None = None
+        # of all entries by position, for what leaves during the answer
+        self.entry_numbers: dict[str, Tensor] = {}
+        self.left: Tensor | None = None
+        self.tap: Any = None  # a ``Tap``, which knows this class
         self.past = 0
         self.cache: Any = None
         self.begun = 0  # how many layers have been
@@ -220,6 +168,8 @@ class Call:
 
     def probes(self, layer: int) -> bool:
         """Whether the last row's attention in ``layer`` decides something."""
+        if self.visual is None:
+            return bool(trims(self, layer + 1))
         if not self.plan.may_probe(layer):
             return False
         return any(
@@ -423,7 +373,8 @@ class Call:
                 like, index = hidden.new_empty(0, dtype=dtype), self.index(rows, hidden.device)
                 reader = self.kinds(rows, hidden.device)
                 length = self.shape[1]
-                mask = gathered(given, rows, index, reader, columns, past, length, muted, like)
+                around = self.places
+                mask = gathered(given, rows, index, reader, columns, past, length, muted, like, around)
             self.memo[key] = mask, given, rows, columns
         return self.memo[key][0]
 
@@ -444,6 +395,8 @@ class Call:
 
     def last_row(self, rows: Rows) -> Tensor:
         """Where the last token of each sample has its row, [B]."""
+        if self.visual is None:
+            return torch.full(self.shape[:1], self.shape[1] - 1)
         if rows.index is None:
             return self.last
         return torch.full_like(self.last, rows.index.shape[1] - 1)

@@ -100,10 +100,10 @@ def attention_kind(attention: Any) -> str:
 
 def brings_vision(given: Mapping[str, Any]) -> bool:
     """Whether the arguments of a call bring vision inputs."""
-    return any(name.startswith(_VISION_INPUTS) and _is_given(value) for name, value in given.items())
+    return any(name.startswith(_VISION_INPUTS) and is_given(value) for name, value in given.items())
 
 
-def _is_given(value: Any) -> bool:
+def is_given(value: Any) -> bool:
     """Whether an input was given; a mapping, whether any of its values was."""
     if isinstance(value, Mapping):
         return any(v is not None for v in value.values())

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from vtwcli.runtime.attention import tap_of
-from vtwcli.runtime.call import Frozen, Tap
+from vtwcli.runtime.asking import not_compiled
 from vtwcli.runtime.contract import strange
 from vtwcli.runtime.rows import TEXT, Split, Tensor, take, take_positions
-from vtwcli.runtime.weights import not_compiled
+from vtwcli.runtime.tap import Frozen, Tap, tap_of
 
 
 class Enough(Exception):

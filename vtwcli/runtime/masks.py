@@ -10,16 +10,26 @@ import torch
 
 from vtwcli.runtime.cache import Columns
 from vtwcli.runtime.contract import PruningError, attention_kind, strange
+from vtwcli.runtime.places import near
 from vtwcli.runtime.plan import PlannedAction
 from vtwcli.runtime.rows import FIRST_HALF, TEXT, Rows, Tensor
 
 
-def _muted_pairs(muted: list[PlannedAction], reader: Tensor, kind: Tensor) -> Tensor:
-    """Which columns [B, T] of ``kind`` are muted for which rows [B, Q] of kind ``reader``: [B, Q, T]."""
+def _muted_pairs(
+    muted: list[PlannedAction], reader: Tensor, kind: Tensor, places: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Which columns [B, T] of ``kind`` are muted for which rows [B, Q] of kind ``reader``, and which are read although
+    they come later: [B, Q, T] each; ``places`` are those of rows and columns."""
     pairs = torch.zeros(*reader.shape, kind.shape[1], dtype=torch.bool, device=kind.device)
+    opened = torch.zeros_like(pairs)
     for action in muted:
-        pairs |= concerned_rows(action, reader)[:, :, None] & muted_columns(action, kind)[:, None, :]
-    return pairs
+        both = concerned_rows(action, reader)[:, :, None] & muted_columns(action, kind)[:, None, :]
+        if action.columns == "beyond" and places is not None:
+            around = near(*places, action.steps)
+            opened |= both & around & action.both_ways
+            both &= ~around
+        pairs |= both
+    return pairs, opened & ~pairs
 
 
 def concerned_rows(action: PlannedAction, kind: Tensor) -> Tensor:
@@ -31,7 +41,7 @@ def concerned_rows(action: PlannedAction, kind: Tensor) -> Tensor:
 
 def muted_columns(action: PlannedAction, kind: Tensor) -> Tensor:
     """Which columns of ``kind`` an action mutes."""
-    return kind != TEXT if action.columns == "all" else kind == FIRST_HALF
+    return kind == FIRST_HALF if action.columns == "first_half" else kind != TEXT
 
 
 def sunk(values: Tensor, columns: Columns, sinks: list[PlannedAction]) -> Tensor:
@@ -113,6 +123,7 @@ def gathered(
     length: int,
     muted: list[PlannedAction],
     like: Tensor,
+    places: Tensor | None = None,
 ) -> Tensor | None:
     """The mask [B, 1 or H, Q, T] for ``rows`` reading ``columns``, out of the one the model made; None: causal.
 
@@ -124,6 +135,7 @@ def gathered(
         length: of the chunk.
         muted: actions that act before the softmax.
         like: of the device and dtype wanted; boolean or additive.
+        places: of the chunk's tokens, where actions look around, [B, S, 3].
     """
     device = like.device
     tall, wide = rows.query.shape[1], columns.position.shape[1]
@@ -134,8 +146,17 @@ def gathered(
     query = rows.query.to(device)[:, None, :, None]
     bias: Tensor | None = None
     allowed = (position >= 0)[:, None, None, :].expand(batch, 1, tall, wide)
+    opened = None
     if muted:
-        allowed = allowed & ~_muted_pairs(muted, reader, columns.kind.to(device))[:, None]
+        two = None
+        if places is not None:
+            at, here = (position - past).clamp(min=0), places.to(device)
+            ours = here.gather(1, at[:, :, None].expand(-1, -1, 3)).masked_fill(
+                (position < past)[:, :, None], -1
+            )
+            two = here.gather(1, index[:, :, None].expand(-1, -1, 3)), ours
+        closed, opened = _muted_pairs(muted, reader, columns.kind.to(device), two)
+        allowed = allowed & ~closed[:, None]
     if given is None:
         allowed = allowed & (position[:, None, None, :] <= (index + past)[:, None, :, None])
     else:
@@ -150,6 +171,8 @@ def gathered(
         else:
             read = taken.bool()
         allowed = allowed & (place >= 0)[:, None, None, :] & read
+    if opened is not None:
+        allowed = allowed | opened[:, None]
     allowed = allowed | ~query  # nobody reads a filler, so it may read anything
     if muted or rows.lonely:  # a row with nothing left to read reads itself
         itself = torch.eye(tall, wide, dtype=torch.bool, device=device).roll(wide - tall, dims=1)

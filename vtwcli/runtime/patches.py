@@ -35,7 +35,7 @@ class Patches:
         base: the module that turned pixels into features.
         tower: the module that has the tower's layers.
         first: tokens in front of the patches.
-        sizes: images and rows of each call of a layer's attention.
+        shape: images and rows of a layer of the tower; towers that pack have one image of all rows.
         features: rows of the language model's input that came out.
         given: the call's arguments.
         packed: arguments of ``pack_image_features``, where the model has tiles.
@@ -53,20 +53,19 @@ class Patches:
         base: Any,
         tower: Any,
         first: int,
-        sizes: Sequence[Any],
+        shape: tuple[int, int],
         features: Any,
         given: Mapping[str, Any],
         packed: tuple[tuple, dict[str, Any]] | None,
     ) -> None:
         self.base, self.tower, self.first, self.given = base, tower, first, given
-        self.packed, self.sizes = packed, list(sizes)
+        self.packed, (images, rows) = packed, shape
         self.tokens = tokens_of(features, given)
         self.grids: list[tuple[int, int] | None] = [None] * len(self.tokens)
-        self.patches = sum(images * (rows - first) for images, rows in self.sizes)
         if packed is not None:
             self._tiles = [x.shape[0] for x in self._packed_features()]
             return
-        share, rest = divmod(self.patches, sum(self.tokens))
+        share, rest = divmod(images * (rows - first), sum(self.tokens))
         self.merged = isqrt(share)
         if rest or self.merged**2 != share:
             raise PruningError(_UNKNOWN)
@@ -81,7 +80,6 @@ class Patches:
             self.grids = [(h // patch // self.merged, w // patch // self.merged) for h, w in areas]
         else:
             # what the tower takes as one image: models that cut images show it several
-            images = sum(one for one, _ in self.sizes)
             number, rest = divmod(sum(self.tokens), images)
             side = isqrt(number)
             if rest or side**2 != number:

@@ -39,9 +39,10 @@ from typing import Any
 
 import torch
 
+from vtwcli.runtime.asking import not_compiled
 from vtwcli.runtime.attention import guard_hooks, leave_attention
 from vtwcli.runtime.cache import PrunedLayer, cache_layer
-from vtwcli.runtime.call import Call, Tap
+from vtwcli.runtime.call import Call
 from vtwcli.runtime.contract import (
     CACHE_NAMES,
     CALL,
@@ -57,13 +58,15 @@ from vtwcli.runtime.entry import check_labels, visual_tokens
 from vtwcli.runtime.freeze import leave_layer, part
 from vtwcli.runtime.front import shorten, tapped
 from vtwcli.runtime.masks import not_padding, split_sinks
+from vtwcli.runtime.places import places
 from vtwcli.runtime.plan import Plan
 from vtwcli.runtime.positions import Turned, renumber
-from vtwcli.runtime.ranking import by_states, look, own_sight, raters
+from vtwcli.runtime.ranking import before_layer
 from vtwcli.runtime.rows import Rows, take, take_positions
 from vtwcli.runtime.static import PromptLayer, StaticPrunedLayer, decides, greet, is_static, settle, stepped
+from vtwcli.runtime.tap import Tap
 from vtwcli.runtime.trace import Trace, traced
-from vtwcli.runtime.weights import not_compiled
+from vtwcli.runtime.trimming import trim
 
 
 class Pruning:
@@ -114,7 +117,7 @@ class Pruning:
             if self.plan.frozen(index):
                 # before other hooks, which may record what comes out
                 add(layer.register_forward_hook(leave_layer, with_kwargs=True, prepend=True))
-            if self.plan.may_probe(index) or self.plan.mutes_in(index):
+            if self.plan.may_probe(index) or self.plan.mutes_in(index) or self.plan.trimmed(index):
                 attention = getattr(layer, "self_attn", None)
                 try:
                     if attention is None:
@@ -150,8 +153,11 @@ class Pruning:
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if ids is None:
             return
+        around = None
+        if visual is not None and self.plan.looks_around:
+            around = places(visual, given, getattr(module, "config", None))
         real = not_padding(mask, ids, is_static(given_cache(given)))
-        self._calls[threading.get_ident()] = Call(self.plan, visual, real, tuple(ids.shape))
+        self._calls[threading.get_ident()] = Call(self.plan, visual, real, tuple(ids.shape), around)
 
     @decides
     def _check_base(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -242,15 +248,15 @@ class Pruning:
         if call.visual is not None and index not in call.at:
             self._ask(index, module, call, before or call.full(hidden.device), kwargs)
         rows = call.rows(index, hidden.device)
-        acts = call.visual is not None and (self.plan.mutes_in(index) or self.plan.frozen(index))
-        probes = call.visual is not None and call.probes(index)
+        acts = call.visual is not None and self.plan.acts(index)
+        probes = call.probes(index)
         held = getattr(cache, "layers", [])[index : index + 1]
         if rows.index is not None or acts or probes or (held and isinstance(held[0], PrunedLayer)):
             self._change(index, module, call, before, rows, acts, probes, kwargs)
             training = getattr(module, "gradient_checkpointing", False) and module.training
-            if training and isinstance(kwargs[name], Tap):
+            if training and (isinstance(kwargs[name], Tap) or rows.moved is not None):
                 raise PruningError(
-                    "gradient checkpointing does not go with sinks, freeze, scores or conditions"
+                    "gradient checkpointing does not go with sinks, freeze, scores, conditions or merging"
                 )
         if self.plan.by_states(index + 1) and not call.over:
             tap = kwargs.get(name)
@@ -272,30 +278,20 @@ class Pruning:
         if is_static(cache):
             greet(cache, self.plan, attention)
         call.past = int(cache.get_seq_length())
+        if call.visual is not None and self.plan.trims:
+            cache.vtw_prompt = call.past + call.shape[1]
         if call.past and getattr(cache, "vtw_schedule", None) != self.plan.key:
             raise PruningError("this cache was not filled under this schedule; start with an empty one")
         cache.vtw_schedule = self.plan.key
 
     def _ask(self, index: int, module: Any, call: Call, rows: Rows, kwargs: dict[str, Any]) -> None:
         """Let a layer tell what it would see of the ``rows`` that enter it, where that decides who stays."""
-        if index == 0 and self.plan.rates:
-            call.raters = raters(call, kwargs["hidden_states"])
-        call.incoming = kwargs["hidden_states"] if self.plan.merges(index) else None
-        by_state, asked = self.plan.by_states(index), self.plan.looks_in(index)
-        if by_state:
-            with torch.no_grad():
-                call.scores |= by_states(call, rows, kwargs["hidden_states"], self._norm, by_state)
-        if not asked:
-            return
         given, name = dict(kwargs), self._caches[index]
         held = getattr(kwargs[name], "layers", [])[index : index + 1]
-        self._renumber(call, rows, held[0] if held else None, given)
-        if rows.index is not None:
-            take_positions(given, rows.index, call.shape[1], module.self_attn)
+        if self.plan.looks_in(index):
+            self._renumber(call, rows, held[0] if held else None, given)
         with torch.no_grad():
-            sight = own_sight(module, index, name, given, call, rows)
-            for number, action in asked.items():
-                call.scores[number] = look(call, sight, action.select)
+            before_layer(call, index, module, name, given, rows, self._norm)
 
     def _renumber(self, call: Call, rows: Rows, layer: Any, kwargs: dict[str, Any]) -> None:
         """Give the rows of a layer, whose cache's is ``layer``, the positions that they have there."""
@@ -338,6 +334,7 @@ class Pruning:
                     layer.recall()
                 elif self.plan.text_skips(index, prefill):
                     layer.set_aside(call.memo)
+                trim(call, index, layer)
                 columns = call.columns(layer.columns, added, past, hidden.device)
                 layer.expect(columns, length)
         check_arguments(kwargs, {length, past + length} - {1})

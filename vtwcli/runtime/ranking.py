@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
+from vtwcli.runtime.asking import row_weights
 from vtwcli.runtime.cache import Columns, PrunedLayer
 from vtwcli.runtime.call import Call
 from vtwcli.runtime.contract import CACHE_NAMES, POSITIONS, cache_argument, strange
 from vtwcli.runtime.freeze import Enough, entries_of
 from vtwcli.runtime.masks import rows_mask
 from vtwcli.runtime.plan import PlannedAction
-from vtwcli.runtime.rows import Rows, Tensor, compact, take
+from vtwcli.runtime.rows import Rows, Tensor, compact, take, take_positions
 from vtwcli.runtime.scores import last_row_numbers, placed
 from vtwcli.runtime.states import change, distinct, wide
-from vtwcli.runtime.weights import row_weights
 from vtwcli.schedule.words import HIDDEN, kept_count
 
 _BLOCK = 64  # rows whose weights are there at once
@@ -284,3 +284,27 @@ def _attention_arguments(layer: Any, given: Mapping[str, Any]) -> dict[str, Any]
         seen.pop(cache, None)
     seen[cache_argument(layer.self_attn)] = None
     return seen
+
+
+def before_layer(
+    call: Call, index: int, layer: Any, name: str, given: dict[str, Any], rows: Rows, norm: Any
+) -> None:
+    """Give the call what the rows that enter layer ``index`` tell, where that decides who stays.
+
+    Args:
+        name: by which the layer takes its cache.
+        given: its arguments; changed in place.
+        rows: that enter it.
+        norm: the model's last.
+    """
+    plan, hidden = call.plan, given["hidden_states"]
+    if index == 0 and plan.rates:
+        call.raters = raters(call, hidden)
+    call.incoming = hidden if plan.merges(index) else None
+    call.scores |= by_states(call, rows, hidden, norm, plan.by_states(index))
+    if asked := plan.looks_in(index):
+        if rows.index is not None:
+            take_positions(given, rows.index, call.shape[1], layer.self_attn)
+        sight = own_sight(layer, index, name, given, call, rows)
+        for number, action in asked.items():
+            call.scores[number] = look(call, sight, action.select)

@@ -1,10 +1,31 @@
-"""Scores of columns, from attention weights."""
+"""Scores of columns, from attention weights or without them, and which tokens are the best by them."""
 
 from __future__ import annotations
 
 import torch
 
 from vtwcli.runtime.rows import Tensor
+
+
+def drawn(visual: Tensor, seed: int) -> Tensor:
+    """Scores [B, S] that depend on the seed and the number of a sample's ``visual`` tokens only."""
+    score = torch.zeros(visual.shape, device=visual.device)
+    for row, mine in enumerate(visual):
+        draw = torch.rand(int(mine.sum()), generator=torch.Generator().manual_seed(seed))
+        score[row, mine] = draw.to(score.device)
+    return score
+
+
+def self_cross(weights: Tensor, visual: Tensor, text: Tensor) -> Tensor:
+    """What some query rows add to the two factors of ``self_cross``, [2, B, T].
+
+    Args:
+        weights: attention weights [B, H, Q, T].
+        visual, text: which of the rows are visual tokens and text, bool [B, Q]; others are fillers.
+    """
+    largest = weights.to(torch.promote_types(weights.dtype, torch.float32)).amax(1)
+    kinds = torch.stack([visual, text]).to(largest.dtype)
+    return torch.einsum("bqt,kbq->kbt", largest, kinds)
 
 
 def last_row_numbers(weights: Tensor, values: Tensor) -> dict[str, Tensor]:
@@ -36,3 +57,15 @@ def placed(scores: Tensor, position: Tensor, past: int, length: int) -> Tensor:
     # entries of earlier turns and fillers go to a slot behind the last, which is cut off
     place = (position - past).masked_fill(position < past, length)
     return scores.new_zeros(len(scores), length + 1).scatter(1, place, scores)[:, :length]
+
+
+def best(score: Tensor, there: Tensor, wanted: Tensor) -> Tensor:
+    """Of those ``there`` [B, S] the ``wanted`` [B] ones of the highest score [B, S], the earlier among equals."""
+    order = score.masked_fill(~there, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return there & (order.argsort(dim=1) < wanted[:, None])
+
+
+def spaced(there: Tensor, wanted: Tensor) -> Tensor:
+    """Of those ``there`` [B, S], n in a row, ``wanted`` [B] ones, m of them: the ceil(i n / m)-th for i = 0..m-1."""
+    ordinal, total = there.cumsum(1) - 1, there.sum(1)
+    return there & ((ordinal * wanted[:, None]) % total.clamp(min=1)[:, None] < wanted[:, None])

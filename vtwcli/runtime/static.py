@@ -20,12 +20,12 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from vtwcli.runtime.asking import not_compiled
 from vtwcli.runtime.cache import PrunedLayer
 from vtwcli.runtime.contract import CACHE_NAMES, CALL, PruningError, attention_kind, brings_vision, strange
 from vtwcli.runtime.masks import muted_columns, split_sinks, sunk
 from vtwcli.runtime.plan import Plan
 from vtwcli.runtime.rows import Tensor, take
-from vtwcli.runtime.weights import not_compiled
 
 _ROWS = (
     "input_ids",
@@ -200,6 +200,11 @@ def greet(cache: Any, plan: Plan, attention: Any) -> None:
         raise PruningError(
             "under 'auto' or a threshold each prompt decides anew how many entries a layer holds, so a static cache "
             f"has no lengths to fix; name layers, counts or ratios in the schedule, or {INSTEAD}"
+        )
+    if plan.trims:
+        raise PruningError(
+            "what leaves during the answer ('every') cannot leave a static cache, whose layers keep their lengths; "
+            f"leave it out, or {INSTEAD}"
         )
     if plan.renumbers:
         raise PruningError(

@@ -6,7 +6,6 @@ queries and keys; of their products only the class token's row and the sums over
 
 from __future__ import annotations
 
-import copy
 import inspect
 import threading
 from collections.abc import Callable
@@ -15,18 +14,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
 
 from vtwcli.runtime.attention import not_compiled
 from vtwcli.runtime.contract import PruningError
 from vtwcli.runtime.patches import Patches, tokens_of
 from vtwcli.runtime.picture import Needs
 from vtwcli.runtime.rows import Tensor
+from vtwcli.runtime.weights import Chunk, looked_at
 
 _NAMES = ("self_attn", "attn", "attention")  # of a layer's attention
 _CLASS = ("class_embedding", "cls_token")  # parameters that are a class token
-_KIND = "vtw_tower"  # the attention that looks
-_BLOCK = 256  # rows whose weights exist at a time
 
 
 @dataclass(eq=False)
@@ -46,22 +43,15 @@ class Look:
 
 
 @dataclass(eq=False)
-class _Chunk:
-    """One call of a layer's attention: the class token's weights [I, H, S], those received [I, S], summed over rows."""
-
-    cls: Tensor | None
-    received: Tensor | None
-
-
-@dataclass(eq=False)
 class _Record:
     """What is seen while images become features."""
 
     stack: _Stack | None = None
-    chunks: dict[int, list[_Chunk]] = field(default_factory=dict)
+    chunks: dict[int, list[Chunk]] = field(default_factory=dict)
     projected: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
     packed: tuple[tuple, dict[str, Any]] | None = None
+    shape: tuple[int, int] | None = None  # images and rows
     busy: bool = False
 
 
@@ -75,6 +65,7 @@ class _Stack:
         first: tokens in front of the patches.
         cls, received, keys, queries: the layers that are asked for, from 0.
         features: layers whose output the projector reads, in its order.
+        heads: of its attention.
     """
 
     owner: torch.nn.Module
@@ -85,6 +76,7 @@ class _Stack:
     keys: list[int]
     queries: list[int]
     features: list[int]
+    heads: int
 
 
 class _Stand:
@@ -172,8 +164,9 @@ class Tower:
                 "tower_received or another method"
             )
         cls, received, keys, queries = asked
-        owner = self.base.get_submodule(name.rpartition(".")[0])
-        stack = _Stack(owner, depth, first, cls, received, keys, queries, features)
+        owner, one = self.base.get_submodule(name.rpartition(".")[0]), _attention(layers[0])
+        heads = next((getattr(one, n) for n in ("num_heads", "num_attention_heads") if hasattr(one, n)), 1)
+        stack = _Stack(owner, depth, first, cls, received, keys, queries, features, heads)
         for index, layer in enumerate(layers):
             attention = _attention(layer)
             assert attention is not None
@@ -186,7 +179,7 @@ class Tower:
                     if module is None:
                         raise PruningError(f"the attention of this model's vision tower has no {part}")
                     keep(module.register_forward_hook(partial(self._projected, stack, part, index)))
-            if index in stack.features:
+            if index in stack.features or index == 0:
                 keep(layer.register_forward_hook(partial(self._hidden, stack, index)))
 
     def _record(self, stack: _Stack) -> _Record | None:
@@ -210,7 +203,7 @@ class Tower:
         record.busy = True
         try:
             with torch.no_grad():
-                chunks = _chunks(module, args, kwargs, index in stack.cls, index in stack.received)
+                chunks = looked_at(module, args, kwargs, index in stack.cls, index in stack.received)
         finally:
             record.busy = False
         record.chunks.setdefault(index, []).extend(chunks)
@@ -224,8 +217,13 @@ class Tower:
     @not_compiled
     def _hidden(self, stack: _Stack, index: int, module: Any, args: tuple, output: Any) -> None:
         record = self._record(stack)
-        if record is not None:
-            record.hidden[index] = (output[0] if isinstance(output, tuple) else output).detach()
+        if record is None:
+            return
+        hidden = (output[0] if isinstance(output, tuple) else output).detach()
+        if index == 0:
+            record.shape = (hidden.shape[0] if hidden.ndim == 3 else 1, hidden.shape[-2])
+        if index in stack.features:
+            record.hidden[index] = hidden
 
     # ------------------------------------------------------------------ images
 
@@ -253,35 +251,22 @@ class Tower:
         return output
 
     def _looks(self, record: _Record, given: dict[str, Any], output: Any) -> list[Look]:
-        stack = record.stack
+        stack, shape, needs = record.stack, record.shape, self.needs
         features = getattr(output, "pooler_output", output)
-        if stack is None:
-            if any(
-                (
-                    self.needs.cls,
-                    self.needs.received,
-                    self.needs.keys,
-                    self.needs.queries,
-                    self.needs.features,
-                )
-            ):
-                raise PruningError("this model's vision tower did not run through the attention that it has")
-            tokens = tokens_of(features, given)
+        if stack is None or shape is None:
+            raise PruningError("this model's vision tower did not run through the layers that it has")
+        try:
+            patches = Patches(self.base, stack.owner, stack.first, shape, features, given, record.packed)
+        except PruningError:
+            if any(needs):
+                raise
+            tokens = tokens_of(features, given)  # which is all that is looked at
             return [Look(n, row, None, 0) for n, row in zip(tokens, _heads(features, tokens), strict=True)]
-        shape = next(
-            iter([tuple(x.shape[:2]) for x in (*record.hidden.values(), *record.projected.values())]), None
-        )
-        sizes: list[tuple[int, int]] = []
-        for chunks in record.chunks.values():
-            sizes = [(x.shape[0], x.shape[-1]) for c in chunks if (x := _any(c)) is not None]
-            break
-        patches = Patches(
-            self.base, stack.owner, stack.first, sizes or [shape], features, given, record.packed
-        )
-        heads = _heads(features, patches.tokens)
         looks = [
             Look(n, row, grid, stack.depth)
-            for n, row, grid in zip(patches.tokens, heads, patches.grids, strict=True)
+            for n, row, grid in zip(
+                patches.tokens, _heads(features, patches.tokens), patches.grids, strict=True
+            )
         ]
         for index, chunks in record.chunks.items():
             for name in ("cls", "received"):
@@ -291,31 +276,18 @@ class Tower:
                     spread = patches.spread(parts, rows=name == "received")
                     for look, x in zip(looks, spread, strict=True):
                         getattr(look, name)[index] = x if name == "cls" else x[0]
-        if (record.projected or record.hidden) and self.needs.soft and not patches.direct:
+        if not (record.projected or record.hidden) or (needs.soft and not patches.direct):
             return looks
-        if record.projected or record.hidden:
-            patches.check_direct()
+        patches.check_direct()
         for (part, index), x in record.projected.items():
-            attention: Any = _attention(self._layer(stack, index))
-            heads = next(
-                getattr(attention, n) for n in ("num_heads", "num_attention_heads") if hasattr(attention, n)
-            )
             for look, rows in zip(looks, x, strict=True):
                 where = look.keys if part == "k_proj" else look.queries
-                where[index] = rows.view(rows.shape[0], heads, -1)
+                where[index] = rows.view(rows.shape[0], stack.heads, -1)
         if stack.features:
             hidden = torch.cat([record.hidden[index] for index in stack.features], -1)
             for look, rows in zip(looks, hidden, strict=True):
                 look.features = rows
         return looks
-
-    def _layer(self, stack: _Stack, index: int) -> torch.nn.Module:
-        layers = next(
-            module
-            for module in stack.owner.children()
-            if isinstance(module, torch.nn.ModuleList) and _attention(module[0]) is not None
-        )
-        return layers[index]
 
 
 @dataclass(eq=False)
@@ -338,10 +310,6 @@ def _heads(features: Any, tokens: list[int]) -> list[Tensor]:
     return list(rows[starts.to(rows.device)])
 
 
-def _any(chunk: _Chunk) -> Tensor | None:
-    return chunk.cls if chunk.cls is not None else chunk.received
-
-
 def _attention(layer: Any) -> torch.nn.Module | None:
     found = [getattr(layer, name, None) for name in _NAMES]
     found = [one for one in found if isinstance(one, torch.nn.Module)]
@@ -355,60 +323,3 @@ def _from_start(layers: tuple[float, ...], depth: int) -> list[int]:
         if not -depth <= layer < depth:
             raise PruningError(f"the schedule asks for layer {layer} of a vision tower that has {depth}")
     return [layer % depth for layer in whole]
-
-
-def _chunks(module: Any, args: tuple, kwargs: dict[str, Any], cls: bool, received: bool) -> list[_Chunk]:
-    """Run an attention on what it was given up to queries and keys, and look at these."""
-    one = copy.copy(module)  # the weights are shared; the configuration is its own: no other thread sees it
-    one.config = copy.copy(module.config)
-    one.config._attn_implementation = _KIND
-    one.training = False
-    one.__dict__.pop("forward", None)  # as wrapped by accelerate it would run the original
-    found: list[_Chunk] = []
-    one.__dict__["vtw_wants"] = (cls, received, found)
-    one.forward(*args, **kwargs)
-    if not found:
-        raise PruningError("the attention of this model's vision tower is not understood")
-    return found
-
-
-def _summarised(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """An attention function of the library's form that looks at the weights and returns zeros."""
-    cls, received, found = module.vtw_wants
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    query, key = query.to(wide), key.to(wide)
-    if key.shape[1] != query.shape[1]:
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    if attention_mask is not None and attention_mask.ndim == 2:
-        attention_mask = attention_mask[:, None, None, :].bool()
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        low = torch.finfo(wide).min
-        attention_mask = torch.zeros_like(attention_mask, dtype=wide).masked_fill(~attention_mask, low)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-
-    def weights(rows: slice) -> Tensor:
-        scores = query[:, :, rows] @ key.transpose(2, 3) * scale
-        if attention_mask is not None:
-            every = attention_mask.shape[2] == 1
-            scores = scores + attention_mask[:, :, slice(None) if every else rows].to(wide)
-        return scores.softmax(-1)
-
-    total = None
-    if received:
-        total = query.new_zeros(query.shape[0], key.shape[2])
-        for begin in range(0, query.shape[2], _BLOCK):
-            total += weights(slice(begin, begin + _BLOCK)).mean(1).sum(1)
-    found.append(_Chunk(weights(slice(0, 1))[:, :, 0] if cls else None, total))
-    shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
-    return value.new_zeros(shape), None
-
-
-AttentionInterface.register(_KIND, _summarised)

@@ -11,22 +11,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from vtwcli.schedule.words import (
+    ALL_ROWS,
     FORMAT_VERSION,
     HIDDEN,
+    KEYED,
     LAST_ROW,
     MUTED,
+    OF_ATTENTION,
     REST_INTO,
     REST_SHARE,
     SELECTED,
     TOWER,
     ScheduleError,
     given,
+    leaves,
     row,
-    used,
+    version_of,
     words,
-)
-from vtwcli.schedule.words import (
-    KEYS as KEYED,
 )
 
 
@@ -40,7 +41,6 @@ class Key:
         default: ``...`` where it is required; None: nothing.
         least, most: bounds of a number.
         auto: whether the word ``auto`` does too.
-        since: the first version of the form that has it.
     """
 
     kind: type
@@ -48,10 +48,7 @@ class Key:
     least: float | None = None
     most: float | None = None
     auto: bool = False
-    since: int = 1
 
-
-_OF_ATTENTION = ("heads", "level")  # keys of ``select`` that go with attention
 
 _START = {"at": Key(int, ..., 0, auto=True), "after": Key(int, None, 0), "when": Key(dict)}
 _SPAN = {"at": Key(int, ..., 0), "until": Key(int, ..., 1)}
@@ -63,8 +60,14 @@ KEYS: dict[str, dict[str, Key]] = {
         "select": Key(dict, ...),
         "positions": Key(str, words("positions")[0]),
         "rest": Key(dict),
+        "every": Key(int, None, 1),
     },
-    "mute": {**_SPAN, **{slot: Key(str, words(slot)[0]) for slot in MUTED}},
+    "mute": {
+        **_SPAN,
+        **{slot: Key(str, words(slot)[0]) for slot in MUTED},
+        "steps": Key(int, 1, 0),
+        "both_ways": Key(bool, False),
+    },
     "freeze": _SPAN,
     "when": {
         "cosine_below": Key(float, None, -1, 1),
@@ -77,14 +80,14 @@ KEYS: dict[str, dict[str, Key]] = {
         "score": Key(str, ...),
         "ratio": Key(float, None, 0, 1),
         "count": Key(int, None, 0),
-        "share": Key(float, None, 0, 1, since=2),
+        "share": Key(float, None, 0, 1),
         "above": Key(float),
         "found": Key(bool, None),
         "seed": Key(int, 0),
         **{slot: Key(str, words(slot)[0]) for slot in SELECTED},
-        "heads": Key(int, None, 1, since=2),
-        "level": Key(bool, False, since=2),
-        "parameters": Key(dict, since=2),
+        "heads": Key(int, None, 1),
+        "level": Key(bool, False),
+        "parameters": Key(dict),
     },
     "rest": {
         "merge": Key(str, ...),
@@ -118,6 +121,8 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
         at, until = data["at"], data["until"]
         if until <= at:
             raise ScheduleError(f"'until' ({until}) must be above 'at' ({at}); it is the first layer without")
+        if part == "mute":
+            _check_beyond(data)
     elif part in ("withdraw", "keep"):
         if data["at"] == "auto" and data.get("when") is None:
             raise ScheduleError("'at: auto' needs a condition under 'when'")
@@ -129,6 +134,8 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
             _check_auto(data.get("select"))
         if data.get("rest") is not None:
             _check_rest(data)
+        if data.get("every") is not None:
+            _check_every(data)
     elif part == "when":
         _one_of("condition", data)
     elif part == "select":
@@ -138,11 +145,32 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
             raise ScheduleError(f"score {data['score']} has no threshold; give ratio or count")
         if data.get("found") is not None and not (data["found"] and score.finds):
             raise ScheduleError(f"score {data['score']} finds no number of tokens; give ratio or count")
-        if score.needs != LAST_ROW and (said := said_of(part, data, (*SELECTED, *_OF_ATTENTION))):
+        if score.needs != LAST_ROW and (said := said_of(part, data, (*SELECTED, *OF_ATTENTION))):
             raise ScheduleError(f"score {data['score']} is no attention, so '{said[0]}' says nothing")
-        if data["score"] != "attention" and (said := said_of(part, data, ("rows", *_OF_ATTENTION))):
+        if data["score"] != "attention" and (said := said_of(part, data, ("rows", *OF_ATTENTION))):
             raise ScheduleError(f"score {data['score']} is the last row's; '{said[0]}' goes with attention")
         parameters(data)
+
+
+def _check_every(data: Mapping[str, Any]) -> None:
+    amount = data["select"] if isinstance(data["select"], Mapping) else vars(data["select"])
+    wrong = any(amount.get(key) is not None for key in ("above", "share", "found"))
+    if data["at"] == "auto" or row("score", amount["score"]).needs != LAST_ROW or wrong:
+        raise ScheduleError(
+            "'every' wants a fixed layer, and attention or contribution with a ratio or a count"
+        )
+    if said := said_of("select", amount, (*SELECTED, *OF_ATTENTION)):
+        raise ScheduleError(f"'every' looks at the newest token in the layer before; leave out '{said[0]}'")
+    if said := said_of("keep", data, ("positions", "rest")):
+        raise ScheduleError(f"'every' takes entries of the cache away; leave out '{said[0]}'")
+
+
+def _check_beyond(data: Mapping[str, Any]) -> None:
+    beyond = data.get("columns") == "beyond"
+    if beyond and (data.get("readers") != "visual" or data.get("sink", "renormalise") != "renormalise"):
+        raise ScheduleError("'columns: beyond' goes with 'readers: visual' and 'sink: renormalise' only")
+    if not beyond and (data.get("steps", 1) != 1 or data.get("both_ways")):
+        raise ScheduleError("'steps' and 'both_ways' go with 'columns: beyond' only")
 
 
 def _check_rest(data: Mapping[str, Any]) -> None:
@@ -168,9 +196,9 @@ def said_of(part: str, data: Mapping[str, Any], keys: Iterable[str]) -> list[str
 def _check_auto(select: Any) -> None:
     """What ``auto`` looks at is the last row of the layers behind it."""
     data = select if isinstance(select, Mapping) or select is None else vars(select)
-    if data is not None and (said := said_of("select", data, (*SELECTED, *_OF_ATTENTION))):
+    if data is not None and (said := said_of("select", data, (*SELECTED, *OF_ATTENTION))):
         raise ScheduleError(f"'{said[0]}: {data[said[0]]}' needs a layer, not 'at: auto'")
-    if data is not None and row("score", data["score"]).needs in (HIDDEN, KEYED):
+    if data is not None and row("score", data["score"]).needs in (HIDDEN, KEYED, ALL_ROWS):
         raise ScheduleError(f"score {data['score']} needs a layer, not 'at: auto'")
 
 
@@ -249,30 +277,11 @@ def read(schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def version_of(actions: Iterable[Mapping[str, Any]]) -> int:
-    """The oldest version of the form that can say valid actions."""
-    actions = list(actions)
-    found = [_version_of(action["action"], action) for action in actions]
-    return max([1, *found, *(word.since for word in used(actions))])
-
-
-def _version_of(part: str, data: Mapping[str, Any]) -> int:
-    found = [1]
-    for name in said_of(part, data, KEYS[part]):
-        key, value = KEYS[part][name], data[name]
-        found.append(key.since)
-        if key.kind is dict and name in KEYS:
-            found.append(_version_of(name, value))
-        elif key.kind is str:
-            found.append(row(name, value).since)
-    return max(found)
-
-
 def check_version(version: int, actions: Iterable[Mapping[str, Any]]) -> None:
     """Hold the version that a schedule gives itself against what it says.
 
     Raises:
-        ScheduleError: a word or key came later.
+        ScheduleError: a word came later.
     """
     if version < (needed := version_of(actions)):
         raise ScheduleError(f"format_version is {version}, but what the schedule says needs {needed}")
@@ -329,7 +338,7 @@ def earliest_starts(actions: Iterable[Mapping[str, Any]]) -> list[int]:
     """
     start, found = 0, []
     for action in actions:
-        if action["action"] in ("withdraw", "keep"):
+        if leaves(action):
             after = action.get("after")
             first = (
                 max(-1 if after is None else after, start - 1) + 2 if action["at"] == "auto" else action["at"]

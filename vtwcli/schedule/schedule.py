@@ -74,8 +74,9 @@ class Select(_Part):
 
     Attributes:
         score: ``contribution`` (norm of the last row's per-token contribution), ``attention`` (last row, mean over
-            heads), ``change`` (by the layer before), ``duplication`` (the least like a few pivots), ``random``
-            (seeded), ``uniform`` (every n-th), or one of the vision tower's, for each image.
+            heads), ``self_cross`` (all rows, see ``words``), ``change`` (by the layer before), ``duplication`` (the
+            least like a few pivots), ``random`` (seeded), ``uniform`` (every n-th), or one of the vision tower's, for
+            each image.
         ratio: share of the visual tokens, rounded up.
         count: number of visual tokens; a row with fewer keeps all.
         share: of the visual tokens that the prompt brought, however many are left; rounded down.
@@ -148,12 +149,14 @@ class Keep(_Starting):
     Attributes:
         rest: what becomes of the others; by default they are dropped.
         positions: ``original`` ones stay, or rows are numbered anew behind the removal (``compact``).
+        every: do so not in the prompt but behind each so many tokens of the answer, in the cache.
     """
 
     action: Literal["keep"]
     select: Select
     positions: Annotated[str, OneOf("positions")] = _key("keep", "positions")
     rest: Rest | None = None
+    every: int | None = _key("keep", "every")
 
 
 class _Range(_Part):
@@ -168,7 +171,10 @@ class Mute(_Range):
         sink: where the attention mass goes: ``renormalise`` (masked before the softmax), ``first`` (summed onto the
             first visual token) or ``zero`` (set to zero after the softmax, as VisiPruner's code does).
         readers: whose reading is muted; VisiPruner's layer 0 also mutes visual rows.
-        columns: all visual columns, or the first half of them (VisiPruner's 13b form).
+        columns: all visual columns, the first half of them (VisiPruner's 13b form), or those ``beyond`` some steps in
+            the grid of the reader's image (YOPO).
+        steps: of ``beyond``.
+        both_ways: whether what is nearer is read even where it comes later.
         during: ``all``, or only the ``prefill``: then tokens behind the prompt read as usual, as in VisiPruner's code.
     """
 
@@ -177,6 +183,8 @@ class Mute(_Range):
     readers: Annotated[str, OneOf("readers")] = _key("mute", "readers")
     columns: Annotated[str, OneOf("columns")] = _key("mute", "columns")
     during: Annotated[str, OneOf("during")] = _key("mute", "during")
+    steps: int = _key("mute", "steps")
+    both_ways: bool = _key("mute", "both_ways")
 
 
 class Freeze(_Range):
@@ -218,7 +226,7 @@ class Schedule(Section):
         rules.check_order(actions)
         if "format_version" in self.model_fields_set:
             rules.check_version(self.format_version, actions)
-        object.__setattr__(self, "format_version", rules.version_of(actions))
+        object.__setattr__(self, "format_version", words.version_of(actions))
         return self
 
     @classmethod

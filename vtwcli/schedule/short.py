@@ -1,6 +1,7 @@
 """Short forms: one action that stands for several, expanded when a schedule is read.
 
 - ``layers: "0-5, 9"`` or ``layers: [0, 1, 9]`` with ``mute`` and ``freeze``, in place of ``at`` and ``until``;
+- ``columns: {beyond: 2}`` with ``mute``, in place of ``columns: beyond`` and ``steps: 2``;
 - ``at: [8, 16, 24]`` with ``keep``, once for each layer; ``ratio``, ``count`` or ``above`` may then be lists as long.
 
 The actions that they stand for are put in order by their layers, those at one layer as they were written. What is
@@ -75,6 +76,10 @@ def _expanded(action: Any) -> list[Any]:
     if not isinstance(action, Mapping):
         return [action]
     verb, at = action.get("action"), action.get("at")
+    if verb == "mute" and isinstance(beyond := action.get("columns"), Mapping):
+        if set(beyond) != {"beyond"} or "steps" in action:
+            raise ValueError("columns must be a word, or {beyond: STEPS}")
+        action = {**action, "columns": "beyond", "steps": beyond["beyond"]}
     if verb in _RANGES and "layers" in action:
         if "at" in action or "until" in action:
             raise ValueError(f"{verb} has layers, so at and until say nothing")

@@ -10,10 +10,10 @@ came later (``since``); its actions, by layer (0-based):
   holds a ``score`` and one of ``ratio``, ``count``, ``share`` (a ratio of the tokens that the prompt brought, rounded
   down), ``above`` and ``found`` (as many as the score itself finds).
 
-  - Scores are ``contribution`` and ``attention``, from layer K - 1; ``change``, the distance between a token's rows at
-    the entries of layers K - 1 and K; ``duplication``, which puts those in front that are least like a few pivots
-    (DART, arXiv 2502.11494; ``states.distinct``), and of which a share is rounded so that each pivot takes as many;
-    ``random`` with a ``seed``; ``uniform``.
+  - Scores are ``contribution`` and ``attention``, from layer K - 1; ``self_cross``, of all rows of layer K - 1;
+    ``change``, the distance between a token's rows at the entries of layers K - 1 and K; ``duplication``, which puts
+    those in front that are least like a few pivots (DART, arXiv 2502.11494; ``states.distinct``), and of which a share
+    is rounded so that each pivot takes as many; ``random`` with a ``seed``; ``uniform``.
   - Scores named ``tower_...`` come from the vision tower and go with K = 0 alone; they choose for each image on its
     own, so ``count`` and ``ratio`` are of an image's tokens, and ``parameters`` are theirs (``rules.KEYS`` under the
     score's name). What stays gets the positions of a shorter prompt, but where positions have axes for rows and
@@ -31,8 +31,12 @@ came later (``since``); its actions, by layer (0-based):
   - With ``rest`` (``merge: cluster``) n tokens that are not kept leave rows behind: the int(``share`` n) + 1 = m of the
     highest score are merged, by DPC-kNN, into int(``into`` m) + 1 means, which stand behind the kept ones (SparseVLM,
     arXiv 2410.04417; ``merge.clusters``).
+  - With ``every``: n it does nothing to the prompt: behind each n-th token that follows it, layers K and later forget
+    all but the selected of the visual tokens that they hold; the score is that token's own, in layer K - 1.
 - ``{"at": A, "until": B, "action": "mute"}``: in layers A..B-1 ``readers`` (``text``, ``visual`` or ``all`` rows) do
-  not read visual columns (``columns``: ``all`` or the ``first_half`` of them); their attention mass is renormalised
+  not read visual columns (``columns``: ``all`` or the ``first_half`` of them; in format 2 for ``visual`` readers also
+  ``beyond``: those of other images and those more than ``steps`` rows or columns away in the grid of their image, and
+  with ``both_ways`` the nearer ones are read even where they come later); their attention mass is renormalised
   over the rest, moved onto the ``first`` visual token, or set to ``zero`` after the softmax (``sink``). Tokens behind
   the prompt are text rows too; with ``during`` ``prefill`` instead of ``all`` they read as usual. A row that
   ``renormalise`` leaves nothing to read reads itself.
@@ -48,7 +52,9 @@ projection. ``contribution`` is ||c_i||_2, ``attention`` the mean of w_i over he
 some cos(o - c_i, o) < x, ``cosine_above``: x where all of them are >= x, ``attention_below``: x where the ``attention``
 of all visual tokens that are still there sums to less than x (format 2); it must hold in ``layers`` layers,
 ``consecutive`` or in total (VisiPruner, arXiv 2510.17205; without ``consecutive`` as its code does). A sample
-without visual tokens meets no condition.
+without visual tokens meets no condition. ``self_cross`` looks at all rows of the chunk: with m_ri the largest weight
+of any head from row r to visual token i, it is the mean of m_ri over the visual rows times its sum over the text rows
+(FitPrune, arXiv 2409.10197).
 """
 
 from __future__ import annotations
@@ -70,7 +76,7 @@ class ScheduleError(ValueError):
         self.message, self.hint = message, hint
 
 
-LAST_ROW, HIDDEN, KEYS, TOWER = "last row", "hidden states", "keys", "vision tower"
+LAST_ROW, ALL_ROWS, HIDDEN, KEYED, TOWER = "last row", "all rows", "hidden states", "keys", "vision tower"
 PIVOTS: Final = (4, 4)
 """Visual rows and rows of text that ``duplication`` is measured from."""
 REST_SHARE: Final = 0.3
@@ -90,8 +96,8 @@ class Word:
     Attributes:
         slot: what it is said of.
         says: its part of a sentence; ``{}`` stands for a value, in scores of the tower names for their parameters.
-        needs: what must be measured: nothing, attention (the ``last row``'s), ``hidden states``, the ``keys`` of the
-            layer before too, or the ``vision tower``.
+        needs: what must be measured: nothing, attention (the ``last row``'s, or that of ``all rows``), ``hidden
+            states``, the ``keys`` of the layer before too, or the ``vision tower``.
         fixed: whether layer and number of tokens are known before a sample is seen.
         onnx: why graphs cannot have it, and what to do; None where they have it.
         since: the format version from which on there is such a word.
@@ -118,6 +124,15 @@ _CHANGES = "some visual token changes the attention output (cosine below {:g})"
 _STILL = "no visual token changes the attention output any more (cosine at least {:g})"
 _UNREAD = "the last token pays visual tokens less than {:g} of its attention"
 _CONTRIBUTION = "largest contribution to the last token's attention output"
+_READ_BY_BOTH = "largest product of the attention from visual rows and from text rows"
+_ROWS_ONNX = (
+    "keep with self_cross scores cannot be exported to ONNX: graphs look at the last row's attention only",
+    "use attention, or --format hf",
+)
+_ANSWER_ONNX = (
+    "keep during the answer ('every') cannot be exported to ONNX: graphs of a step take no token away",
+    "leave out the actions with every, or --format hf",
+)
 _IN_TOWER = (
     "keep with scores of the vision tower cannot be exported to ONNX: the graph of the encoder hands on features only",
     "use --format hf",
@@ -165,9 +180,10 @@ WORDS = (
     Word("condition", "cosine_above", _STILL, needs=LAST_ROW, fixed=False, onnx=_DYNAMIC),
     Word("condition", "attention_below", _UNREAD, needs=LAST_ROW, fixed=False, onnx=_DYNAMIC, since=2),
     Word("score", "contribution", _CONTRIBUTION, needs=LAST_ROW),
-    Word("score", "attention", "most attention from the last token", needs=LAST_ROW),
+    Word("score", "attention", "most attention from {}", needs=LAST_ROW),
+    Word("score", "self_cross", _READ_BY_BOTH, needs=ALL_ROWS, onnx=_ROWS_ONNX, since=2),
     Word("score", "change", "largest change by the layer before", needs=HIDDEN, onnx=_STATES, since=2),
-    Word("score", "duplication", "least like a few pivots", needs=KEYS, onnx=_STATES, since=2),
+    Word("score", "duplication", "least like a few pivots", needs=KEYED, onnx=_STATES, since=2),
     Word("score", "random", "drawn at random", onnx=_DRAWN),
     Word("score", "uniform", "evenly spaced"),
     _tower(
@@ -223,16 +239,19 @@ WORDS = (
     Word("amount", "share", "{:.3g} of the prompt's visual tokens", onnx=_SHARE, since=2),
     Word("amount", "above", "the visual tokens above {:g}", fixed=False, onnx=_DYNAMIC),
     Word("amount", "found", "as many visual tokens as the rule finds", fixed=False, onnx=_DYNAMIC, since=2),
-    Word("rows", "last", "of the last token"),
-    Word("rows", "text", "of the text behind the image", onnx=_ASKERS, since=2),
-    Word("rows", "raters", "of the text that the image suits", onnx=_ASKERS, since=2),
-    Word("rows", "visual", "of the visual tokens", onnx=_ASKERS, since=2),
-    Word("rows", "all", "of all tokens", onnx=_ASKERS, since=2),
+    Word("rows", "last", "the last token"),
+    Word("rows", "text", "the text behind the image", onnx=_ASKERS, since=2),
+    Word("rows", "raters", "the text that the image suits", onnx=_ASKERS, since=2),
+    Word("rows", "visual", "visual tokens", onnx=_ASKERS, since=2),
+    Word("rows", "all", "all tokens", onnx=_ASKERS, since=2),
+    Word("heads", "heads", "in the {} heads that read the image most", onnx=_ASKERS, since=2),
+    Word("level", "level", "levelled by distance", onnx=_ASKERS, since=2),
     Word("layer", "before", "in the layer before"),
     Word("layer", "here", "as the layer itself sees it", onnx=_HERE, since=2),
     Word("positions", "original", "rows keep their positions"),
     Word("positions", "compact", "rows behind those that left move up", onnx=_COMPACT, since=2),
     Word("merge", "cluster", "the best of the others are merged into clusters", onnx=_MERGED, since=2),
+    Word("every", "every", "Every {} tokens of the answer, ", onnx=_ANSWER_ONNX, since=2),
     Word("sink", "renormalise", "the attention goes to the other tokens"),
     Word("sink", "first", "the attention goes to the first visual token"),
     Word("sink", "zero", "the attention is dropped"),
@@ -241,6 +260,7 @@ WORDS = (
     Word("readers", "all", "nothing reads"),
     Word("columns", "all", "visual tokens"),
     Word("columns", "first_half", "the first half of the visual tokens"),
+    Word("columns", "beyond", "visual tokens more than {} steps away in their image's grid", since=2),
     Word("during", "all"),
     Word("during", "prefill", "while the prompt is read"),
 )
@@ -251,6 +271,9 @@ MUTED = ("sink", "readers", "columns", "during")
 
 SELECTED = ("rows", "layer")
 """The slots of ``select`` beside its score and amount."""
+
+OF_ATTENTION = ("heads", "level")
+"""Keys of ``select`` that go with the score ``attention``."""
 
 _ROWS = {(row.slot, row.word): row for row in WORDS}
 
@@ -279,8 +302,11 @@ def used(actions: Iterable[Mapping[str, Any]]) -> Iterator[Word]:
         if select:
             yield row("score", select["score"])
             yield from (row(slot, select[slot]) for slot in SELECTED if slot in select)
+            yield from (row(key, key) for key in OF_ATTENTION if select.get(key))
         yield from (row(slot, action[slot]) for slot in ("positions",) if slot in action)
         yield from (row("merge", action["rest"]["merge"]) for _ in ("rest",) if action.get("rest"))
+        if action.get("every") is not None:
+            yield row("every", "every")
         for slot, data in (("condition", when), ("amount", select)):
             yield from (row(slot, word) for word in given(slot, data))
         yield from (row(slot, action[slot]) for slot in MUTED if slot in action)
@@ -289,6 +315,11 @@ def used(actions: Iterable[Mapping[str, Any]]) -> Iterator[Word]:
 def given(slot: str, data: Mapping[str, Any]) -> list[str]:
     """The keys that are words of a slot and hold something."""
     return [word for word in words(slot) if data.get(word) is not None]
+
+
+def leaves(action: Mapping[str, Any]) -> bool:
+    """Whether an action takes tokens away from the prompt."""
+    return action["action"] == "withdraw" or (action["action"] == "keep" and action.get("every") is None)
 
 
 def version_of(actions: Iterable[Mapping[str, Any]]) -> int:
@@ -308,6 +339,9 @@ def count_of(ratio: float, present: int) -> int:
 
 def kept_count(select: Mapping[str, Any], present: int, visual: int | None = None) -> int:
     """How many of ``present`` tokens a selection keeps, of a prompt that had ``visual`` ones (by default as many).
+
+    Args:
+        prompt: number of visual tokens of the prompt, those that left included; None: none has left.
 
     Raises:
         ScheduleError: a threshold, which keeps a number that depends on the sample.
@@ -347,7 +381,7 @@ def visual_per_layer(actions: Sequence[Mapping[str, Any]], layers: int, visual: 
         for action in actions:
             if action["at"] == layer and action["action"] == "withdraw":
                 present = 0
-            elif action["at"] == layer and action["action"] == "keep":
+            elif action["at"] == layer and leaves(action):
                 kept = kept_count(action["select"], present, visual)
                 present = kept + merged_count(action, present - kept)[1]
         counts.append(present)

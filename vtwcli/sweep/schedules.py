@@ -48,25 +48,28 @@ def plan_of(schedule: Schedule, depth: int, family: Family) -> Plan:
 
 
 def why_not(plan: Plan, layers: Iterable[nn.Module]) -> tuple[str, str] | None:
-    """Why ``follow`` does not know what a schedule does, and what to do where layers are streamed; None: it does.
+    """What of a schedule ``follow`` does not know, and what to do about it; None where it knows all.
 
     Where a layer has a sliding window, which visual token is the first one for a decode step depends on what its
     cache has dropped.
     """
     if plan.front is not None:
-        return "scores of the vision tower need the whole model", "leave out --stream"
+        return "scores of the vision tower need the whole model", "use a score of the language model"
+    if any(action.needs_all for action in plan.leaving):
+        return "scores of all rows are not known", "use the score attention"
+    if plan.trims:
+        return "what leaves during the answer is not known", "leave out the actions with every"
+    if plan.looks_around:
+        return "neighbours of visual tokens are not known", "leave out columns: beyond"
     if plan.newer:
-        return "what it says runs on the whole model only", "leave out --stream"
+        return "what it says runs on the whole model only", "use scores of the last row in the layer before"
     if not any(mute.sink == "first" and mute.during == "all" for mute in plan.mutes):
         return None
     attentions = [getattr(layer, "self_attn", None) for layer in layers]
     named = [x for one in attentions for x in (one, getattr(one, "config", None))]
     if all(getattr(x, "sliding_window", None) is None for x in named):
         return None
-    return (
-        "moving attention to the first visual token goes with no sliding window when layers are streamed",
-        "use sink: zero, or leave out --stream",
-    )
+    return "moving attention to the first visual token goes with no sliding window", "use sink: zero"
 
 
 @torch.no_grad()
