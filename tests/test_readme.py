@@ -1,8 +1,7 @@
 """Every command and snippet of the README and of each page of documentation runs, top to bottom, as a reader would.
 
 Each page has a directory of its own. Environment variables keep samples few, and a ``--limit`` is lowered; nothing
-else changes. A block behind a line that ends with a file's name and a colon is that file. What needs the Hub or pip is
-named below.
+else changes. A block of data is the file that the line before it names. What needs the Hub or pip is named below.
 """
 
 import os
@@ -50,6 +49,7 @@ ELSEWHERE = {
     r"--push-to-hub": "uploads",
     r"\bMODEL\b|\bRECIPE\b|\bFILE\b|\bDIR\b": "a pattern, not a command",
 }
+FILES = ("jsonl", "json", "csv", "tsv")
 FEW = {
     "VTW_CALIBRATE__LIMIT": "2", "VTW_CALIBRATE__BOOTSTRAP": "20", "VTW_CALIBRATE__ETA": "0.1",
     "VTW_ANALYZE__LIMIT": "2", "VTW_ANALYZE__MAPS": "1", "VTW_ANALYZE__FREEZE": "false",
@@ -147,7 +147,7 @@ def run(command):
 
 def run_block(language, text, file):
     """What went wrong with a block, a line each."""
-    if file:
+    if language in FILES:
         Path(file).parent.mkdir(exist_ok=True)
         Path(file).write_text(text, encoding="utf-8")
         return
@@ -174,7 +174,7 @@ def test_commands_and_snippets_run(
     name, desk
 ):  # one test a page, because later ones use what earlier ones wrote
     found = blocks(TEXTS[name])
-    shown = [(kind, text, file) for kind, text, file in found if file or kind in ("sh", "console", "python")]
+    shown = [block for block in found if block[0] in (*FILES, "sh", "console", "python")]
     failed = [words for block in shown for words in run_block(*block)]
     assert not failed, "\n\n".join(failed)
 

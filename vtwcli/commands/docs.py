@@ -24,7 +24,9 @@ Examples:
 What to try first:  vtw calibrate demo
 """
 
+_MANY = 6  # columns of a table that is not squeezed into a terminal
 _PICTURE = re.compile(r"^!\[([^]]*)\]\([^)]*\)$", re.MULTILINE)
+_TABLE = re.compile(r"(?:^\|.*\|\n)+", re.MULTILINE)
 _LINK = re.compile(r"\[([^]]*)\]\((\w+)\.md(?:#[^)]*)?\)")
 
 
@@ -49,8 +51,26 @@ def command(**given: Any) -> None:
         return
     from rich.markdown import Markdown
 
+    console.result(Markdown(for_terminal(text, console.stdout().width), hyperlinks=False))
+
+
+def for_terminal(text: str, width: int) -> str:
+    """A page as a terminal can show it: no pictures, commands in place of links, wide tables as lists."""
     text = _LINK.sub(r"\1 (`vtw docs \2`)", _PICTURE.sub(r"*(picture: \1)*", text))
-    console.result(Markdown(text, hyperlinks=False))
+    return _TABLE.sub(lambda found: _narrow(found[0], width), text)
+
+
+def _narrow(table: str, width: int) -> str:
+    """A table, or the list of its rows where it has many columns and is wider than the terminal."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    head, _, *body = rows
+    if len(head) < _MANY or max(map(len, table.splitlines())) <= width:
+        return table
+    lines = []
+    for first, *others in body:
+        said = (f"{name}: {cell}" for name, cell in zip(head[1:], others, strict=True) if cell)
+        lines.append(f"- **{first}**: {'; '.join(said)}")
+    return "\n".join(lines) + "\n"
 
 
 def _list() -> None:
