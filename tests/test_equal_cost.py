@@ -94,7 +94,7 @@ def test_the_best_of_each_block_is_marked(compared, tmp_path):
     console = Console(width=120, record=True)
     console.print(equal_table(compared))
     assert "full model" in console.export_text()
-    assert "vica is not there at 6, 3" in equal_markdown(compared)
+    assert "Not there at 6, 3: vica; no setting" in equal_markdown(compared)
     plot_equal(compared, tmp_path / "equal.svg")
     assert "methods at equal cost" in (tmp_path / "equal.svg").read_text()
 

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from vtwcli.methods.method import Answers, Candidate, Grid, Method, Shape, Style
+from vtwcli.methods.method import Answers, Candidate, Grid, Method, Shape, Style, fit_share
 from vtwcli.schedule.schedule import Keep, Schedule, Select
 
 # by reduction of FLOPs in per cent, layer by layer
@@ -69,10 +69,7 @@ class FitPrune(Method):
     def fitted(self, model: Shape) -> FitPrune:
         if self.drops is not None:
             return self
-        left = [VISUAL - gone for gone in accumulate(PUBLISHED[self.reduction])]
-        mine = [VISUAL, *(left[max(round((d + 1) * 32 / model.depth), 1) - 1] for d in range(model.depth))]
-        mine[: model.first_withdrawal] = [VISUAL] * model.first_withdrawal  # they leave as soon as they may
-        return FitPrune(drops=[before - behind for before, behind in pairwise(mine)])
+        return FitPrune(drops=at_depth(PUBLISHED[self.reduction], model))
 
     def schedule(self, **provenance: Any) -> Schedule:
         drops = PUBLISHED[self.reduction] if self.drops is None else self.drops
@@ -89,6 +86,21 @@ class FitPrune(Method):
         return made
 
     @classmethod
+    def at_share(cls, model: Shape, share: float) -> FitPrune | None:
+        """Between the two published recipes around the share, in proportion; that for 90 % is the least."""
+        recipes = [PUBLISHED[reduction] for reduction in sorted(PUBLISHED, reverse=True)]
+        recipes.append((0,) * len(recipes[0]))
+
+        def between(x: float) -> FitPrune:
+            place = x * (len(recipes) - 1)
+            at = min(int(place), len(recipes) - 2)
+            two = zip(recipes[at], recipes[at + 1], strict=True)
+            drops = [round(one + (other - one) * (place - at)) for one, other in two]
+            return cls(drops=at_depth(drops, model))
+
+        return fit_share(between, model, share)
+
+    @classmethod
     def candidates(cls, model: Shape, found: Answers, base: Mapping[str, Any]) -> list[Candidate]:
         """A recipe for each average."""
         made = {}
@@ -98,6 +110,14 @@ class FitPrune(Method):
             schedule = cls(drops=drops).schedule()
             made[tuple(drops)] = Candidate(f"fitprune {average:.0%}", "fitprune", schedule, {"drops": drops})
         return list(made.values())
+
+
+def at_depth(drops: Sequence[int], model: Shape) -> list[int]:
+    """A recipe for 32 layers, read for a model's depth."""
+    left = [VISUAL - gone for gone in accumulate(drops)]
+    mine = [VISUAL, *(left[max(round((d + 1) * 32 / model.depth), 1) - 1] for d in range(model.depth))]
+    mine[: model.first_withdrawal] = [VISUAL] * model.first_withdrawal  # they leave as soon as they may
+    return [before - behind for before, behind in pairwise(mine)]
 
 
 def fit(lost: Sequence[Sequence[float]], average: float, first_withdrawal: int = 0) -> list[float]:

@@ -6,9 +6,9 @@ calibration, comparison, evaluation, export, recipes and reports know it through
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 from vtwcli.io.section import Section
 from vtwcli.models.families import Family, tower_depth, tower_of
@@ -183,6 +183,10 @@ class Method(Section):
         return []
 
 
+Made = TypeVar("Made", bound=Method)
+_MANY, _LEAST = 10_000, 1e-4  # tokens of a prompt, so that rounding plays no part; the smallest setting
+
+
 def share_behind(share: float, at: int, until: int, depth: int) -> float | None:
     """The share to keep in layers at..until-1 for an average of ``share``, with all in front and none behind.
 
@@ -195,3 +199,28 @@ def share_behind(share: float, at: int, until: int, depth: int) -> float | None:
 def early(model: Shape) -> int:
     """Where tokens are chosen early on: layer 2 of 32 in a model of this depth, or the first that its family allows."""
     return max(round(2 * model.depth / 32), model.first_withdrawal, 1)
+
+
+def fit_share(build: Callable[[float], Made], model: Shape, share: float) -> Made | None:
+    """The method ``build(x)``, x in 0..1, whose schedule has an average ``share`` of the visual tokens in its layers.
+
+    Args:
+        build: more of x must not mean fewer tokens.
+
+    Returns:
+        The closest from below; None where even the least is above, or the most more than a hundredth below.
+    """
+
+    def average(method: Method) -> float:
+        return sum(method.schedule().visual_per_layer(model.depth, _MANY)) / (model.depth * _MANY)
+
+    low, high = _LEAST, 1.0
+    if average(build(low)) > share or average(build(high)) < share - 0.01:
+        return None
+    for _ in range(30):
+        middle = (low + high) / 2
+        if average(build(middle)) <= share:
+            low = middle
+        else:
+            high = middle
+    return build(low)

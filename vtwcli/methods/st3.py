@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from vtwcli.methods.method import Candidate, Grid, Method, Shape, Style
+from vtwcli.methods.method import Candidate, Grid, Method, Shape, Style, fit_share
 from vtwcli.methods.published import Layers, layer_of
 from vtwcli.schedule.schedule import Keep, Schedule, Select
 
@@ -66,3 +66,8 @@ class ST3(Method):
             varied = {"layers": list(one.layers), "ratio": ratio}
             made.append(Candidate(f"st3 {ratio:.0%}", "st3", one.schedule(), varied))
         return made
+
+    @classmethod
+    def at_share(cls, model: Shape, share: float) -> ST3 | None:
+        """The published stages with the ratio that the share takes; what leaves during the answer is not counted."""
+        return fit_share(lambda ratio: cls(ratio=ratio).fitted(model), model, share)

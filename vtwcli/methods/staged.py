@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from vtwcli.methods.method import Candidate, Grid, Method, Shape
+from vtwcli.methods.method import Candidate, Grid, Method, Shape, fit_share
 from vtwcli.schedule.schedule import Keep, Schedule
 
 PUBLISHED_DEPTH, PUBLISHED_VISUAL = 32, 576
@@ -102,6 +102,16 @@ class Staged(Method):
             varied = {"layers": list(one.layers), "ratios": list(ratios)}
             found.append(Candidate(f"{cls.key} {ratio:.0%}", cls.key, one.schedule(), varied))
         return found
+
+    @classmethod
+    def at_share(cls, model: Shape, share: float) -> Self | None:
+        """The published stages with shares in the published proportions, none above all there are."""
+        if model.first_withdrawal >= model.depth:
+            return None
+        published = cls.of(()).fitted(model)
+        layers, ratios = published.layers, published.ratios
+        most = ratios[0] / ratios[-1] if ratios[-1] else 1.0  # then even the last stage keeps all
+        return fit_share(lambda x: cls(layers=layers, ratios=scaled(ratios, x * most)), model, share)
 
 
 def scaled(ratios: Sequence[float], first: float) -> tuple[float, ...]:

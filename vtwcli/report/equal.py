@@ -89,9 +89,11 @@ def equal_sentence(result: Budget) -> str:
     if result.get("scores"):
         named = {one["metric"] for one in result["scores"].values()}
         words.append(f"Tasks ({', '.join(sorted(named))}) are scored on each schedule's own answers.")
+    missing: dict[tuple[str, str], list[str]] = {}
     for left in result.get("left_out") or ():
         at = ", ".join(f"{target:g}" for target in left["tokens"])
-        words.append(f"{left['method']} is not there at {at}: {left['why']}.")
+        missing.setdefault((at, left["why"]), []).append(left["method"])
+    words += [f"Not there at {at}: {', '.join(names)}; {why}." for (at, why), names in missing.items()]
     return " ".join(words)
 
 
