@@ -169,6 +169,16 @@ def run_block(language, text, file):
             yield f"{command}\nexit code {code}\n{err[-1500:]}"
 
 
+def seen_by_git(names):
+    """Those of some names in a checkout that git would not ignore."""
+    if not names or shutil.which("git") is None or not (ROOT / ".git").exists():
+        return []
+    ignored = subprocess.run(
+        ["git", "-C", ROOT, "check-ignore", "--no-index", *names], capture_output=True, text=True
+    )
+    return sorted(set(names) - set(ignored.stdout.split()) - {"recipes/"})
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_commands_and_snippets_run(
     name, desk
@@ -177,6 +187,7 @@ def test_commands_and_snippets_run(
     shown = [block for block in found if block[0] in (*FILES, "sh", "console", "python")]
     failed = [words for block in shown for words in run_block(*block)]
     assert not failed, "\n\n".join(failed)
+    assert not seen_by_git([f"{one.name}/" if one.is_dir() else one.name for one in desk.iterdir()])
 
 
 @pytest.mark.parametrize("text", [text for _, kind, text, _ in EVERY if kind == "yaml"])
