@@ -37,6 +37,7 @@ COMMANDS = [
     "analyze",
     "budget",
     "calibrate",
+    "docs",
     "env",
     "eval",
     "export",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +12,7 @@ from tests import parity, reference
 from tests.test_models_streaming import check_equal
 from tests.tiny import IMAGE_ID, LAYERS, TINY, VARIANTS, VIDEO_ID
 from tests.wide import Narrow
+from vtwcli.docs import page
 from vtwcli.errors import NotFoundError
 from vtwcli.export.onnx.graphs import VISION
 from vtwcli.models.families import FAMILIES, family_of, markdown, placeholder_ids, table
@@ -288,6 +288,5 @@ def test_the_table_promises_the_onnx_exports_that_exist():
     assert {name for name, row in FAMILIES.items() if row.no_onnx is None} == set(VISION)
 
 
-def test_the_readme_has_the_table_of_today():
-    readme = Path(__file__).parents[1] / "README.md"
-    assert markdown() in readme.read_text(encoding="utf-8"), "paste vtwcli.models.families.markdown() into it"
+def test_the_page_has_the_table_of_today():
+    assert markdown() in page("families"), "paste vtwcli.models.families.markdown() into it"

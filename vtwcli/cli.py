@@ -28,6 +28,7 @@ COMMANDS = {
     "recipe": "recipe",
     "families": "families",
     "methods": "methods",
+    "docs": "docs",
     "env": "env",
 }
 

@@ -80,7 +80,7 @@ def _view(found: dict[str, Any]) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    head = found["name"] + (f" (arXiv {found['paper']})" if found["paper"] else " (a control)")
+    head = f"{found['name']} ({'' if found['paper'] == 'control' else 'arXiv '}{found['paper']})"
     parts: list[Any] = [Text(head, "bold")]
     for paragraph in found["about"]:
         parts += [Text(paragraph), Text("")]

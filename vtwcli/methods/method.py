@@ -116,7 +116,7 @@ class Method(Section):
     Class attributes:
         key: the name that options, recipes and documents use.
         title: its name for people.
-        paper: where it was published; None for a control.
+        paper: where it was published; None for a control, and where that was not verified.
         finds: what a calibration of it finds, in words; None where there is nothing to find.
         searched: parameters that a calibration finds by running candidates; none where the sweep tells all.
         lost: whether it asks what attention loses.

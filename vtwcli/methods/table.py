@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 from vtwcli.methods import METHODS
 from vtwcli.methods.in_front import InFront
 from vtwcli.methods.method import Method, Shape
+from vtwcli.methods.subsets import Subset
 from vtwcli.schedule import words
 from vtwcli.schedule.schedule import Schedule
 from vtwcli.schedule.sentences import describe
@@ -33,7 +34,7 @@ def table() -> list[dict[str, str]]:
             {
                 "method": key,
                 "name": method.title,
-                "paper": method.paper or "control",
+                "paper": _source(method),
                 "chooses": "before the LLM" if issubclass(method, InFront) else "in the LLM",
                 "needs": _needs(schedule),
                 "onnx": "no" if _onnx(schedule) else "yes",
@@ -57,7 +58,7 @@ def about(key: str, model: Shape | None = None) -> dict[str, Any]:
     return {
         "method": key,
         "name": method.title,
-        "paper": method.paper,
+        "paper": _source(method),
         "about": _paragraphs(method),
         "parameters": [
             {
@@ -91,6 +92,10 @@ def _paragraphs(method: type[Method]) -> list[str]:
     return [" ".join(part.split()).replace("``", "") for part in parts]
 
 
+def _source(method: type[Method]) -> str:
+    return method.paper or ("control" if issubclass(method, Subset) else "not verified")
+
+
 def _needs(schedule: Schedule | None) -> str:
     found = [] if schedule is None else [word.needs for word in words.used(schedule.plain())]
     return ", ".join(dict.fromkeys(need for need in found if need)) or "nothing"
@@ -103,8 +108,17 @@ def _onnx(schedule: Schedule | None) -> str | None:
 
 def _defaults(method: type[Method]) -> str:
     given = {name: field.default for name, field in method.model_fields.items()}
-    said = (f"{name}={value}" for name, value in given.items() if value not in (None, PydanticUndefined))
+    said = (
+        f"{name}={_short(value)}" for name, value in given.items() if value not in (None, PydanticUndefined)
+    )
     return ", ".join(said)
+
+
+def _short(value: Any) -> str:
+    """A default as a table shows it: shares like 64/576 to three digits."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_short, value))})"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def markdown() -> str:

@@ -365,7 +365,7 @@ FAMILIES: dict[str, Family] = {
 def supported() -> str:
     """The hint of an error: the families that something can be withdrawn from."""
     names = sorted(name for name, row in FAMILIES.items() if not row.no_withdraw)
-    return f"supported families: {', '.join(names)}; the README says how to add one"
+    return f"supported families: {', '.join(names)}; `vtw docs internals` says how to add one"
 
 
 def family_of(config: Any) -> Family:
@@ -444,7 +444,7 @@ def table() -> list[dict[str, str]]:
 
 
 def markdown() -> str:
-    """The table of families for the README, in Markdown, without a newline at the end."""
+    """The table of families for the documentation, in Markdown, without a newline at the end."""
     names = ("family", "example", "inputs", "withdraw", "sweep", "analyze", "onnx", "notes")
     head = ("Family", "Example", "Inputs", "Withdraw", "Sweep", "Analyze", "ONNX", "Notes")
     lines = [head, tuple("---" for _ in head)]
