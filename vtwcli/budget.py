@@ -36,7 +36,7 @@ def budget(
         model: which model, and where it runs; streamed layers are compared along reference answers.
         data: sources of samples, as for ``calibrate``.
         options: methods, ratios, sample counts, the budget.
-        rule: VisiPruner's parameters that are not varied.
+        rule: VisiPruner's parameters that are not varied, and the guide of methods that need one.
 
     With ``options.tokens`` every method stands at an equal average number of visual tokens per layer, and tasks with
     references are scored on each schedule's own answers.
@@ -51,7 +51,11 @@ def budget(
     study = Study.open(model, data, options)
     if study.streamed:
         console.note(STREAMED)
-    equal = None if options.tokens is None else at_equal_cost(study.shape, options, visual_tokens(study))
+    equal = (
+        None
+        if options.tokens is None
+        else at_equal_cost(study.shape, options, visual_tokens(study), rule.guide)
+    )
     chosen = candidates(study.shape, options, rule) if equal is None else equal.candidates
     if study.streamed:
         chosen, without = study.streamable(chosen)
@@ -110,7 +114,7 @@ def candidates(
     if at >= model.depth:
         raise UsageError(f"--keep-layer: {at} is not a layer of the model (0..{model.depth - 1})")
     grid = Grid(options.ratios, at, options.thresholds, options.seed)
-    fixed = rule.rule()
+    fixed = {**rule.rule(), "guide": rule.guide}
     tried = [
         one
         for name in METHODS
@@ -135,11 +139,12 @@ class Equal:
     left_out: list[LeftOut]
 
 
-def at_equal_cost(model: Shape, options: BudgetSection, visual: float) -> Equal:
+def at_equal_cost(model: Shape, options: BudgetSection, visual: float, guide: str | None = None) -> Equal:
     """Every method's schedule for every number of tokens, and which have none.
 
     Args:
         visual: tokens that a prompt has on average; what is asked for is a share of them, the same in every prompt.
+        guide: the model that methods get that need a second one; None: they are left out.
 
     Raises:
         UsageError: more tokens than a prompt has.
@@ -155,6 +160,8 @@ def at_equal_cost(model: Shape, options: BudgetSection, visual: float) -> Equal:
             if name not in options.methods:
                 continue
             method = METHODS[name].at_share(model, target / visual)
+            if method is not None and method.guided:
+                method = None if guide is None else method.model_copy(update={"guide": guide})
             if method is None:
                 missing.setdefault(name, []).append(target)
                 continue
@@ -163,7 +170,9 @@ def at_equal_cost(model: Shape, options: BudgetSection, visual: float) -> Equal:
             found.candidates.append(Candidate(title, name, method.schedule(), parameters))
             found.targets[title] = target
     for name, targets in missing.items():
-        why = METHODS[name].refused(model) or "no setting of it has this average number of tokens"
+        alone = METHODS[name].guided and guide is None
+        why = "it needs a second model: --set schedule.guide=MODEL" if alone else METHODS[name].refused(model)
+        why = why or "no setting of it has this average number of tokens"
         found.left_out.append({"method": name, "tokens": targets, "why": why})
     if not found.candidates:
         raise UsageError(

@@ -25,6 +25,7 @@ from vtwcli.machine.libraries import versions
 from vtwcli.machine.memory import peak_memory
 from vtwcli.measure.answers import Answer, flops_ratio, full_answers, kv_ratio, spent
 from vtwcli.measure.batches import by_length
+from vtwcli.measure.guide import folder_of, guide_of
 from vtwcli.measure.promised import changed_tokens, check_enough
 from vtwcli.measure.samples import read_samples
 from vtwcli.measure.timing import Costs, measured_costs
@@ -168,6 +169,8 @@ def _key(full: LoadedModel, variants: Sequence[Variant], options: EvalSection) -
     attention = full.config.get_text_config()._attn_implementation
     model = (full.name, full.revision, str(full.dtype), full.device.type, attention, stamp(full.path))
     own = [(variant.folder, str(variant.dtype), stamp(variant.folder)) for variant in variants[:1]]
+    guides = sorted({name for variant in variants if (name := guide_of(variant.schedule))})
+    own += [(folder := folder_of(name, full), "guide", stamp(folder)) for name in guides]
     named = [(variant.name, type(variant).__name__, variant.schedule.to_dict()) for variant in variants]
     shaping = options.model_dump(include={"max_new_tokens"})
     return key_of("evaluation", model, own, named, shaping, versions())

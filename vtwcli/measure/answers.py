@@ -16,6 +16,7 @@ from vtwcli.errors import UsageError
 from vtwcli.io import console
 from vtwcli.judge.flops import DEFAULT_CONVENTION, Convention, TextShape, kv_bytes, prefill_cost
 from vtwcli.judge.kl import distance, log_probabilities, sample_name
+from vtwcli.measure.guide import split
 from vtwcli.measure.withdrawn import exact
 from vtwcli.models.generation import answer_of, greedy
 from vtwcli.models.inputs import Encoded, UnusableSampleError, answer_ids
@@ -180,7 +181,7 @@ def schedule_answers(
 
     Args:
         name: of the schedule, for messages.
-        batch: the prompts that ``full`` answers.
+        batch: the prompts that ``full`` answers, with a guide's scores where the schedule has one.
         free: let the schedule answer too; else it is only forced along the full model's answer.
         along: what it is known to say along that; None forces it.
 
@@ -189,12 +190,14 @@ def schedule_answers(
     """
     said = None
     try:
+        inputs, given = split(batch)
         with pruned(loaded.model, schedule) as handle:
+            handle.given = given
             if free:
-                said = greedy(loaded, batch, max_new_tokens, full.names)[0].tolist()
+                said = greedy(loaded, inputs, max_new_tokens, full.names)[0].tolist()
             if along is None:
                 length = full.tokens.shape[1]
-                _, forced = greedy(loaded, batch, length, full.names, full.tokens.to(loaded.device))
+                _, forced = greedy(loaded, inputs, length, full.names, full.tokens.to(loaded.device))
                 along = compared(loaded, full, forced)
             trace = handle.trace
     except PruningError as error:

@@ -22,6 +22,7 @@ from vtwcli.measure.answers import (
     kv_ratio,
     schedule_answers,
 )
+from vtwcli.measure.guide import Guides
 from vtwcli.measure.many import Many
 from vtwcli.methods.method import Candidate
 from vtwcli.models.generation import plain_generation
@@ -128,6 +129,7 @@ def _mine(
     mine = [places for _, places in distributed.share(batches)]
     count = sum(map(len, mine))
     many = None if source is None else Many(loaded, source, candidates)
+    guides = Guides(loaded, max_new_tokens)
     depth, plans = len(loaded.layers), {} if many is None else many.plans
     alone = len(candidates) - (0 if free else len(plans))
     total = count * (depth if plans else 0) + len(mine) * alone
@@ -154,7 +156,7 @@ def _mine(
                             loaded,
                             one.name,
                             one.schedule,
-                            batch,
+                            guides.beside(batch, part, one.schedule),
                             full,
                             max_new_tokens,
                             free=free,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,6 +19,7 @@ from vtwcli.export.hf.export import CALIBRATION, baked_schedule
 from vtwcli.machine import distributed
 from vtwcli.measure import costs
 from vtwcli.measure.answers import Answer, Full, compared, schedule_answers
+from vtwcli.measure.guide import Guides, guide_of, split
 from vtwcli.measure.many import Many
 from vtwcli.measure.samples import check_model, load_model
 from vtwcli.models.dtypes import LONG, torch_type
@@ -77,11 +78,15 @@ class Variant(Protocol):
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A model under a schedule, run by torch; where the schedule has no action, the model as it is."""
+    """A model under a schedule, run by torch; where the schedule has no action, the model as it is.
+
+    ``guides`` are the models that choose its tokens, where the schedule has one.
+    """
 
     name: str
     schedule: Schedule
     inputs: LoadedModel
+    guides: Guides | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,15 +105,22 @@ class Scheduled:
             )
 
     def generation_times(self, batch: Batch, tokens: int) -> tuple[float, float]:
-        with self._running(), plain_generation(self.inputs):
-            return costs.generation_times(self.inputs, batch, tokens)
+        with self._running(batch) as inputs, plain_generation(self.inputs):
+            return costs.generation_times(self.inputs, inputs, tokens)
 
     def cache_bytes(self, batch: Batch, tokens: int = 1) -> int:
-        with self._running(), plain_generation(self.inputs):
-            return costs.cache_bytes(self.inputs, batch, tokens)
+        with self._running(batch) as inputs, plain_generation(self.inputs):
+            return costs.cache_bytes(self.inputs, inputs, tokens)
 
-    def _running(self) -> AbstractContextManager[object]:
-        return pruned(self.inputs.model, self.schedule) if self.schedule.actions else nullcontext()
+    @contextmanager
+    def _running(self, batch: Batch) -> Iterator[Batch]:
+        inputs, given = split(batch)
+        if not self.schedule.actions:
+            yield inputs
+            return
+        with pruned(self.inputs.model, self.schedule) as handle:
+            handle.given = given
+            yield inputs
 
 
 @dataclass(frozen=True)
@@ -202,6 +214,8 @@ def choose(
         raise UsageError(
             "nothing to compare with the full model", "give --schedule FILE, --layer K or --layers"
         )
+    for _, schedule in named:
+        guide_of(schedule)
     if len({name for name, _ in named}) != len(named):
         raise UsageError("two schedules have the same name")
     if any(name == FULL for name, _ in named):
@@ -250,7 +264,8 @@ def open_variants(
     own = _load(model, model.name)
     full = own if options.baseline in (None, model.name) else _load(model, options.baseline)
     _check_family(full, own.family.model_type, model.name)
-    return full, [Scheduled(name, schedule, own) for name, schedule in schedules]
+    guides = Guides(own, options.max_new_tokens)
+    return full, [Scheduled(name, schedule, own, guides) for name, schedule in schedules]
 
 
 def _open_graphs(
@@ -308,10 +323,17 @@ def engine_of(full: LoadedModel, variants: Sequence[Variant]) -> Many | None:
 
 
 def batches_of(full: LoadedModel, variants: Sequence[Variant], samples: Sequence[Sample]) -> list[Batch]:
-    """The samples as inputs of the full model and then of each variant; models that are the same share theirs."""
+    """The samples as inputs of the full model and then of each variant; models that are the same share theirs.
+
+    Those of a schedule with a guide have its scores beside them, which ``guide.split`` takes off.
+    """
     made = {id(full): encode_batch(full, samples)}
     for variant in variants:
         if id(variant.inputs) not in made:
             made[id(variant.inputs)] = encode_batch(variant.inputs, samples)
             _check_same_prompts(full, variant, made[id(full)], made[id(variant.inputs)])
-    return [made[id(full)], *(made[id(variant.inputs)] for variant in variants)]
+    found = [made[id(full)]]
+    for variant in variants:
+        batch, guides = made[id(variant.inputs)], getattr(variant, "guides", None)
+        found.append(batch if guides is None else guides.beside(batch, samples, variant.schedule))
+    return found

@@ -18,6 +18,7 @@ from vtwcli.methods.prumerge import PruMerge
 from vtwcli.methods.prumerge_plus import PruMergePlus
 from vtwcli.methods.prunesid import PruneSID
 from vtwcli.methods.pyramiddrop import PyramidDrop
+from vtwcli.methods.sgl import SGL
 from vtwcli.methods.shortv import ShortV
 from vtwcli.methods.sparsevlm import SparseVLM, SparseVLMPlus
 from vtwcli.methods.st3 import ST3
@@ -44,5 +45,6 @@ METHODS: dict[str, type[Method]] = {
         *(FasterVLM, VtcCls, FoPru),
         *(VisionZip, PruMerge, PruMergePlus, DivPrune, CDPruner, VisPruner, HiPrune, VScan, HoloV, PruneSID),
         *(TwoCuts,),
+        *(SGL,),
     )
 }

@@ -121,6 +121,7 @@ class Method(Section):
         searched: parameters that a calibration finds by running candidates; none where the sweep tells all.
         lost: whether it asks what attention loses.
         at_prompt: whether the sweep answers it at the prompt's last row alone, and not over the whole answer.
+        guided: whether a second model chooses, named by the parameter ``guide``; a comparison takes it from ``base``.
         style: how it is drawn.
     """
 
@@ -131,6 +132,7 @@ class Method(Section):
     searched: ClassVar[tuple[str, ...]] = ()
     lost: ClassVar[bool] = False
     at_prompt: ClassVar[bool] = False
+    guided: ClassVar[bool] = False
     style: ClassVar[Style]
 
     @classmethod

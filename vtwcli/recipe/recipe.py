@@ -160,6 +160,7 @@ class _Named(Section):
     file: str | None = Field(None, description="schedule or calibration result")
     layer: int | None = Field(None, ge=0, description="withdraw at this layer")
     method: MethodName | None = Field(None, description=", ".join(METHODS))
+    guide: str | None = Field(None, description="SGL: the model that answers first, a name or directory")
 
 
 # VisiPruner's parameters may stand here without naming it: for its calibration, and for a comparison
@@ -201,7 +202,8 @@ class ScheduleSection(Rule, _Named):
             raise ValueError(f"give one of file, layer and method, not {' and '.join(named)}")
         if self.method == "vtw" and self.layer is None:
             raise ValueError("method vtw needs a layer")
-        for key in self.model_extra or ():
+        alien = ["guide"] if self.guide is not None and self.method and "guide" not in own else []
+        for key in (*alien, *(self.model_extra or ())):
             if key not in own:
                 raise PydanticCustomError("extra_forbidden", "unknown key", {"below": (key,)})
         try:
@@ -377,7 +379,7 @@ class Recipe(Section):
         parts: dict[str, Any] = {
             "model": changed(self.model, "name", "demo"),
             "data": tuple(changed(changed(spec, "source", "demo", *TASKS), "path") for spec in self.data),
-            "schedule": changed(self.schedule, "file"),
+            "schedule": changed(changed(self.schedule, "file"), "guide", "demo"),
             "eval": changed(self.eval, "baseline", "demo"),
         }
         return self.model_copy(update={name: parts[name] for name in parts if name in self.model_fields_set})

@@ -11,6 +11,7 @@ from vtwcli.runtime.contract import PruningError
 from vtwcli.schedule.rules import check_depth, earliest_starts, in_front, parameters, read
 from vtwcli.schedule.words import (
     ALL_ROWS,
+    GUIDE,
     HIDDEN,
     KEYED,
     LAST_ROW,
@@ -50,7 +51,7 @@ class PlannedAction:
     @property
     def measured(self) -> bool:
         """Whether the selection needs numbers that a layer gives."""
-        return self.needs not in (None, TOWER)
+        return self.needs not in (None, TOWER, GUIDE)
 
     @property
     def here(self) -> bool:
@@ -179,6 +180,11 @@ class Plan:
     def by_states(self, layer: int) -> dict[int, PlannedAction]:
         """The actions, by number, that start in ``layer`` and look at the rows that enter it."""
         return {i: a for i, a in enumerate(self.leaving) if a.at == layer and a.needs in (HIDDEN, KEYED)}
+
+    @property
+    def guided(self) -> list[int]:
+        """The numbers of the actions whose scores come from outside."""
+        return [i for i, a in enumerate(self.leaving) if a.needs == GUIDE]
 
     def asks_in(self, layer: int) -> dict[int, PlannedAction]:
         """The actions, by number, that ask other rows of ``layer`` than the last."""

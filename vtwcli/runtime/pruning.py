@@ -63,6 +63,7 @@ from vtwcli.runtime.plan import Plan
 from vtwcli.runtime.positions import Turned, renumber
 from vtwcli.runtime.ranking import before_layer
 from vtwcli.runtime.rows import Rows, take, take_positions
+from vtwcli.runtime.scores import guided
 from vtwcli.runtime.static import PromptLayer, StaticPrunedLayer, decides, greet, is_static, settle, stepped
 from vtwcli.runtime.tap import Tap
 from vtwcli.runtime.trace import Trace, traced
@@ -71,6 +72,10 @@ from vtwcli.runtime.trimming import trim
 
 class Pruning:
     """A schedule at work on a model; made by ``apply`` or ``pruned``.
+
+    Attributes:
+        given: of the next prompts, [B, S]: the scores of a guide, where the schedule says ``guided``; those of text
+            do not matter.
 
     Several threads may run the model at once. A deep copy of the model carries a copy of this.
     """
@@ -87,6 +92,7 @@ class Pruning:
                 f"{type(model).__name__} has no {path}.layers; give its family's layout"
             ) from error
         self.plan = Plan(schedule, len(layers), int(layout.get("first_withdrawal", 0)))
+        self.given: torch.Tensor | None = None
         self.placeholders = tuple(layout["placeholder_ids"])
         self._norm = getattr(text_model, "norm", None)
         self._calls: dict[int, Call] = {}  # per thread, from the base model's start to the text model's
@@ -157,7 +163,10 @@ class Pruning:
         if visual is not None and self.plan.looks_around:
             around = places(visual, given, getattr(module, "config", None))
         real = not_padding(mask, ids, is_static(given_cache(given)))
-        self._calls[threading.get_ident()] = Call(self.plan, visual, real, tuple(ids.shape), around)
+        call = Call(self.plan, visual, real, tuple(ids.shape), around)
+        if visual is not None and self.plan.guided:
+            call.scores |= dict.fromkeys(self.plan.guided, guided(self.given, visual))
+        self._calls[threading.get_ident()] = call
 
     @decides
     def _check_base(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

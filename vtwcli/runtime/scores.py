@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vtwcli.runtime.contract import PruningError
 from vtwcli.runtime.rows import Tensor
 
 
@@ -14,6 +15,25 @@ def drawn(visual: Tensor, seed: int) -> Tensor:
         draw = torch.rand(int(mine.sum()), generator=torch.Generator().manual_seed(seed))
         score[row, mine] = draw.to(score.device)
     return score
+
+
+def guided(given: Tensor | None, visual: Tensor) -> Tensor:
+    """The scores [B, S] that are ``given`` for a prompt, which tokens of which are ``visual``.
+
+    Raises:
+        PruningError: there are none, or they are not this prompt's.
+    """
+    if given is None:
+        raise PruningError(
+            "score guided comes from a second model, a guide, and nobody gave its scores: vtw eval and vtw budget run "
+            "one, in Python they are the attribute 'given' of what pruned() yields"
+        )
+    if given.shape != visual.shape:
+        raise PruningError(
+            f"the guide's scores are {list(given.shape)}, one for each token of a prompt, but the prompt is "
+            f"{list(visual.shape)}"
+        )
+    return given.to(visual.device)
 
 
 def self_cross(weights: Tensor, visual: Tensor, text: Tensor) -> Tensor:

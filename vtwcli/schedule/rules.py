@@ -13,6 +13,7 @@ from typing import Any
 from vtwcli.schedule.words import (
     ALL_ROWS,
     FORMAT_VERSION,
+    GUIDE,
     HIDDEN,
     KEYED,
     LAST_ROW,
@@ -36,8 +37,8 @@ class Key:
     """What a key holds.
 
     Attributes:
-        kind: of its value; ``str``: a word of the key's own slot; ``dict``: keys of their own, under the key's name,
-            and ``parameters`` under the score's.
+        kind: of its value; ``str``: a word of the key's own slot, or any text where it has none; ``dict``: keys of
+            their own, under the key's name, and ``parameters`` under the score's.
         default: ``...`` where it is required; None: nothing.
         least, most: bounds of a number.
         auto: whether the word ``auto`` does too.
@@ -95,6 +96,7 @@ KEYS: dict[str, dict[str, Key]] = {
         "into": Key(float, REST_INTO, 0, 1),
         "seed": Key(int, 0),
     },
+    "guided": {"guide": Key(str)},  # a model's name
     # parameters of scores; layers are those of the vision tower, and below 0 they count from its end
     "tower_cls": {"first": Key(int, -2), "last": Key(int, -2)},
     "tower_received": {"layer": Key(int, -2), "per": Key(str, words("per")[0])},
@@ -141,7 +143,7 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
     elif part == "select":
         _one_of("amount", data)
         score = row("score", data["score"])
-        if data.get("above") is not None and score.needs in (None, TOWER, KEYED):
+        if data.get("above") is not None and score.needs in (None, TOWER, KEYED, GUIDE):
             raise ScheduleError(f"score {data['score']} has no threshold; give ratio or count")
         if data.get("found") is not None and not (data["found"] and score.finds):
             raise ScheduleError(f"score {data['score']} finds no number of tokens; give ratio or count")
@@ -307,7 +309,7 @@ def _read_part(part: str, data: Any, where: str) -> dict[str, Any]:
                 )
         elif key.kind is dict and value is not None:
             value = _read_part(name, value, f"{where}, {name}")
-        elif key.kind is str and value not in words(name):
+        elif key.kind is str and words(name) and value not in words(name):
             raise ScheduleError(f"{where}: {name} {value!r} is not one of {', '.join(words(name))}")
         elif not (value is key.default or (key.auto and value == "auto") or _holds(key, value)):
             raise ScheduleError(f"{where}: {name} is {value!r}, which it cannot be")

@@ -75,8 +75,8 @@ class Select(_Part):
     Attributes:
         score: ``contribution`` (norm of the last row's per-token contribution), ``attention`` (last row, mean over
             heads), ``self_cross`` (all rows, see ``words``), ``change`` (by the layer before), ``duplication`` (the
-            least like a few pivots), ``random`` (seeded), ``uniform`` (every n-th), or one of the vision tower's, for
-            each image.
+            least like a few pivots), ``random`` (seeded), ``uniform`` (every n-th), ``guided`` (a second model's), or
+            one of the vision tower's, for each image.
         ratio: share of the visual tokens, rounded up.
         count: number of visual tokens; a row with fewer keeps all.
         share: of the visual tokens that the prompt brought, however many are left; rounded down.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vtwcli.schedule.rules import parameters
 from vtwcli.schedule.schedule import Action, Freeze, Keep, Mute, Select, When, Withdraw
-from vtwcli.schedule.words import OF_ATTENTION, TOWER, given, row
+from vtwcli.schedule.words import GUIDE, OF_ATTENTION, TOWER, given, row
 
 
 def describe(action: Action, layers: int) -> str:
@@ -63,6 +63,8 @@ def _selection(select: Select) -> str:
         says = score.says.format(
             **{key: row(key, x).says if isinstance(x, str) else x for key, x in values.items()}
         )
+    elif score.needs == GUIDE:
+        says = score.says.format(parameters(vars(select)).get("guide") or "a second model")
     else:
         says = score.says.format(row("rows", select.rows).says)
     said = [] if select.layer == "before" else [row("layer", select.layer).says]

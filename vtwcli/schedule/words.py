@@ -13,7 +13,8 @@ came later (``since``); its actions, by layer (0-based):
   - Scores are ``contribution`` and ``attention``, from layer K - 1; ``self_cross``, of all rows of layer K - 1;
     ``change``, the distance between a token's rows at the entries of layers K - 1 and K; ``duplication``, which puts
     those in front that are least like a few pivots (DART, arXiv 2502.11494; ``states.distinct``), and of which a share
-    is rounded so that each pivot takes as many; ``random`` with a ``seed``; ``uniform``.
+    is rounded so that each pivot takes as many; ``random`` with a ``seed``; ``uniform``; ``guided``, which another
+    model gives, whose name may be the parameter ``guide``.
   - Scores named ``tower_...`` come from the vision tower and go with K = 0 alone; they choose for each image on its
     own, so ``count`` and ``ratio`` are of an image's tokens, and ``parameters`` are theirs (``rules.KEYS`` under the
     score's name). What stays gets the positions of a shorter prompt, but where positions have axes for rows and
@@ -77,6 +78,7 @@ class ScheduleError(ValueError):
 
 
 LAST_ROW, ALL_ROWS, HIDDEN, KEYED, TOWER = "last row", "all rows", "hidden states", "keys", "vision tower"
+GUIDE: Final = "a second model"
 PIVOTS: Final = (4, 4)
 """Visual rows and rows of text that ``duplication`` is measured from."""
 REST_SHARE: Final = 0.3
@@ -97,7 +99,7 @@ class Word:
         slot: what it is said of.
         says: its part of a sentence; ``{}`` stands for a value, in scores of the tower names for their parameters.
         needs: what must be measured: nothing, attention (the ``last row``'s, or that of ``all rows``), ``hidden
-            states``, the ``keys`` of the layer before too, or the ``vision tower``.
+            states``, the ``keys`` of the layer before too, the ``vision tower``, or ``a second model``.
         fixed: whether layer and number of tokens are known before a sample is seen.
         onnx: why graphs cannot have it, and what to do; None where they have it.
         since: the format version from which on there is such a word.
@@ -168,6 +170,10 @@ _MERGED = (
     "merged tokens (rest: cluster) cannot be exported to ONNX: graphs take rows away and make none",
     "leave out rest, or use --format hf",
 )
+_GUIDED = (
+    "a schedule with a guide cannot be exported: what is exported holds one model, and a second one chooses its tokens",
+    "run it with vtw eval or vtw budget, or export another score",
+)
 _DRAWN = "keep with random scores cannot be exported to ONNX, they are drawn by torch", "use uniform"
 
 WORDS = (
@@ -186,6 +192,7 @@ WORDS = (
     Word("score", "duplication", "least like a few pivots", needs=KEYED, onnx=_STATES, since=2),
     Word("score", "random", "drawn at random", onnx=_DRAWN),
     Word("score", "uniform", "evenly spaced"),
+    Word("score", "guided", "most attention from {} while it answers", needs=GUIDE, onnx=_GUIDED, since=2),
     _tower(
         "tower_cls", "in each image, most attention from the class token in vision layers {first} to {last}"
     ),

@@ -55,6 +55,8 @@ def why_not(plan: Plan, layers: Iterable[nn.Module]) -> tuple[str, str] | None:
     """
     if plan.front is not None:
         return "scores of the vision tower need the whole model", "use a score of the language model"
+    if plan.guided:
+        return "a guide does not run", "use a score of the model itself"
     if any(action.needs_all for action in plan.leaving):
         return "scores of all rows are not known", "use the score attention"
     if plan.trims:
