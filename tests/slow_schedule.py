@@ -22,6 +22,7 @@ from tests import reference, tower
 from vtwcli.models.families import FAMILIES
 
 NAME = "slow_schedule"
+GIVEN = "given"  # in a batch: the scores of a guide, [B, S]
 _running: list[_Interpreter] = []
 
 
@@ -371,6 +372,8 @@ class _Interpreter:
             draw = torch.rand(total, generator=torch.Generator().manual_seed(select.get("seed", 0))).tolist()
             everything = self.visual[b].nonzero()[:, 0].tolist()
             value = {i: draw[everything.index(i)] for i in tokens}
+        elif name == "guided":
+            value = {i: float(self.batch[GIVEN][b, i]) for i in tokens}
         elif name == "change":
             value = self.changes(b, tokens)
         elif name != "duplication":
@@ -532,7 +535,8 @@ def logits(
         front: places of the tokens that scores of the vision tower keep, for each sample.
     """
     with interpreted(model, batch, actions, prompt, decided, front) as decisions:
-        return model(**batch, use_cache=False, **kwargs).logits, decisions
+        inputs = {key: value for key, value in batch.items() if key != GIVEN}
+        return model(**inputs, use_cache=False, **kwargs).logits, decisions
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ ROWS = {
     "yopo": {"window": 3, "layer": 4, "depth": 6},
     "st3": {"layers": [2, 4], "ratio": 0.8, "every": 1, "trim": 0.7},
     "vica": {"layers": [1, 3], "depth": 6},
+    "sgl": {"layer": 3, "ratio": 0.4},
     "fastervlm": {"count": 2},
     "vtc_cls": {"ratio": 0.4, "first": -2},
     "fopru": {"ratio": 0.4},
@@ -90,8 +91,12 @@ def test_a_method_is_its_schedule_written_out(name, kind, attn):
             parity.generated(model, batch, schedule, 1)
         return
     count = not (TINY | VARIANTS)[kind].own_positions
-    tokens, scores, _ = slow_schedule.greedy(model, batch, actions, STEPS, count_positions=count)
-    out, logits = parity.generated(model, batch, schedule, STEPS)
+    guide = {}
+    if METHODS[name].guided:
+        shape = batch["input_ids"].shape
+        guide = {slow_schedule.GIVEN: torch.rand(shape, generator=torch.Generator().manual_seed(2))}
+    tokens, scores, _ = slow_schedule.greedy(model, batch | guide, actions, STEPS, count_positions=count)
+    out, logits = parity.generated(model, batch, schedule, STEPS, **guide)
     assert torch.equal(out.sequences[:, -STEPS:], tokens)
     parity.same(model, logits, scores)
     if any(action["action"] in ("withdraw", "keep") for action in actions):
@@ -104,7 +109,8 @@ def test_what_a_method_compares_fits_every_depth(name):
     for depth in (4, 6, 12, 32):
         for first in (0, 3):
             grid = Grid((0.5, 0.25), max(2, first), (0.1, 0.4), 0)
-            found = METHODS[name].compared(Shape(depth, first), grid, {})
+            base = {"guide": "small"} if METHODS[name].guided else {}
+            found = METHODS[name].compared(Shape(depth, first), grid, base)
             assert found or depth < 6
             for one in found:
                 assert one.method == name

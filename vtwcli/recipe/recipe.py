@@ -202,8 +202,9 @@ class ScheduleSection(Rule, _Named):
             raise ValueError(f"give one of file, layer and method, not {' and '.join(named)}")
         if self.method == "vtw" and self.layer is None:
             raise ValueError("method vtw needs a layer")
-        alien = ["guide"] if self.guide is not None and self.method and "guide" not in own else []
-        for key in (*alien, *(self.model_extra or ())):
+        if self.guide is not None and self.method and "guide" not in own:
+            raise ValueError(f"method {self.method} has no guide")
+        for key in self.model_extra or ():
             if key not in own:
                 raise PydanticCustomError("extra_forbidden", "unknown key", {"below": (key,)})
         try:
