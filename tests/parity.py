@@ -78,9 +78,9 @@ def generated(
     handle = model.register_forward_hook(lambda _, args, out: seen.append(out.logits[:, -1]))
     options = {"max_new_tokens": steps, "do_sample": False, "return_dict_in_generate": True} | options
     try:
-        with nullcontext() if schedule is None else pruned(model, schedule) as handle:
+        with nullcontext() if schedule is None else pruned(model, schedule) as running:
             if given is not None:
-                handle.given = given
+                running.given = given
             out = model.generate(**batch, **options)
     finally:
         handle.remove()

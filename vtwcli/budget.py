@@ -114,12 +114,14 @@ def candidates(
     if at >= model.depth:
         raise UsageError(f"--keep-layer: {at} is not a layer of the model (0..{model.depth - 1})")
     grid = Grid(options.ratios, at, options.thresholds, options.seed)
-    fixed = {**rule.rule(), "guide": rule.guide}
+    fixed = rule.rule()
     tried = [
         one
         for name in METHODS
         if name in options.methods
-        for one in METHODS[name].compared(model, grid, fixed)
+        for one in METHODS[name].compared(
+            model, grid, {"guide": rule.guide} if METHODS[name].guided else fixed
+        )
     ]
     return list({one.name: one for one in tried}.values())  # boundaries that fall together
 
