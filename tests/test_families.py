@@ -282,7 +282,9 @@ def test_the_table():
     lines = markdown().splitlines()
     assert len(lines) == 2 + len(FAMILIES)
     assert lines[0] == "| Family | Example | Inputs | Withdraw | Sweep | Analyze | Tower | ONNX | Notes |"
-    assert lines[2].startswith("| LLaVA-1.5 | `llava-hf/llava-1.5-7b-hf` | image | yes | yes | yes | yes | yes |")
+    assert lines[2].startswith(
+        "| LLaVA-1.5 | `llava-hf/llava-1.5-7b-hf` | image | yes | yes | yes | yes | yes |"
+    )
 
 
 def test_the_table_promises_the_onnx_exports_that_exist():
