@@ -154,15 +154,15 @@ class AnalyzeSection(Section):
         0.995,
         ge=-1,
         le=1,
-        description="VisiPruner: a layer chooses the tokens where leaving one out turns what the last token reads: the "
-        "cosine to before is below this",
+        description="VisiPruner: the first layer whose attention output turns without some single visual token (cosine "
+        "below this) chooses the tokens",
     )
     exit_threshold: float = Field(
         0.999,
         ge=-1,
         le=1,
-        description="VisiPruner: a layer counts to the exit where leaving any token out hardly turns it: all "
-        "cosines are at least this",
+        description="VisiPruner: layers whose output hardly turns without any one of these (cosine at least this) count "
+        "towards the exit",
     )
     exit_layers: int = Field(
         2, ge=1, description="VisiPruner: after how many such layers all visual tokens leave"
