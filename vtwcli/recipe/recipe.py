@@ -15,6 +15,7 @@ from vtwcli.io.section import Section
 from vtwcli.methods import METHODS
 from vtwcli.methods.method import Method
 from vtwcli.methods.visipruner import Rule
+from vtwcli.recipe.exports import ExportSection
 
 
 class ModelSection(Section):
@@ -161,7 +162,7 @@ class AnalyzeSection(Section):
         0.999,
         ge=-1,
         le=1,
-        description="VisiPruner: layers whose output hardly turns without any one of these (cosine at least this) count "
+        description="VisiPruner: layers whose output hardly turns without any of these (cosine at least this) count "
         "towards the exit",
     )
     exit_layers: int = Field(
@@ -340,34 +341,6 @@ class GatesSection(Section):
     max_flops: float | None = Field(None, gt=0, description="largest share of the full prefill FLOPs")
 
 
-class ExportSection(Section):
-    """What an exported directory holds."""
-
-    format: Literal["hf", "onnx"] = Field(
-        "hf", description="hf, a Hugging Face directory, or onnx, graphs for ONNX Runtime"
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp32", "fp16"] = Field(
-        "auto",
-        description="auto keeps the weights as they are (onnx: float32); else float32, bfloat16 or float16",
-    )
-    opset: int = Field(20, ge=18, le=24, description="version of the operators in the ONNX graphs, 18 to 24")
-    merged: bool = Field(
-        False,
-        description="one ONNX decoder that removes the tokens inside, instead of one before and one behind",
-    )
-    quantize: Literal["int8", "int4"] | None = Field(
-        None, description="weights of the ONNX decoder in 8 or 4 bits, int8 or int4: smaller, and less exact"
-    )
-
-    @model_validator(mode="after")
-    def _fits_the_format(self) -> ExportSection:
-        if self.format == "hf" and (self.merged or self.quantize):
-            raise ValueError(f"{'merged' if self.merged else 'quantize'} goes with format onnx only")
-        if self.format == "onnx" and self.dtype == "bfloat16":
-            raise ValueError("ONNX graphs are float32 or float16, not bfloat16")
-        return self
-
-
 STEPS = ("calibrate", "analyze", "budget", "eval", "export")
 """The sections that are steps of a run, in order; what each does stands in ``pipeline.steps``."""
 
@@ -448,23 +421,3 @@ class Recipe(Section):
             "eval": changed(self.eval, "baseline", "demo"),
         }
         return self.model_copy(update={name: parts[name] for name in parts if name in self.model_fields_set})
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of recipe files, short forms and empty sections included."""
-    schema = Recipe.model_json_schema()
-    sections = schema["properties"]
-    for name, part in sections.items():
-        choices = part.pop("anyOf", None) or [
-            {key: part.pop(key) for key in ("$ref", "type", "items") if key in part}
-        ]
-        part.pop("default", None)
-        short = [{"type": "string"}] if name == "model" else []
-        sections[name] = {
-            "anyOf": [*short, *(c for c in choices if c != {"type": "null"}), {"type": "null"}],
-            **part,
-        }
-    [data] = [choice for choice in sections["data"]["anyOf"] if "items" in choice]
-    data["items"] = {"anyOf": [{"type": "string"}, data["items"]]}
-    schema["$defs"]["DataSpec"]["properties"]["tasks"]["anyOf"].append({"type": "string"})
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Recipe of vtw"}
