@@ -51,18 +51,20 @@ class Rule(Section):
         0.995,
         ge=-1,
         le=1,
-        description="tokens are chosen in the first layer behind where leaving one out turns what the last token "
-        "reads: the cosine to before is below this",
+        description="without some single visual token the attention output of a layer turns (cosine below this): the "
+        "first such layer chooses the tokens",
     )
     tokens_threshold: float = Field(
-        0.2, ge=0, description="a token stays if it adds more than this (a norm) to what the last token reads"
+        0.2,
+        ge=0,
+        description="it chooses those that add more than this (a norm) to what the last token reads",
     )
     exit_threshold: float = Field(
         0.999,
         ge=-1,
         le=1,
-        description="a layer counts to the exit where leaving any token out hardly turns it: all cosines are at "
-        "least this",
+        description="without any one of these the output of a layer hardly turns (cosine at least this): such layers "
+        "count towards the exit",
     )
     exit_layers: int = Field(2, ge=1, description="after how many such layers all visual tokens leave")
     consecutive: bool = Field(

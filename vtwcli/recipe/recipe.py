@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from vtwcli.data.spec import DataSpec, is_path
 from vtwcli.errors import UsageError
 from vtwcli.io.section import Section
 from vtwcli.methods import METHODS
+from vtwcli.methods.method import Method
+from vtwcli.methods.visipruner import Rule
+from vtwcli.recipe.analysis import AnalyzeSection
+from vtwcli.recipe.exports import ExportSection
 from vtwcli.recipe.fields import BATCH_SIZE, Answers, Limit, Loss, Positions, SkipBad
 from vtwcli.recipe.gates import GatesSection
-from vtwcli.recipe.named import Calibrated, MethodName, ScheduleSection
 
 
 class ModelSection(Section):
@@ -116,71 +120,69 @@ class CalibrateSection(Section):
         return {name: getattr(self, name) for name in ("policy", "eta", "positions", *promised)}
 
 
-class AnalyzeSection(Section):
-    """What a profile measures and shows."""
+if TYPE_CHECKING:
+    MethodName: TypeAlias = str
+    Calibrated: TypeAlias = str
+else:
+    MethodName = Literal[tuple(METHODS)]
+    Calibrated = Literal[tuple(name for name, one in METHODS.items() if one.finds)]
 
-    limit: Limit = 20
-    eta: float = Field(
-        0.003, gt=0, description="KL in nats up to which vision counts as not needed; it bounds the stages"
-    )
-    min_layer: int | None = Field(
-        None,
-        ge=0,
-        description="lowest layer at which the deep stage may begin; by default 5 for 16 layers and more, else 1",
-    )
-    window: int = Field(3, ge=1, description="how many layers in a row are kept from reading vision at once")
-    freeze: bool | None = Field(
-        None,
-        description="measure also what each layer's own work on visual tokens gives: with L layers, about L/2 full "
-        "passes a sample more; by default unless layers are streamed",
-    )
-    positions: Positions = "answer"
-    answers: Answers = "auto"
-    max_new_tokens: int = Field(48, ge=1, description="longest answer, in tokens")
-    batch_size: int | None = Field(None, ge=1, description=BATCH_SIZE)
-    lens: int = Field(
-        3,
-        ge=0,
-        description="how many words are shown that each layer would say if it were the last; 0 for none",
-    )
-    maps: int = Field(
-        4, ge=0, description="how many samples are shown with heat maps of where the last token looks"
-    )
-    map_layers: tuple[int, ...] | None = Field(
-        None, description="layers of the heat maps, e.g. 0,4,8; by default six over the whole depth"
-    )
-    sink_ratio: float = Field(
-        5.0, gt=1, description="a sink gets this many times the attention of the average visual token"
-    )
-    tokens_threshold: float = Field(
-        0.2,
-        ge=0,
-        description="a visual token is critical if it adds more than this (a norm) to what the last token reads",
-    )
-    layer_threshold: float = Field(
-        0.995,
-        ge=-1,
-        le=1,
-        description="VisiPruner: a layer chooses the tokens where leaving one out turns what the last token reads: the "
-        "cosine to before is below this",
-    )
-    exit_threshold: float = Field(
-        0.999,
-        ge=-1,
-        le=1,
-        description="VisiPruner: a layer counts to the exit where leaving any token out hardly turns it: all "
-        "cosines are at least this",
-    )
-    exit_layers: int = Field(
-        2, ge=1, description="VisiPruner: after how many such layers all visual tokens leave"
-    )
-    seed: int = Field(0, ge=0, description="which samples are drawn; the same seed gives the same result")
-    skip_bad: SkipBad = False
 
-    @field_validator("map_layers", mode="before")
+class _Named(Section):
+    file: str | None = Field(None, description="schedule or calibration result")
+    layer: int | None = Field(None, ge=0, description="withdraw at this layer")
+    method: MethodName | None = Field(None, description=", ".join(METHODS))
+
+
+# VisiPruner's parameters may stand here without naming it: for its calibration, and for a comparison
+class ScheduleSection(Rule, _Named):
+    """Which schedule to run: a file, a withdrawal layer, or a method with its parameters."""
+
+    model_config = ConfigDict(extra="allow")  # what other methods want; checked below
+
     @classmethod
-    def _split_layers(cls, value: Any) -> Any:
-        return tuple(value.split(",")) if isinstance(value, str) else value
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        """With the parameters of every method, and no other key."""
+        schema: dict[str, Any] = handler.resolve_ref_schema(handler(core))
+        for method in METHODS.values():
+            for key, one in method.model_json_schema().get("properties", {}).items():
+                words = f"{method.title}: {one['description']}"
+                schema["properties"].setdefault(key, {**one, "description": words})
+        schema["additionalProperties"] = False
+        return schema
+
+    @property
+    def names_one(self) -> bool:
+        """Whether a schedule is named, and not only parameters."""
+        return (self.file, self.layer, self.method) != (None, None, None)
+
+    def chosen(self) -> Method | None:
+        """The method that is named, with its parameters; ``layer`` alone is VTW."""
+        name = self.method or ("vtw" if self.layer is not None else None)
+        return None if name is None else METHODS[name].of(self)
+
+    def rule(self) -> dict[str, Any]:
+        """VisiPruner's parameters, for its calibration and for comparisons."""
+        return self.model_dump(mode="json", include=set(Rule.model_fields))
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> ScheduleSection:
+        own: Collection[str] = METHODS[self.method].model_fields if self.method else ()
+        named = [name for name in ("file", "layer", "method") if getattr(self, name) is not None]
+        if len(named) > 1 and not (named == ["layer", "method"] and "layer" in own):
+            raise ValueError(f"give one of file, layer and method, not {' and '.join(named)}")
+        if self.method == "vtw" and self.layer is None:
+            raise ValueError("method vtw needs a layer")
+        for key in self.model_extra or ():
+            if key not in own:
+                raise PydanticCustomError("extra_forbidden", "unknown key", {"below": (key,)})
+        try:
+            self.chosen()
+        except ValidationError as error:
+            first = error.errors()[0]
+            context = {"text": first["msg"], "below": first["loc"], "given": first["input"]}
+            raise PydanticCustomError(first["type"], "{text}", context) from None
+        return self
 
 
 class BudgetSection(Section):
@@ -271,34 +273,6 @@ class EvalSection(Section):
         return tuple(value.split(",")) if isinstance(value, str) else value
 
 
-class ExportSection(Section):
-    """What an exported directory holds."""
-
-    format: Literal["hf", "onnx"] = Field(
-        "hf", description="hf, a Hugging Face directory, or onnx, graphs for ONNX Runtime"
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp32", "fp16"] = Field(
-        "auto",
-        description="auto keeps the weights as they are (onnx: float32); else float32, bfloat16 or float16",
-    )
-    opset: int = Field(20, ge=18, le=24, description="version of the operators in the ONNX graphs, 18 to 24")
-    merged: bool = Field(
-        False,
-        description="one ONNX decoder that removes the tokens inside, instead of one before and one behind",
-    )
-    quantize: Literal["int8", "int4"] | None = Field(
-        None, description="weights of the ONNX decoder in 8 or 4 bits, int8 or int4: smaller, and less exact"
-    )
-
-    @model_validator(mode="after")
-    def _fits_the_format(self) -> ExportSection:
-        if self.format == "hf" and (self.merged or self.quantize):
-            raise ValueError(f"{'merged' if self.merged else 'quantize'} goes with format onnx only")
-        if self.format == "onnx" and self.dtype == "bfloat16":
-            raise ValueError("ONNX graphs are float32 or float16, not bfloat16")
-        return self
-
-
 STEPS = ("calibrate", "analyze", "budget", "eval", "export")
 """The sections that are steps of a run, in order; what each does stands in ``pipeline.steps``."""
 
@@ -379,23 +353,3 @@ class Recipe(Section):
             "eval": changed(self.eval, "baseline", "demo"),
         }
         return self.model_copy(update={name: parts[name] for name in parts if name in self.model_fields_set})
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of recipe files, short forms and empty sections included."""
-    schema = Recipe.model_json_schema()
-    sections = schema["properties"]
-    for name, part in sections.items():
-        choices = part.pop("anyOf", None) or [
-            {key: part.pop(key) for key in ("$ref", "type", "items") if key in part}
-        ]
-        part.pop("default", None)
-        short = [{"type": "string"}] if name == "model" else []
-        sections[name] = {
-            "anyOf": [*short, *(c for c in choices if c != {"type": "null"}), {"type": "null"}],
-            **part,
-        }
-    [data] = [choice for choice in sections["data"]["anyOf"] if "items" in choice]
-    data["items"] = {"anyOf": [{"type": "string"}, data["items"]]}
-    schema["$defs"]["DataSpec"]["properties"]["tasks"]["anyOf"].append({"type": "string"})
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Recipe of vtw"}
