@@ -94,7 +94,7 @@ def numbers(node, schema, definitions, path=()):
     if "$ref" in schema:
         schema = definitions[schema["$ref"].rsplit("/", 1)[1]]
     kinds = [schema, *schema.get("anyOf", []), *schema.get("oneOf", [])]
-    if any(kind.get("type") in ("integer", "number") for kind in kinds):
+    if any(kind.get("type") in ("integer", "number") and "enum" not in kind for kind in kinds):
         yield path
     for kind in kinds:
         if "$ref" in kind and kind is not schema:

@@ -271,17 +271,20 @@ def test_the_table():
         "withdraw": "yes",
         "sweep": "yes",
         "analyze": "yes",
+        "tower": "yes",
         "onnx": "yes",
         "notes": "Also LLaVA-shaped models with another tower, such as Pixtral-12B.",
     }
     assert rows["qwen2_vl"]["inputs"] == "image, video"
     refused = rows["mllama"]
-    assert {refused[name] for name in ("withdraw", "sweep", "analyze", "onnx")} == {"no"}
+    assert {refused[name] for name in ("withdraw", "sweep", "analyze", "tower", "onnx")} == {"no"}
     assert refused["notes"].startswith("Not possible: its text reads images by cross-attention")
     lines = markdown().splitlines()
     assert len(lines) == 2 + len(FAMILIES)
-    assert lines[0] == "| Family | Example | Inputs | Withdraw | Sweep | Analyze | ONNX | Notes |"
-    assert lines[2].startswith("| LLaVA-1.5 | `llava-hf/llava-1.5-7b-hf` | image | yes | yes | yes | yes |")
+    assert lines[0] == "| Family | Example | Inputs | Withdraw | Sweep | Analyze | Tower | ONNX | Notes |"
+    assert lines[2].startswith(
+        "| LLaVA-1.5 | `llava-hf/llava-1.5-7b-hf` | image | yes | yes | yes | yes | yes |"
+    )
 
 
 def test_the_table_promises_the_onnx_exports_that_exist():

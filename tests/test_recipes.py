@@ -16,8 +16,9 @@ from vtwcli.methods import METHODS
 from vtwcli.models.families import FAMILIES
 from vtwcli.pipeline import steps
 from vtwcli.pipeline.steps import steps_of
-from vtwcli.recipe.recipe import STEPS, Recipe, json_schema
+from vtwcli.recipe.recipe import STEPS, Recipe
 from vtwcli.recipe.schedules import schedule_of
+from vtwcli.recipe.schema import json_schema
 from vtwcli.recipe.settings import load_recipe
 from vtwcli.recipe.starter import starter
 

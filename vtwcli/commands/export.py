@@ -10,7 +10,7 @@ from vtwcli.commands.options import begin, inputs_here, model_of, recipe_of
 from vtwcli.errors import UsageError
 from vtwcli.io import console
 from vtwcli.io.files import document
-from vtwcli.recipe.recipe import ExportSection
+from vtwcli.recipe.exports import ExportSection
 from vtwcli.recipe.settings import section_of
 
 EXAMPLES = """

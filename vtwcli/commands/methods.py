@@ -19,7 +19,7 @@ Examples:
 
   vtw methods
 
-  vtw methods fastv
+  vtw methods fastv demo
 
   vtw methods fastervlm llava-hf/llava-1.5-7b-hf
 

@@ -421,12 +421,14 @@ def table() -> list[dict[str, str]]:
     """The families as people read them: one dict of strings per row, in the order of ``FAMILIES``.
 
     Keys: ``family``, ``model_type``, ``example``, ``inputs`` (image, or image and video), ``withdraw``, ``sweep``,
-    ``analyze``, ``onnx`` (yes or no) and ``notes``.
+    ``analyze``, ``tower`` (whether methods may look at its vision tower), ``onnx`` (yes or no) and ``notes``.
     """
     rows = []
     for row in FAMILIES.values():
         can = row.no_withdraw is None
         reasons = [] if can else [f"Not possible: {row.no_withdraw}."]
+        if can and row.no_tower:
+            reasons.append(f"No scores of the vision tower: {row.no_tower}.")
         rows.append(
             {
                 "family": row.title,
@@ -436,6 +438,7 @@ def table() -> list[dict[str, str]]:
                 "withdraw": "yes" if can else "no",
                 "sweep": "yes" if can else "no",
                 "analyze": "yes" if can else "no",
+                "tower": "yes" if can and not row.no_tower else "no",
                 "onnx": "yes" if can and not row.no_onnx else "no",
                 "notes": " ".join([*reasons, row.caveat]).strip(),
             }
@@ -445,8 +448,8 @@ def table() -> list[dict[str, str]]:
 
 def markdown() -> str:
     """The table of families for the documentation, in Markdown, without a newline at the end."""
-    names = ("family", "example", "inputs", "withdraw", "sweep", "analyze", "onnx", "notes")
-    head = ("Family", "Example", "Inputs", "Withdraw", "Sweep", "Analyze", "ONNX", "Notes")
+    names = ("family", "example", "inputs", "withdraw", "sweep", "analyze", "tower", "onnx", "notes")
+    head = ("Family", "Example", "Inputs", "Withdraw", "Sweep", "Analyze", "Tower", "ONNX", "Notes")
     lines = [head, tuple("---" for _ in head)]
     lines += [
         tuple(f"`{row[name]}`" if name == "example" else row[name] for name in names) for row in table()

@@ -7,17 +7,19 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 BATCH_SIZE = "samples answered at once; by default 8, fewer where memory is short"
-Limit = Annotated[int, Field(ge=1, description="samples per task")]
+Limit = Annotated[int, Field(ge=1, description="samples of each task")]
 Positions = Annotated[
     Literal["first", "answer"],
-    Field(description="first: the next token after the prompt; answer: every token of the answer"),
+    Field(
+        description="where KL is measured: first, at the token behind the prompt; answer, at each token of the answer"
+    ),
 ]
 Answers = Annotated[
     Literal["auto", "generated", "reference"],
     Field(
-        description="whose answer is teacher-forced: the full model's own greedy one, or the reference; "
-        "auto is generated, and reference when layers are streamed"
+        description="along whose answer: generated, the full model's own, or reference, the data's; auto is "
+        "generated, and reference when layers are streamed"
     ),
 ]
-SkipBad = Annotated[bool, Field(description="skip unreadable samples and count them")]
+SkipBad = Annotated[bool, Field(description="leave out rows that cannot be used, and count them")]
 Loss = Literal["tokens", "answer", "kl", "metric"]

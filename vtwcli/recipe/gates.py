@@ -10,12 +10,18 @@ from vtwcli.io.section import Section
 class GatesSection(Section):
     """What an evaluation must show; a gate that does not hold ends with exit code 3."""
 
-    max_drop: float | None = Field(None, ge=0, description="largest drop of the worst task's metric")
-    max_kl: float | None = Field(None, ge=0, description="largest mean KL over answer positions")
-    min_agreement: float | None = Field(
-        None, ge=0, le=1, description="least share of tokens whose first choice stays"
+    max_drop: float | None = Field(
+        None, ge=0, description="fail if the worst task's metric drops by more; 0.01 is one answer in 100"
     )
-    max_flops: float | None = Field(None, gt=0, description="largest share of the full prefill FLOPs")
+    max_kl: float | None = Field(
+        None, ge=0, description="fail if the mean KL over the answers' tokens, in nats, is larger"
+    )
+    min_agreement: float | None = Field(
+        None, ge=0, le=1, description="fail if a smaller share of tokens stays the most likely one"
+    )
+    max_flops: float | None = Field(
+        None, gt=0, description="fail if the prompt takes a larger share of the full model's arithmetic"
+    )
     risk: float | None = Field(
         None,
         gt=0,

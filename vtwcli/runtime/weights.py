@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
 
 from vtwcli.runtime.contract import PruningError
 from vtwcli.runtime.rows import Tensor
@@ -26,6 +25,9 @@ class Chunk:
 
 def looked_at(module: Any, args: tuple, kwargs: dict[str, Any], cls: bool, received: bool) -> list[Chunk]:
     """Run an attention on what it was given up to queries and keys, and look at these."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_KIND, _summarised)
     one = copy.copy(module)  # the weights are shared; the configuration is its own: no other thread sees it
     one.config = copy.copy(module.config)
     one.config._attn_implementation = _KIND
@@ -76,6 +78,3 @@ def _summarised(
     found.append(Chunk(weights(slice(0, 1))[:, :, 0] if cls else None, total))
     shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
     return value.new_zeros(shape), None
-
-
-AttentionInterface.register(_KIND, _summarised)
