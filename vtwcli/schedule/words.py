@@ -13,8 +13,7 @@ came later (``since``); its actions, by layer (0-based):
   - Scores are ``contribution`` and ``attention``, from layer K - 1; ``self_cross``, of all rows of layer K - 1;
     ``change``, the distance between a token's rows at the entries of layers K - 1 and K; ``duplication``, which puts
     those in front that are least like a few pivots (DART, arXiv 2502.11494; ``states.distinct``), and of which a share
-    is rounded so that each pivot takes as many; ``random`` with a ``seed``; ``uniform``; ``guided``, which another
-    model gives, whose name may be the parameter ``guide``.
+    is rounded so that each pivot takes as many; ``random`` with a ``seed``; ``uniform``; ``guided`` by a model, ``guide``.
   - Scores named ``tower_...`` come from the vision tower and go with K = 0 alone; they choose for each image on its
     own, so ``count`` and ``ratio`` are of an image's tokens, and ``parameters`` are theirs (``rules.KEYS`` under the
     score's name). What stays gets the positions of a shorter prompt, but where positions have axes for rows and
@@ -77,8 +76,8 @@ class ScheduleError(ValueError):
         self.message, self.hint = message, hint
 
 
-LAST_ROW, ALL_ROWS, HIDDEN, KEYED, TOWER = "last row", "all rows", "hidden states", "keys", "vision tower"
-GUIDE: Final = "a second model"
+LAST_ROW, ALL_ROWS, HIDDEN, KEYED = "last row", "all rows", "hidden states", "keys"
+TOWER, GUIDE = "vision tower", "a second model"
 PIVOTS: Final = (4, 4)
 """Visual rows and rows of text that ``duplication`` is measured from."""
 REST_SHARE: Final = 0.3
@@ -171,7 +170,7 @@ _MERGED = (
     "leave out rest, or use --format hf",
 )
 _GUIDED = (
-    "a schedule with a guide cannot be exported: what is exported holds one model, and a second one chooses its tokens",
+    "a schedule with a guide cannot be exported: a second model chooses its tokens, and an export holds one model",
     "run it with vtw eval or vtw budget, or export another score",
 )
 _DRAWN = "keep with random scores cannot be exported to ONNX, they are drawn by torch", "use uniform"
