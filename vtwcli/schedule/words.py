@@ -13,7 +13,7 @@ came later (``since``); its actions, by layer (0-based):
   - Scores are ``contribution`` and ``attention``, from layer K - 1; ``self_cross``, of all rows of layer K - 1;
     ``change``, the distance between a token's rows at the entries of layers K - 1 and K; ``duplication``, which puts
     those in front that are least like a few pivots (DART, arXiv 2502.11494; ``states.distinct``), and of which a share
-    is rounded so that each pivot takes as many; ``random`` with a ``seed``; ``uniform``; ``guided`` by a model, ``guide``.
+    is rounded so that each pivot takes as many; ``random`` with a ``seed``; ``uniform``; ``guided`` by ``guide``.
   - Scores named ``tower_...`` come from the vision tower and go with K = 0 alone; they choose for each image on its
     own, so ``count`` and ``ratio`` are of an image's tokens, and ``parameters`` are theirs (``rules.KEYS`` under the
     score's name). What stays gets the positions of a shorter prompt, but where positions have axes for rows and
