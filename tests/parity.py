@@ -60,8 +60,17 @@ def forward(
 
 
 @torch.no_grad()
-def generated(model: Any, batch: dict, schedule: Any, steps: int = STEPS, **options: Any) -> tuple:
+def generated(
+    model: Any,
+    batch: dict,
+    schedule: Any,
+    steps: int = STEPS,
+    given: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple:
     """What ``generate`` gives under a schedule (None: no schedule): its output and the logits [B, steps, V].
+
+    With a guide's scores ``given``.
 
     The logits are those the model returns; the ones ``generate`` reports are rounded to float32.
     """
@@ -69,7 +78,9 @@ def generated(model: Any, batch: dict, schedule: Any, steps: int = STEPS, **opti
     handle = model.register_forward_hook(lambda _, args, out: seen.append(out.logits[:, -1]))
     options = {"max_new_tokens": steps, "do_sample": False, "return_dict_in_generate": True} | options
     try:
-        with nullcontext() if schedule is None else pruned(model, schedule):
+        with nullcontext() if schedule is None else pruned(model, schedule) as running:
+            if given is not None:
+                running.given = given
             out = model.generate(**batch, **options)
     finally:
         handle.remove()

@@ -109,8 +109,10 @@ def test_measured_scores_decide_at_the_prompts_last_row(tiny_dir, data):
 def test_front_and_best(compared):
     rows = {row["name"]: row for row in compared["candidates"]}
     points = {name: (row["flops_ratio"]["flops"], row["kl"]) for name, row in rows.items()}
+    order = list(points)
     for name, (cost, kl) in points.items():
-        better = [one for one, (c, k) in points.items() if c <= cost and k <= kl and (c, k) != (cost, kl)]
+        near = [one for one, (c, k) in points.items() if c <= cost and k <= kl]
+        better = [one for one in near if points[one] != points[name] or order.index(one) < order.index(name)]
         assert rows[name]["pareto"] == (name in compared["pareto"]) == (not better)
     best = rows[compared["best"]]
     assert best["flops_ratio"]["flops"] <= 0.9
@@ -317,8 +319,30 @@ def test_visipruner_calibration_is_deterministic_with_files_and_views(calibrated
 def test_what_visipruners_calibration_refuses(given, message, tiny_dir):
     with pytest.raises(UsageError, match=message):
         calibrate(ModelSection(name=str(tiny_dir)), [], options(**given))
-    with pytest.raises(UsageError, match="cannot stream it"):
-        calibrate(ModelSection(name=str(tiny_dir), stream=True), [], options())
+
+
+def test_a_streamed_search_compares_along_references(tiny_dir, data, monkeypatch):
+    """As one pass over the model in memory does, in parts too; the model's own answers are refused."""
+    from vtwcli.methods.method import Candidate
+    from vtwcli.sweep.layers import Resident
+
+    specs, streamed = [DataSpec(source=str(data))], ModelSection(name=str(tiny_dir), stream=True)
+    given = {"positions": "answer", "max_new_tokens": 2}
+    with pytest.raises(UsageError, match="compares along the samples' reference answers"):
+        calibrate(streamed, specs, options(**given, answers="generated"))
+    found = calibrate(streamed, specs, options(**given))
+    monkeypatch.setattr(many, "_STREAM_BYTES", 1)
+    assert {**calibrate(streamed, specs, options(**given, answers="reference")), "run": None, "options": None} == {
+        **found, "run": None, "options": None,
+    }  # fmt: skip
+    assert found["run"]["streamed"]
+    loaded = load(str(tiny_dir))
+    samples = load_data(specs, limit=LIMIT, seed=0).samples
+    tried = [Candidate(x["name"], "", Schedule.from_dict(x["schedule"], "")) for x in found["candidates"]]
+    rows = many.Many(loaded, Resident(loaded.model, loaded.family), tried).along_references(samples, 2)
+    for c, row in enumerate(found["candidates"], 1):
+        assert row["kl"] == pytest.approx(np.mean([np.mean(one[c].kl) for one in rows]), rel=1e-3, abs=1e-6)
+        assert row["agreement"] == pytest.approx(np.mean([np.mean(one[c].agree) for one in rows]))
 
 
 def test_samples_without_vision_are_an_error(tiny_dir, tmp_path):
@@ -398,7 +422,7 @@ def test_the_pass_gives_what_the_runtime_gives(tiny_dir, data):
 
     loaded = load(str(tiny_dir))
     samples = load_data([DataSpec(source=str(data))], limit=LIMIT, seed=0).samples
-    chosen = candidates(Shape(6), section())
+    chosen = candidates(Shape(6, tower_depth=2), section())
     one, other = (
         tried(loaded, source, chosen, samples, TOKENS, [range(3), range(3, len(samples))])
         for source in (Resident(loaded.model, loaded.family), None)
@@ -409,3 +433,22 @@ def test_the_pass_gives_what_the_runtime_gives(tiny_dir, data):
         for mine, its in zip(one.rows[c], other.rows[c], strict=True):
             assert (mine.actions, mine.visual_per_layer) == (its.actions, its.visual_per_layer)
             assert mine.text_tokens == its.text_tokens
+
+
+def test_what_this_model_cannot_execute_is_left_out_with_its_reason(tiny_dir, data, capsys):
+    from vtwcli.measure.candidates import tried
+    from vtwcli.methods.method import Candidate
+    from vtwcli.sweep.layers import Resident
+
+    loaded = load(str(tiny_dir))
+    samples = load_data([DataSpec(source=str(data))], limit=1, seed=0).samples
+    mute = {"at": 2, "until": 3, "action": "mute"}
+    keep = {"at": 3, "action": "keep", "select": {"score": "attention", "ratio": 0.5}}
+    bad = Candidate("bad", "attention", Schedule.from_dict([mute, keep]))
+    good = Candidate("good", "vtw", Schedule.withdraw_at(3))
+    work = loaded, Resident(loaded.model, loaded.family), [bad, good], samples, 2, [range(len(samples))]
+    found = tried(*work, lenient=True)
+    assert list(found.refused) == [0] and "layer 2 is muted, so it has no scores" in found.refused[0]
+    assert found.rows[0] == [] and len(found.rows[1]) == len(samples)
+    with pytest.raises(UsageError, match="schedule bad: layer 2 is muted"):
+        tried(*work)

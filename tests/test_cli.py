@@ -33,7 +33,20 @@ def vtw(*args, env=None, cwd=None, **options):
     )
 
 
-COMMANDS = ["analyze", "budget", "calibrate", "env", "eval", "export", "families", "recipe", "run", "verify"]
+COMMANDS = [
+    "analyze",
+    "budget",
+    "calibrate",
+    "docs",
+    "env",
+    "eval",
+    "export",
+    "families",
+    "methods",
+    "recipe",
+    "run",
+    "verify",
+]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -261,6 +274,7 @@ def test_threads_of_a_program_that_imports_the_package_are_its_own(monkeypatch):
     from vtwcli.machine import threads
 
     before = torch.get_num_threads()
+    monkeypatch.setattr(threads.settings, "by_size", False)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     try:

@@ -341,13 +341,6 @@ def test_a_cache_by_another_name_is_refused():
         model(**batch, use_cache=False, kv_store=DynamicCache())
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_a_static_cache_is_refused(name):
-    model, batch = llava(), llava_batch(ROWS)
-    with pruned(model, schedule(name)), pytest.raises(PruningError, match="DynamicCache"):
-        model.generate(**batch, max_new_tokens=4, do_sample=False, cache_implementation="static")
-
-
 def test_nothing_of_this_is_refused_in_a_model_as_it_is():
     model, batch = llava(), llava_batch(ROWS)
     for name in SCHEDULES:

@@ -267,18 +267,48 @@ def test_resume_recomputes_only_what_is_missing(evaluated, tiny_dir, data, tmp_p
 
 
 def test_two_processes_give_the_document_of_one(tiny_dir, data, tmp_path):
-    ended = launch(
-        tmp_path, "eval", str(tiny_dir), "--data", str(data), "--layers", "3", "--limit", "3", "--batch-size", "2",
-        "--max-new-tokens", "4", "--bootstrap", "50", "--no-timing", "--output", "two.json",
-    )  # fmt: skip
-    assert [process.returncode for process, _, _ in ended] == [0, 0], ended
-    assert ended[1][1] == ""
-    two = json.loads((tmp_path / "two.json").read_text())
+    found = []
+    for processes in (1, 2):
+        ended = launch(
+            tmp_path, "eval", str(tiny_dir), "--data", str(data), "--layers", "3", "--limit", "3", "--batch-size", "2",
+            "--max-new-tokens", "4", "--bootstrap", "50", "--no-timing", "--output", f"{processes}.json",
+            processes=processes,
+        )  # fmt: skip
+        assert [process.returncode for process, _, _ in ended] == [0] * processes, ended
+        assert [out for _, out, _ in ended[1:]] == [""] * (processes - 1)
+        found.append(json.loads((tmp_path / f"{processes}.json").read_text()))
+    one, two = found
     assert two["run"]["processes"] == 2
-    one, _ = evaluate(
-        ModelSection(name=str(tiny_dir)), [SCHEDULES[0]], [DataSpec(source=str(data))], options(batch_size=2)
-    )
-    assert without_run(two) == json.loads(json.dumps(without_run(one)))
+    assert without_run(two) == without_run(one)
+
+
+def test_one_pass_gives_what_the_led_runtime_gives(tiny_dir, data, monkeypatch):
+    """KL, agreement, traces and answers, of schedules of every kind."""
+    import vtwcli.evaluate as module
+
+    acts = {
+        "withdraw": [{"at": 3, "action": "withdraw"}],
+        "keep": [{"at": 2, "action": "keep", "select": {"score": "attention", "ratio": 0.4}}],
+        "first": [{"at": 1, "until": 4, "action": "mute", "sink": "first"}],
+        "freeze": [{"at": 1, "until": 5, "action": "freeze"}],
+        "auto": [{"at": "auto", "action": "withdraw", "when": {"cosine_above": -1.0, "layers": 2}}],
+        "nothing": [],
+    }
+    schedules = [(name, Schedule(actions=tuple(one))) for name, one in acts.items()]
+    model, specs = ModelSection(name=str(tiny_dir)), [DataSpec(source=str(data))]
+    lines: list[list[str]] = [[], []]
+    one, _ = evaluate(model, schedules, specs, options(), trace=lines[0].append)
+    monkeypatch.setattr(module, "engine_of", lambda *_: None)
+    other, _ = evaluate(model, schedules, specs, options(), trace=lines[1].append)
+    assert lines[0] == lines[1]
+    for mine, its in zip(one["samples"], other["samples"], strict=True):
+        for name in acts:
+            a, b = (dict(row["pruned"][name]) for row in (mine, its))
+            np.testing.assert_allclose(a.pop("kl"), b.pop("kl"), rtol=1e-4, atol=2e-6)
+            assert a == b
+    for name in acts:
+        assert one["schedules"][name]["cost"] == other["schedules"][name]["cost"]
+    assert one["schedules"]["nothing"]["kl_answer"] == 0
 
 
 def test_metrics_of_several_numbers_and_of_none(tiny_dir, data):

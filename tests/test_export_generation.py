@@ -25,6 +25,12 @@ MEASURED = Schedule.from_dict(
         "actions": [{"at": 3, "action": "keep", "select": {"score": "attention", "ratio": 0.5}}],
     }
 )
+DYNAMIC = Schedule.from_dict(
+    {
+        "format_version": 1,
+        "actions": [{"at": 3, "action": "keep", "select": {"score": "attention", "above": 0.1}}],
+    }
+)
 
 
 def asking(source, folder, where="generation_config.json", **settings):
@@ -46,7 +52,7 @@ def test_every_cache_of_the_library_can_be_exported_and_then_generates(tiny_dir,
         settings |= {"max_cache_len": 64}
     model = asking(tiny_dir, tmp_path / "model", **settings)
     manifest = export_hf(str(model), STATIC, tmp_path / "out")
-    stays = cache in ("dynamic", "offloaded")
+    stays = cache in ("dynamic", "offloaded", "static")
     assert manifest["changed"] == ({} if stays else {"generation_config.json": settings})
     written = (tmp_path / "out" / "generation_config.json").read_bytes()
     if stays:
@@ -61,7 +67,7 @@ def test_every_cache_of_the_library_can_be_exported_and_then_generates(tiny_dir,
 def test_old_style_settings_in_the_model_config(tiny_dir, tmp_path):
     model = asking(tiny_dir, tmp_path / "model", "config.json#text_config", cache_implementation="static")
     (model / "generation_config.json").unlink()
-    manifest = export_hf(str(model), STATIC, tmp_path / "out")
+    manifest = export_hf(str(model), DYNAMIC, tmp_path / "out")
     assert manifest["changed"] == {"config.json": {"text_config.cache_implementation": "static"}}
     assert "cache_implementation" not in (tmp_path / "out" / "config.json").read_text()
     assert verify(tmp_path / "out", base=str(model), max_new_tokens=2)["smoke"]["tokens"]
@@ -103,7 +109,7 @@ def test_other_settings_stay(tiny_dir, tmp_path, settings):
 def test_verify_refuses_an_export_that_cannot_generate(tiny_dir, tmp_path):
     from vtwcli.export.directory.manifest import read_manifest, write_manifest
 
-    export_hf(str(tiny_dir), STATIC, tmp_path / "out")
+    export_hf(str(tiny_dir), DYNAMIC, tmp_path / "out")
     asking(tiny_dir, tmp_path / "out", cache_implementation="static")  # as an earlier version left it
     manifest = read_manifest(tmp_path / "out")
     write_manifest(

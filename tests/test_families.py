@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +12,7 @@ from tests import parity, reference
 from tests.test_models_streaming import check_equal
 from tests.tiny import IMAGE_ID, LAYERS, TINY, VARIANTS, VIDEO_ID
 from tests.wide import Narrow
+from vtwcli.docs import page
 from vtwcli.errors import NotFoundError
 from vtwcli.export.onnx.graphs import VISION
 from vtwcli.models.families import FAMILIES, family_of, markdown, placeholder_ids, table
@@ -271,23 +271,25 @@ def test_the_table():
         "withdraw": "yes",
         "sweep": "yes",
         "analyze": "yes",
+        "tower": "yes",
         "onnx": "yes",
         "notes": "Also LLaVA-shaped models with another tower, such as Pixtral-12B.",
     }
     assert rows["qwen2_vl"]["inputs"] == "image, video"
     refused = rows["mllama"]
-    assert {refused[name] for name in ("withdraw", "sweep", "analyze", "onnx")} == {"no"}
+    assert {refused[name] for name in ("withdraw", "sweep", "analyze", "tower", "onnx")} == {"no"}
     assert refused["notes"].startswith("Not possible: its text reads images by cross-attention")
     lines = markdown().splitlines()
     assert len(lines) == 2 + len(FAMILIES)
-    assert lines[0] == "| Family | Example | Inputs | Withdraw | Sweep | Analyze | ONNX | Notes |"
-    assert lines[2].startswith("| LLaVA-1.5 | `llava-hf/llava-1.5-7b-hf` | image | yes | yes | yes | yes |")
+    assert lines[0] == "| Family | Example | Inputs | Withdraw | Sweep | Analyze | Tower | ONNX | Notes |"
+    assert lines[2].startswith(
+        "| LLaVA-1.5 | `llava-hf/llava-1.5-7b-hf` | image | yes | yes | yes | yes | yes |"
+    )
 
 
 def test_the_table_promises_the_onnx_exports_that_exist():
     assert {name for name, row in FAMILIES.items() if row.no_onnx is None} == set(VISION)
 
 
-def test_the_readme_has_the_table_of_today():
-    readme = Path(__file__).parents[1] / "README.md"
-    assert markdown() in readme.read_text(encoding="utf-8"), "paste vtwcli.models.families.markdown() into it"
+def test_the_page_has_the_table_of_today():
+    assert markdown() in page("families"), "paste vtwcli.models.families.markdown() into it"

@@ -5,6 +5,7 @@ import torch
 
 from tests import golden
 from vtwcli.methods.fastv import FastV
+from vtwcli.methods.sparsevlm import SparseVLM
 from vtwcli.runtime import entries, pruned
 
 SAMPLES = range(4)
@@ -54,6 +55,26 @@ def test_fastv(model, sample):
         assert tokens == row["tokens"]
         assert lengths == row["kv_len_per_layer_after"]
         torch.testing.assert_close(logits, arrays[f"kv.gqa.{name}.scores.{sample}"], rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+@pytest.mark.parametrize("name", ["r192", "r128", "r64"])
+def test_sparsevlm(model, name, sample):
+    """Where densities are nearly equal the published code's noise decides, and only what is before it is compared."""
+    document, arrays = golden.numbers("sparsevlm")
+    row = document["runs"]["gqa"][name][sample]
+    counts = [stage["n_kept"] for stage in row["stages"]]
+    method = SparseVLM(layers=[stage["layer"] + 1 for stage in row["stages"]], counts=counts)
+    logits, tokens, trace, lengths = answer(model, method.schedule(), sample, 8)
+    kept = [[golden.BEFORE + i if i >= 0 else i for i in one.kept] for one in trace.samples[0].actions]
+    assert kept[0] == row["stages"][0]["kept"]
+    assert [layer.rows for layer in trace.samples[0].layers] == row["len_in"]
+    assert lengths == row["kv_len_per_layer_after"]
+    if row["max_score_diff_between_two_seeds"] == 0:
+        assert kept[1] == row["stages"][1]["kept"]
+        assert tokens == row["tokens"]
+        expected = arrays[f"gqa.{name}.scores.{sample}"]
+        torch.testing.assert_close(logits, expected, rtol=0, atol=ATOL)
 
 
 @pytest.mark.parametrize("sample", SAMPLES)

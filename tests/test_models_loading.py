@@ -358,7 +358,7 @@ def test_configs_that_are_no_supported_vision_language_model(copy):
     config = copy / "config.json"
     original = config.read_text()
     able = sorted(name for name, row in FAMILIES.items() if not row.no_withdraw)
-    supported = f"supported families: {', '.join(able)}; the README says how to add one"
+    supported = f"supported families: {', '.join(able)}; `vtw docs internals` says how to add one"
 
     edit(config, model_type="llama")
     assert failure(copy) == (

@@ -1,7 +1,7 @@
-"""Every command of the README runs, top to bottom in one directory, as a reader would type it.
+"""Every command and snippet of the README and of each page of documentation runs, top to bottom, as a reader would.
 
-Environment variables keep samples few, and a ``--limit`` is lowered; nothing else changes. What needs the Hub or pip
-is named below.
+Each page has a directory of its own. Environment variables keep samples few, and a ``--limit`` is lowered; nothing
+else changes. A block of data is the file that the line before it names. What needs the Hub or pip is named below.
 """
 
 import os
@@ -16,27 +16,41 @@ from pathlib import Path
 import pytest
 
 from tests.cli import vtw
-from vtwcli.data.scenes import examples
+from vtwcli.docs import FOLDER, PAGES, page
+from vtwcli.methods import METHODS, table
 from vtwcli.recipe.recipe import Recipe
 from vtwcli.schedule.schedule import Schedule
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+TEXTS = {"README": (ROOT / "README.md").read_text(encoding="utf-8")} | {name: page(name) for name in PAGES}
+FOLDERS = dict.fromkeys(PAGES, FOLDER) | {"README": ROOT}
 
-PYTHON = README.partition("\n## In Python\n")[2].partition("\n## ")[0]
+
+def blocks(text, *languages):
+    """The fenced blocks of some languages: language, text, and the file's name where it is one."""
+    found = re.finditer(
+        r"(?:`([^`\s]+)`[^`\n]*:\n\n)?^```(\w+)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL
+    )
+    return [(one[2], one[3], one[1]) for one in found if not languages or one[2] in languages]
+
+
+EVERY = [(name, *block) for name, text in TEXTS.items() for block in blocks(text)]
 
 # commands that cannot run here, and why
 ELSEWHERE = {
     r"^pip install": "installs packages",
     r"^pytest": "runs this very test",
+    r"^python3 -m venv": "makes an environment that nothing is installed in",
+    r"gqa:path=": "needs a copy of a data set",
     r"^transformers serve": "serves until it is stopped; test_serve.py asks one",
     r"^accelerate launch|^torchrun": "tested with two processes in test_calibrate.py",
     r"\b(llava-hf|Qwen|OpenGVLab|HuggingFaceTB)/": "needs a model from the Hub",
     r"recipes/(llava|qwen|visipruner|onnx)": "needs a model from the Hub; test_recipes.py runs it on a tiny one",
     r"--push-to-hub": "uploads",
+    r"--policy guarantee": "needs more samples than are taken here; test_guarantee.py runs it",
     r"\bMODEL\b|\bRECIPE\b|\bFILE\b|\bDIR\b": "a pattern, not a command",
 }
+FILES = ("jsonl", "json", "csv", "tsv")
 FEW = {
     "VTW_CALIBRATE__LIMIT": "2", "VTW_CALIBRATE__BOOTSTRAP": "20", "VTW_CALIBRATE__ETA": "0.1",
     "VTW_ANALYZE__LIMIT": "2", "VTW_ANALYZE__MAPS": "1", "VTW_ANALYZE__FREEZE": "false",
@@ -45,32 +59,60 @@ FEW = {
 }  # fmt: skip
 
 
-def commands():
-    """Every command line of the shell blocks, in order, once."""
-    lines = "\n".join(text for language, text in BLOCKS if language in ("sh", "bash", "console"))
-    found = [line.strip() for line in lines.replace("\\\n", " ").splitlines()]
+def commands(text):
+    """The command lines of a shell block."""
+    found = [line.strip() for line in text.replace("\\\n", " ").splitlines()]
     found = [line.removeprefix("pip install . && ") for line in found]
-    return list(dict.fromkeys(line for line in found if line and not line.startswith("#")))
+    return [line for line in found if line and not line.startswith("#")]
 
 
 def elsewhere(command):
     return next((reason for pattern, reason in ELSEWHERE.items() if re.search(pattern, command)), None)
 
 
-def test_the_readme_has_commands():
-    assert sum(elsewhere(command) is None for command in commands()) >= 4
-    assert "vtw calibrate demo" in commands()
+def test_the_readme_begins_with_what_to_paste_and_is_short():
+    text = TEXTS["README"]
+    lines = [line for _, block, _ in blocks(text, "sh") for line in commands(block)]
+    assert "vtw calibrate demo" in lines
+    assert lines.index("vtw calibrate demo") < lines.index("vtw calibrate llava-hf/llava-1.5-7b-hf")
+    assert len(text.encode()) <= 10_240
 
 
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory):
-    """Where a reader of the README sits: a copy of the recipes, and an environment that keeps samples few."""
-    folder = tmp_path_factory.mktemp("readme")
+def test_every_page_is_listed_and_linked():
+    assert {file.stem for file in FOLDER.glob("*.md")} == set(PAGES)
+    for name in PAGES:
+        assert TEXTS[name].startswith(f"# {name}: ")
+        assert f"](vtwcli/docs/{name}.md)" in TEXTS["README"]
+    shown = vtw("docs").out
+    assert all(f"{name} " in shown for name in PAGES)
+    assert vtw("docs", "data").out == TEXTS["data"]
+    missing = vtw("docs", "method")
+    assert missing.code == 2 and "did you mean 'methods'?" in missing.err
+
+
+def test_pages_name_pages_that_exist():
+    for text in TEXTS.values():
+        assert set(re.findall(r"vtw docs ([a-z]+)", text)) <= set(PAGES)
+
+
+def test_the_page_of_methods_has_the_table_of_today():
+    assert table.markdown() in TEXTS["methods"], "paste vtwcli.methods.table.markdown() into it"
+    for name in METHODS:
+        assert re.search(rf"^\*\*.*`{name}`", TEXTS["methods"], flags=re.MULTILINE), (
+            f"{name} has no paragraph"
+        )
+
+
+@pytest.fixture
+def desk(tmp_path):
+    """Where a reader sits: a copy of the recipes, and an environment that keeps samples few."""
+    folder = tmp_path / "desk"
+    folder.mkdir()
     shutil.copytree(ROOT / "recipes", folder / "recipes")
-    next(examples("eval", 1)).image.save(folder / "picture.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("GITHUB_STEP_SUMMARY", str(folder / "step-summary.md"))
+        patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         for name, value in FEW.items():
             patch.setenv(name, value)
@@ -104,9 +146,20 @@ def run(command):
     return 0, ""
 
 
-def test_every_command_runs(desk):  # one test, because later commands use what earlier ones wrote
-    failed = []
-    for command in commands():
+def run_block(language, text, file):
+    """What went wrong with a block, a line each."""
+    if language in FILES:
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).write_text(text, encoding="utf-8")
+        return
+    if language == "python":
+        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+        if done.returncode:
+            yield f"{text}\n{done.stderr[-1500:]}"
+        elif "print(" in text and not done.stdout.strip():
+            yield f"{text}\nprints nothing"
+        return
+    for command in commands(text):
         if elsewhere(command):
             continue
         if "jq " in command and shutil.which("jq") is None:
@@ -114,11 +167,31 @@ def test_every_command_runs(desk):  # one test, because later commands use what 
             continue
         code, err = run(command)
         if code:
-            failed.append(f"{command}\nexit code {code}\n{err[-1500:]}")
+            yield f"{command}\nexit code {code}\n{err[-1500:]}"
+
+
+def seen_by_git(names):
+    """Those of some names in a checkout that git would not ignore."""
+    if not names or shutil.which("git") is None or not (ROOT / ".git").exists():
+        return []
+    ignored = subprocess.run(
+        ["git", "-C", ROOT, "check-ignore", "--no-index", *names], capture_output=True, text=True
+    )
+    return sorted(set(names) - set(ignored.stdout.split()) - {"recipes/"})
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_commands_and_snippets_run(
+    name, desk
+):  # one test a page, because later ones use what earlier ones wrote
+    found = blocks(TEXTS[name])
+    shown = [block for block in found if block[0] in (*FILES, "sh", "console", "python")]
+    failed = [words for block in shown for words in run_block(*block)]
     assert not failed, "\n\n".join(failed)
+    assert not seen_by_git([f"{one.name}/" if one.is_dir() else one.name for one in desk.iterdir()])
 
 
-@pytest.mark.parametrize("text", [text for language, text in BLOCKS if language == "yaml"])
+@pytest.mark.parametrize("text", [text for _, kind, text, _ in EVERY if kind == "yaml"])
 def test_yaml_is_a_recipe_a_schedule_or_a_workflow(text):
     from ruamel.yaml import YAML
 
@@ -140,22 +213,11 @@ def test_yaml_is_a_recipe_a_schedule_or_a_workflow(text):
         Recipe.model_validate(node)
 
 
-@pytest.mark.parametrize("text", [text for language, text in BLOCKS if language == "python"])
-def test_python_is_python(text):
-    compile(text, "README.md", "exec")
-
-
-@pytest.mark.parametrize("text", re.findall(r"^```python\n(.*?)^```", PYTHON, flags=re.MULTILINE | re.DOTALL))
-def test_python_runs_as_printed(text, capsys):
-    exec(compile(text, "README.md", "exec"), {})
-    said = capsys.readouterr().out
-    assert len(said.splitlines()) == text.count("print(")
-
-
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#\s]+)\)", README):
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)#\s]+)\)", TEXTS[name]):
         if not re.match(r"https?:", target):
-            assert (ROOT / target).exists(), target
+            assert (FOLDERS[name] / target).exists(), target
 
 
 def test_workflow_of_the_project_is_whole():

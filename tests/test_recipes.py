@@ -16,8 +16,9 @@ from vtwcli.methods import METHODS
 from vtwcli.models.families import FAMILIES
 from vtwcli.pipeline import steps
 from vtwcli.pipeline.steps import steps_of
-from vtwcli.recipe.recipe import STEPS, Recipe, json_schema
+from vtwcli.recipe.recipe import STEPS, Recipe
 from vtwcli.recipe.schedules import schedule_of
+from vtwcli.recipe.schema import json_schema
 from vtwcli.recipe.settings import load_recipe
 from vtwcli.recipe.starter import starter
 
@@ -51,7 +52,7 @@ def test_recipe_is_valid(path):
 
 def test_the_recipes_that_the_readme_names_are_there():
     assert {
-        "demo", "ci", "onnx-edge", "qwen2.5-vl-7b", "visipruner-llava-1.5-7b", "llava-1.5-7b-worst-task",
+        "demo", "ci", "guaranteed", "onnx-edge", "qwen2.5-vl-7b", "visipruner-llava-1.5-7b", "llava-1.5-7b-worst-task",
         "llava-1.5-7b-paper", "llava-1.5-13b-paper", "llava-next-7b-paper",
     } == set(NAMES)  # fmt: skip
 

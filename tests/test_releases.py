@@ -58,6 +58,8 @@ REFUSED = {
 # 4.57 rounds the places of patches otherwise in float32, with or without pruning
 OTHERWISE = {("4.57.6", "tiles"), ("4.57.6", "smolvlm")}
 
+WITHOUT_STATIC = {"prefix"}  # the library itself fails there
+
 CHILD = '''
 """Loads exported directories, plain and pruned, and prints what they compute or why not, as JSON."""
 import inspect, json, sys
@@ -70,12 +72,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-def answer(model, batch, steps):
+def answer(model, batch, steps, more):
     model.generation_config.pad_token_id = 0
     if "mm_token_type_ids" not in inspect.signature(type(model).forward).parameters:
         batch.pop("mm_token_type_ids", None)  # processors of releases without it do not give it either
     options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False}
-    out = model.eval().generate(**batch, **options, return_dict_in_generate=True)
+    out = model.eval().generate(**batch, **options, **more, return_dict_in_generate=True)
     cache = getattr(out, "cache", None) or out.past_key_values
     return {
         "tokens": out.sequences[:, batch["input_ids"].shape[1]:].tolist(),
@@ -88,15 +90,16 @@ def tried(work):
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
+STATIC = {"cache_implementation": "static"}
 root, steps, results = Path(sys.argv[1]), int(sys.argv[2]), {"release": transformers.__version__}
 for directory in sorted(root.glob("*.export")):
     name = directory.name.removesuffix(".export")
     batch = torch.load(root / f"{name}.batch.pt", weights_only=True)
     found = results[name] = {}
-    for kind, trust in (("plain", False), ("pruned", True)):
+    for kind, trust, more in (("plain", False, {}), ("pruned", True, {}), ("static", True, STATIC)):
         def work():
             model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=trust)
-            return answer(model, batch, steps)
+            return answer(model, batch, steps, more)
         found[kind] = tried(work)
 print("RESULTS", json.dumps(results))
 '''
@@ -208,3 +211,20 @@ def test_an_export_answers_the_same_or_refuses(made, release, name):
     else:
         assert got == expected["pruned"]
         assert (version, name) not in REFUSED
+
+
+@pytest.mark.parametrize("name", [*sorted(MODELS.keys() - WITHOUT_STATIC), "demo"])
+def test_a_static_cache_answers_the_same_or_refuses(made, release, name):
+    expected, (version, found) = made[1][name]["pruned"], release
+    got = found[name]["static"]
+    if "error" in found[name]["pruned"] or (version, name) in OTHERWISE:
+        return  # told by the test above
+    if tuple(map(int, version.split("."))) < (5, 20):
+        assert "static caches under a schedule need transformers 5.20 or later" in got["error"]
+    else:
+        assert got["tokens"] == expected["tokens"]
+        # a layer with a sliding window holds the newest token too
+        assert all(
+            a == b or name == "sliding-window"
+            for a, b in zip(got["entries"], expected["entries"], strict=True)
+        )

@@ -21,10 +21,14 @@ from vtwcli.schedule.schedule import Schedule
 KINDS = {
     "calibration": calibration.VtwCalibration,
     "searched": calibration.SearchedCalibration,
+    "guaranteed": calibration.VtwCalibration,
+    "guaranteed search": calibration.SearchedCalibration,
     "analysis": analysis.AnalysisDocument,
     "budget": comparison.Budget,
     "evaluation": evaluation.Evaluation,
 }
+
+PROMISED = {"policy": "guarantee", "risk": 0.9, "confidence": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +40,10 @@ def written(tiny_dir, data):
         "calibration": calibrate(model, mix, CalibrateSection(**short, bootstrap=20, eta=1000)),
         "searched": calibrate(model, mix, CalibrateSection(**short, method="visipruner", eta=1000)),
         "analysis": analyze(model, mix, AnalyzeSection(**short, eta=1000)).result,
+        "guaranteed": calibrate(model, mix, CalibrateSection(**short, **PROMISED)),
+        "guaranteed search": calibrate(
+            model, mix, CalibrateSection(**short, **PROMISED, method="visipruner")
+        ),
         "budget": budget(model, mix, BudgetSection(**short, max_flops=0.9)),
         "evaluation": evaluate(
             model,
@@ -86,9 +94,11 @@ def told(value, kind, name, absent):
 def test_documents_are_what_their_types_say(written, name):
     absent = set()
     told(written[name], KINDS[name], name, absent)
-    # of some models, of the metric POPE, of measures that are a KL, and of timing with enough rounds
-    timed = {"speed_up", "decode_speed_up", "batches_left_out"}
-    assert absent <= {"template_date", "precision", "recall", "f1", "yes_ratio", "positions"} | timed
+    # of some models, of other methods, of the metric POPE, of measures that are a KL, of timing with enough rounds
+    timed = {"speed_up", "decode_speed_up", "batches_left_out", "parameters", "findings"}
+    # of promises, some of each kind of method
+    proved = {"guarantee", "losses", "layer", "candidate", "ordered_on"}
+    assert absent <= {"template_date", "precision", "recall", "f1", "yes_ratio", "positions"} | timed | proved
 
 
 def test_a_document_says_its_kind_and_no_other_method_than_its_own(written):

@@ -35,6 +35,10 @@ THIRTEEN_B = [
 ]
 FILTER = {"at": "auto", "action": "keep", "select": {"score": "contribution", "above": 0.5}}
 LEAVE = {"at": "auto", "action": "withdraw"}
+UNIFORM = {"score": "uniform", "ratio": 0.5}
+RATED = {"score": "attention", "rows": "raters"}
+CLUSTER = {"merge": "cluster"}
+OWN = {"score": "attention", "layer": "here"}
 
 SCHEDULES: dict[str, list[dict]] = {
     "withdraw": [{"at": 3, "action": "withdraw"}],
@@ -100,6 +104,63 @@ SCHEDULES: dict[str, list[dict]] = {
         {"at": 3, "action": "keep", "select": {"score": "attention", "ratio": 0.5}},
         {"at": 4, "until": 6, **MUTE, "sink": "first"},
     ],
+    "keep by its own layer": [
+        {"at": 0, "action": "keep", "select": {"score": "attention", "share": 0.7, "layer": "here"}},
+        {"at": 3, "action": "keep", "select": {"score": "contribution", "share": 0.3, "layer": "here"}},
+    ],
+    "close up": [{"at": 2, "action": "keep", "positions": "compact", "select": UNIFORM}],
+    "close up by stages": [
+        {"at": 1, "action": "keep", "positions": "compact", "select": {**OWN, "share": 0.6}},
+        {"at": 3, "action": "keep", "select": {"score": "attention", "ratio": 0.6}},
+        {"at": 4, "action": "keep", "positions": "compact", "select": {**OWN, "count": 2}},
+        {"at": 5, "action": "withdraw"},
+    ],
+    "keep by text, then by vision": [
+        {"at": 1, "action": "keep", "select": {"score": "attention", "rows": "text", "share": 0.6}},
+        {"at": 3, "action": "keep", "select": {"score": "attention", "rows": "visual", "share": 0.3}},
+    ],
+    "keep by all, then by its own layer's text": [
+        {"at": 0, "until": 1, **MUTE, "readers": "visual"},
+        {"at": 2, "action": "keep", "select": {"score": "attention", "rows": "all", "count": 5}},
+        {"at": 3, "action": "keep", "positions": "compact", "select": {**OWN, "rows": "text", "count": 2}},
+    ],
+    "keep what changes, then what differs": [
+        {"at": 2, "action": "keep", "positions": "compact", "select": {"score": "change", "share": 0.7}},
+        {"at": 3, "action": "keep", "select": {"score": "duplication", "count": 5}},
+        {"at": 4, "action": "keep", "select": {"score": "change", "above": 1.0}},
+    ],
+    "freeze, keep what differs": [
+        {"at": 1, "until": 3, "action": "freeze"},
+        {"at": 3, "action": "keep", "select": {"score": "duplication", "ratio": 0.6}},
+        {"at": 3, "until": 5, "action": "freeze"},
+        {"at": 5, "action": "keep", "select": {"score": "change", "ratio": 0.5}},
+    ],
+    "merge by raters": [
+        {"at": 2, "action": "keep", "select": {**RATED, "count": 4}, "rest": CLUSTER, "positions": "compact"},
+        {"at": 4, "action": "keep", "select": {**RATED, "count": 3}, "rest": CLUSTER, "positions": "compact"},
+    ],
+    "merge what changes little": [
+        {
+            "at": 1,
+            "action": "keep",
+            "select": {"score": "change", "ratio": 0.7},
+            "rest": {**CLUSTER, "share": 1.0, "into": 0.5, "seed": 3},
+            "positions": "compact",
+        },
+        {"at": 3, "action": "keep", "select": {"score": "duplication", "count": 4}},
+        {"at": 4, "until": 6, "action": "freeze"},
+    ],
+    "keep by some heads, levelled": [
+        {"at": 1, "action": "keep", "select": {"score": "attention", "heads": 2, "ratio": 0.7}},
+        {"at": 3, "action": "keep", "select": {**RATED, "heads": 1, "level": True, "ratio": 0.7}},
+        {"at": 4, "action": "keep", "select": {**OWN, "rows": "visual", "level": True, "ratio": 0.7}},
+    ],
+    "freeze and close up": [
+        {"at": 0, "until": 4, "action": "freeze"},
+        {"at": 2, "action": "keep", "positions": "compact", "select": {**OWN, "count": 4}},
+        {"at": 4, "until": 6, **MUTE},
+    ],
+    "auto, close up": [{**FILTER, "after": 0, "when": {"cosine_below": 0.8}, "positions": "compact"}],
     "auto withdraw": [{**LEAVE, "after": 0, "when": {"cosine_above": 0.9}}],
     "auto, fixed end": [
         {**FILTER, "after": 0, "when": {"cosine_below": 0.8}},
@@ -126,6 +187,12 @@ SCHEDULES: dict[str, list[dict]] = {
 
 def schedule(actions: list[dict]) -> Schedule:
     return Schedule.from_dict(actions)
+
+
+def layouts(actions: list[dict]) -> list[list[str]]:
+    """What a schedule can do: merged rows have no place behind an image that ends the prompt."""
+    merges = any("rest" in action for action in actions)
+    return [rows for rows in LAYOUTS if not (merges and any(row.endswith("i") for row in rows))]
 
 
 @cache
@@ -160,13 +227,13 @@ def check_forward(model, batch: dict, actions: list[dict], atol: float = 1e-9) -
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_forward_equals_the_slow_interpreter(name, side):
-    for rows in LAYOUTS:
+    for rows in layouts(SCHEDULES[name]):
         check_forward(model_of(), batch_of(rows, side), SCHEDULES[name])
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_generation_equals_the_slow_interpreter(name):
-    for rows in LAYOUTS:
+    for rows in layouts(SCHEDULES[name]):
         batch, actions = batch_of(rows), SCHEDULES[name]
         tokens, scores, _ = slow_schedule.greedy(model_of(), batch, actions, 4)
         out, logits = parity.generated(model_of(), batch, schedule(actions))
@@ -201,6 +268,14 @@ def test_the_schedules_decide_differently_for_different_samples():
         "auto, not consecutive": [[5, 5, None]],
         "visipruner": [[4, 3, None], [None, 5, None]],
     }
+
+
+def test_merged_rows_need_text_behind_them():
+    with (
+        pruned(model_of(), schedule(SCHEDULES["merge by raters"])),
+        pytest.raises(PruningError, match="this prompt ends with an image"),
+    ):
+        model_of()(**batch_of(["t3 i"]))
 
 
 amounts = st.one_of(

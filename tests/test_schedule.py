@@ -58,7 +58,7 @@ def test_schedule_of_a_calibration_result(tmp_path):
         ("- {at: 2, until: 2, action: freeze}", ":1:3: actions.0: 'until' (2) must be above 'at' (2)"),
         ("- {at: auto, action: withdraw}", "actions.0: 'at: auto' needs a condition under 'when'"),
         ("- {at: 2, after: 1, action: withdraw}", "'when' and 'after' go with 'at: auto' only"),
-        ("- {at: 2, action: keep, select: {score: random}}", "give exactly one of ratio, count and above"),
+        ("- {at: 2, action: keep, select: {score: random}}", "give exactly one of ratio, count"),
         ("- {at: 2, action: keep, select: {score: random, above: 1}}", "score random has no threshold"),
         ("- {at: 5, action: withdraw}\n- {at: 6, action: withdraw}", "action 2 (withdraw) comes after the withdrawal"),
         ("- {at: 5, until: 6, action: mute}\n- {at: 4, action: withdraw}", "action 2 (withdraw) starts at 4, before"),
@@ -66,7 +66,7 @@ def test_schedule_of_a_calibration_result(tmp_path):
         ("- {at: 3}", "actions.0: the key 'action' is required"),
         ("", "a schedule must be a mapping of keys to values, not an empty file"),
         ("- at: 1\n   x: [", ":2:5: mapping values are not allowed here"),
-        ("format_version: 2\nactions: []", ":1:1: format_version: input should be 1, got 2"),
+        ("format_version: 3\nactions: []", ":1:1: format_version: input should be 1 or 2, got 3"),
     ],
 )  # fmt: skip
 def test_errors_name_file_line_and_key(tmp_path, text, message):

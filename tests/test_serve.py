@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(
 
 LAYER, STEPS = 2, 12  # so early that the full model answers otherwise
 PATIENCE = 240  # seconds, for machines that do much else
-REFUSAL = "a cache with StaticLayer is not supported under a schedule"
+REFUSAL = "a static cache has no lengths to fix"
 
 CHILD = '''
 """The command ``transformers``, which also writes what each call of generate gave and left in its cache."""
@@ -207,13 +207,30 @@ def test_a_server_answers_pruned(made, tmp_path, options):
     assert sum(map(bool, pieces)) > 1, "nothing was streamed"
 
 
-def test_a_server_that_compiles_refuses_with_a_sentence(made, tmp_path):
-    """Its cache is of a fixed size and cannot lose visual tokens: no answer is better than the full model's."""
+def test_a_server_that_compiles_answers_pruned(made, tmp_path):
+    """Its cache is static, with room for as many tokens as were asked for."""
+    room = STEPS - len(made.seen["tokens"])
+    seen = made.seen | {"entries": [held + room for held in made.seen["entries"]]}
     with serving(made.directory, tmp_path, "--compile") as server:
+        whole = json.loads(server.ask(made.messages))
+        streamed = events(server.ask(made.messages, stream=True))
+        waited(lambda: len(server.computed()) == 2)
+    assert server.computed() == [seen, seen]
+    pieces = [event["choices"][0]["delta"].get("content") or "" for event in streamed]
+    assert whole["choices"][0]["message"]["content"] == "".join(pieces) == made.text
+
+
+def test_a_server_that_compiles_refuses_with_a_sentence_where_each_prompt_decides(made, tmp_path):
+    """No answer is better than the full model's."""
+    above = {"score": "attention", "above": 0.01}
+    actions = [{"at": LAYER, "action": "keep", "select": above}]
+    directory = tmp_path / "decides"
+    export_hf("demo", Schedule.from_dict({"format_version": 1, "actions": actions}), directory)
+    with serving(directory, tmp_path, "--compile") as server:
         with pytest.raises(HTTPError) as refused:
             server.ask(made.messages)
         assert waited(lambda: REFUSAL in server.log.read_text())  # an answer comes before its traceback
         streamed = server.ask(made.messages, stream=True).decode()
-    assert refused.value.code == 500 and made.text not in refused.value.read().decode()
+    assert refused.value.code == 500
     assert REFUSAL in streamed and '"content"' not in streamed
     assert server.computed() == []

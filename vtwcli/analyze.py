@@ -24,12 +24,10 @@ from vtwcli.io import console
 from vtwcli.judge import stages
 from vtwcli.judge.kl import is_distribution, not_finite
 from vtwcli.machine import distributed
-from vtwcli.measure.many import together
+from vtwcli.measure.many import walked
 from vtwcli.measure.profile import Profile, interventions, map_of, profile_of
 from vtwcli.measure.study import Study
 from vtwcli.methods import visipruner
-from vtwcli.models.inputs import Encoded
-from vtwcli.models.loading import LoadedModel
 from vtwcli.recipe.recipe import AnalyzeSection, CalibrateSection, ModelSection
 from vtwcli.results.analysis import (
     FORMAT,
@@ -40,8 +38,6 @@ from vtwcli.results.analysis import (
     Spread,
 )
 from vtwcli.results.calibration import VtwCalibration
-from vtwcli.schedule.intervention import Intervention
-from vtwcli.sweep.layers import LayerSource
 from vtwcli.sweep.probes import LastRowProbe
 from vtwcli.sweep.sweep import sweep
 
@@ -86,9 +82,9 @@ class Analysis(NamedTuple):
 def shares_sweep(options: AnalyzeSection, calibration: CalibrateSection) -> bool:
     """Whether both sections ask about the same samples and positions, so that one sweep serves both.
 
-    A calibration that is to be resumable or searches for VisiPruner's parameters runs by itself.
+    A calibration that is to be resumable, searches for VisiPruner's parameters or gives a promise runs by itself.
     """
-    if calibration.resume or calibration.method != "vtw":
+    if calibration.resume or calibration.method != "vtw" or calibration.policy == "guarantee":
         return False
     return all(getattr(options, name) == getattr(calibration, name) for name in _SHARED)
 
@@ -120,7 +116,7 @@ def analyze(
     if calibration is not None and not shares_sweep(options, calibration):
         raise UsageError(
             "analyze and calibrate cannot share one sweep with these options",
-            f"equal {', '.join(_SHARED)}, and neither resume nor another method than vtw",
+            f"equal {', '.join(_SHARED)}, and neither resume, another method than vtw nor the policy guarantee",
         )
     study = Study.open(model, data, options)
     study.check_sweep()
@@ -160,7 +156,7 @@ def _measure(
     places = {name: [wanted.index(one) for one in curve] for name, curve in curves.items()}
     total = len(items) * source.depth
     with study.part("sweep"), console.progress(f"{source.depth} layers x {len(items)} samples", total) as bar:
-        for part in _parts(loaded, source, encoded, curves):
+        for part in walked(loaded, source, encoded, wanted):
             probe = LastRowProbe(options.sink_ratio)
             outcomes = sweep(source, [items[i] for i in part], wanted, probes=[probe], progress=bar)
             with source.head() as head:
@@ -175,24 +171,6 @@ def _measure(
                     if place in shown:
                         one = replace(one, map=map_of(loaded, sample, encoded[i], rows, map_layers))
                     yield place, one
-
-
-def _parts(
-    loaded: LoadedModel,
-    source: LayerSource,
-    encoded: Sequence[Encoded],
-    curves: dict[str, list[Intervention]],
-) -> Iterator[range]:
-    """Samples that walk together."""
-    text = loaded.model.config.get_text_config()
-    size = text.hidden_size * loaded.dtype.itemsize
-    kinds = [one.kind for curve in curves.values() for one in curve]
-    frozen = kinds.count("freeze")
-    needed = []
-    for one in encoded:
-        seen = int(one.visual.sum())
-        needed.append(size * ((len(kinds) - frozen) * one.suffix + frozen * (one.suffix + seen)))
-    return together(source, needed)
 
 
 def _shown(mix: DataMix, count: int) -> set[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from vtwcli.judge.flops import (
 )
 from vtwcli.machine import distributed
 from vtwcli.machine.libraries import versions
+from vtwcli.measure import guaranteed
+from vtwcli.measure.promised import promise_of
 from vtwcli.measure.search import search
 from vtwcli.measure.study import Study
 from vtwcli.measure.withdrawn import Measured, measured_of
@@ -132,18 +134,24 @@ def assemble(
         )
 
     chosen = rule(options.policy)
-    k = policies.choose(chosen, used, used_agree, tasks)
+    promise, promised = promise_of(options), None
+    if promise is None:
+        k = policies.choose(chosen, used, used_agree, tasks)
+    else:
+        k, promised = guaranteed.of_layers(study, promise, least, kl, agree, seeing)
     interval = policies.bootstrap(chosen, used, used_agree, tasks, options.bootstrap, options.seed)
-    if options.bootstrap and distributed.is_main():
+    if options.bootstrap and promise is None and distributed.is_main():
         _warn_if_uncertain(interval, tasks, options.policy)
     best = policies.compromise(chosen, used, tasks)
     by_task = policies.per_task(rule("sustained"), used, tasks)
     names = np.asarray(tasks)
     schedule = None
     if k is not None:
-        found = {"policy": options.policy, "eta": options.eta, "positions": options.positions}
-        schedule = Schedule.withdraw_at(k, **study.provenance(**found)).to_dict()
-    return {
+        schedule = Schedule.withdraw_at(k, **study.provenance(**options.how())).to_dict()
+    by_policy: dict[str, int | None] = {
+        name: policies.choose(rule(name), used, used_agree, tasks) for name in policies.OF_CURVES
+    }
+    document: VtwCalibration = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "model": study.model(),
@@ -154,8 +162,8 @@ def assemble(
         "eta": options.eta,
         "positions": options.positions,
         "min_layer": least,
-        "options": options.model_dump(mode="json", exclude={"resume"}),
-        "policies": {name: policies.choose(rule(name), used, used_agree, tasks) for name in get_args(Policy)},
+        "options": options.recorded(),
+        "policies": by_policy if promise is None else by_policy | {"guarantee": k},
         "compromise": {"layer": best, "kl": float(used.mean(axis=0)[best])},
         "tasks": {
             task: {
@@ -188,6 +196,9 @@ def assemble(
         ],
         **study.origin(options.seed),
     }
+    if promised is not None:
+        document["guarantee"] = promised
+    return document
 
 
 def _costs(shape: TextShape, measured: Sequence[Measured], depth: int) -> list[Cost]:

@@ -27,6 +27,8 @@ COMMANDS = {
     "run": "run",
     "recipe": "recipe",
     "families": "families",
+    "methods": "methods",
+    "docs": "docs",
     "env": "env",
 }
 

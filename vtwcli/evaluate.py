@@ -19,11 +19,14 @@ from vtwcli.io import console, files
 from vtwcli.judge import gates
 from vtwcli.judge import statistics as judge
 from vtwcli.judge.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape, kv_bytes
+from vtwcli.judge.guarantee import Promise
 from vtwcli.machine import distributed
 from vtwcli.machine.libraries import versions
 from vtwcli.machine.memory import peak_memory
 from vtwcli.measure.answers import Answer, flops_ratio, full_answers, kv_ratio, spent
 from vtwcli.measure.batches import by_length
+from vtwcli.measure.guide import folder_of, guide_of
+from vtwcli.measure.promised import changed_tokens, check_enough
 from vtwcli.measure.samples import read_samples
 from vtwcli.measure.timing import Costs, measured_costs
 from vtwcli.measure.variants import (
@@ -32,6 +35,7 @@ from vtwcli.measure.variants import (
     Variant,
     batches_of,
     choose,
+    engine_of,
     open_variants,
     reader_of,
 )
@@ -64,6 +68,7 @@ def evaluate(
     options: EvalSection = EvalSection(),
     *,
     limits: GatesSection = GatesSection(),
+    promise: Promise | None = None,
     calibration: Calibration | CalibratedOn | None = None,
     trace: Path | Callable[[str], object] | None = None,
     state: Path | None = None,
@@ -77,6 +82,7 @@ def evaluate(
         data: sources of samples, as for ``calibrate``; the demo source reads its test split.
         options: sample counts, timing, and ``baseline``, the full model where it is not the model itself.
         limits: gates, judged at the end (``gates``).
+        promise: what the gate ``risk`` shall prove when the document is judged later; by default that of ``limits``.
         calibration: the result document of the calibration; its samples are left out. By default the one in an
             exported directory, if that is where the schedule comes from.
         trace: file, or function, that gets a JSON line per sample and schedule: which tokens were kept, where, and
@@ -89,7 +95,7 @@ def evaluate(
     Raises:
         NotFoundError: model or data missing or unreadable, or all samples were calibrated on.
         UsageError: nothing to compare, or what cannot be compared: a schedule that does not fit the model, a
-            baseline of another family, twice the same name.
+            baseline of another family, twice the same name. Or too few samples for the gate ``risk``.
     """
     began = time.perf_counter()
     schedules, carried = choose(model, schedules, options)
@@ -97,6 +103,9 @@ def evaluate(
     mix = read_samples(
         model, specs, options, _calibrated_on(calibration or carried), reader=reader_of(model, options)
     )
+    promise = promise or gates.promise_of(limits)
+    if promise is not None:
+        check_enough(mix, promise, "the gate risk")
     full, variants = open_variants(model, schedules, options)
     _warn_if_calibrated_on(mix, variants)
     timing = {"load": time.perf_counter() - began}
@@ -110,7 +119,8 @@ def evaluate(
         trace(lines) if callable(trace) else files.write_text(trace, lines)
     peak = peak_memory()  # before the costs, whose measuring sets the record back
     costs = measured_costs(full, variants, mix.samples, answers, options, timing)
-    result = _result(_model(model, full, variants), full, variants, mix, answers, costs, options, limits)
+    about, proof = _model(model, full, variants), promise is not None
+    result = _result(about, full, variants, mix, answers, costs, options, limits, proof)
     timing["total"] = time.perf_counter() - began
     run = run_of(full, timing)
     run["peak_memory_bytes"] = {
@@ -159,6 +169,8 @@ def _key(full: LoadedModel, variants: Sequence[Variant], options: EvalSection) -
     attention = full.config.get_text_config()._attn_implementation
     model = (full.name, full.revision, str(full.dtype), full.device.type, attention, stamp(full.path))
     own = [(variant.folder, str(variant.dtype), stamp(variant.folder)) for variant in variants[:1]]
+    guides = sorted({name for variant in variants if (name := guide_of(variant.schedule))})
+    own += [(folder := folder_of(name, full), "guide", stamp(folder)) for name in guides]
     named = [(variant.name, type(variant).__name__, variant.schedule.to_dict()) for variant in variants]
     shaping = options.model_dump(include={"max_new_tokens"})
     return key_of("evaluation", model, own, named, shaping, versions())
@@ -180,19 +192,22 @@ def _all_answers(
     """
     began = time.perf_counter()
     mine = distributed.share(batches)
+    engine = engine_of(full, variants)
     done: dict[int, list[Answer]] = {}
     with console.progress("answers", total=sum(len(part) for _, part in mine)) as bar:
         for _, part in mine:
             if all(place in known for place in part):
                 done |= {place: [Answer(**answer) for answer in known[place]] for place in part}
             else:
-                inputs = batches_of(full, variants, [samples[place] for place in part])
+                drawn = [samples[place] for place in part]
+                inputs = batches_of(full, variants, drawn)
                 with plain_generation(full):
-                    names = [samples[place].id for place in part]
+                    names = [sample.id for sample in drawn]
                     whole = full_answers(full, inputs[0], options.max_new_tokens, names)
+                along = {} if engine is None else engine.along(drawn, inputs[0], whole.answers)
                 columns = [whole.answers] + [
-                    variant.answers(batch, whole, options.max_new_tokens)
-                    for variant, batch in zip(variants, inputs[1:], strict=True)
+                    variant.answers(batch, whole, options.max_new_tokens, along.get(number))
+                    for number, (variant, batch) in enumerate(zip(variants, inputs[1:], strict=True))
                 ]
                 for place, *row in zip(part, *columns, strict=True):
                     done[place] = row
@@ -247,8 +262,9 @@ def _result(
     costs: Costs,
     options: EvalSection,
     limits: GatesSection,
+    proof: bool,
 ) -> Evaluation:
-    """The document without ``run``."""
+    """The document without ``run``; ``proof``: with each sample's loss."""
     tasks = list(dict.fromkeys(sample.task for sample in mix.samples))
     by_task = {task: [i for i, sample in enumerate(mix.samples) if sample.task == task] for task in tasks}
     table, scores = {}, np.full((len(mix.samples), 1 + len(variants)), np.nan)
@@ -264,6 +280,9 @@ def _result(
         variant.name: _schedule_row(full, number, variant, table, answers, costs)
         for number, variant in enumerate(variants, 1)
     }
+    if proof:
+        for number, one in enumerate(schedules.values(), 1):
+            one["losses"] = changed_tokens(mix.samples, answers, number)
     return {
         "model": model,
         "format": FORMAT,

@@ -28,6 +28,8 @@ Examples:
 
   vtw calibrate llava-hf/llava-1.5-7b-hf --data scienceqa --policy paper
 
+  vtw calibrate demo --policy guarantee --risk 0.05 --limit 200
+
   vtw calibrate demo --method visipruner --eta 0.01
 
   vtw calibrate ./my-model --data ./mine.jsonl --json | jq .withdrawal_layer
@@ -72,4 +74,5 @@ def command(**given: Any) -> None:
         show(result, calibration_view, outputs, given["json"])
     finish()
     if result["schedule"] is None and is_main():
-        raise GateError(calibration_sentence(result), "more samples, a larger --eta, or --policy budget")
+        larger = "--risk" if options.policy == "guarantee" else "--eta"
+        raise GateError(calibration_sentence(result), f"more samples, a larger {larger}, or --policy budget")

@@ -89,7 +89,7 @@ def command(**given: Any) -> None:
     where, specs = model_of(given, base), data_of(given, base)
     from vtwcli.recipe.schedules import schedules_of
 
-    schedules = schedules_of(given, base)
+    schedules = schedules_of(given, base, where)
     outputs = output_paths(given, where.name, EVALUATION)
     outputs.check(inputs_here(given, base, where, specs))
 

@@ -10,7 +10,7 @@ from vtwcli.commands.options import begin, inputs_here, model_of, recipe_of
 from vtwcli.errors import UsageError
 from vtwcli.io import console
 from vtwcli.io.files import document
-from vtwcli.recipe.recipe import ExportSection
+from vtwcli.recipe.exports import ExportSection
 from vtwcli.recipe.settings import section_of
 
 EXAMPLES = """
@@ -58,7 +58,7 @@ def command(**given: Any) -> None:
     from vtwcli.results.reading import read_calibration, read_evaluation
 
     paths = [given[name] for name in ("schedule", "calibration") if given[name] is not None]
-    named = schedules_of({**given, "schedule": paths}, base)
+    named = schedules_of({**given, "schedule": paths}, base, where)
     if len(named) != 1:
         raise UsageError("give exactly one of --schedule, --calibration, --layer and --method")
     [(_, chosen)] = named

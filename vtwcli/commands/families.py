@@ -31,7 +31,7 @@ def command(**given: Any) -> None:
     from rich.table import Table
 
     view = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("family", "example", "withdraw", "sweep", "analyze", "onnx"):
+    for name in ("family", "example", "withdraw", "sweep", "analyze", "tower", "onnx"):
         view.add_column(name, overflow="fold")
     for row in rows:
         view.add_row(*(row[str(column.header)] for column in view.columns))

@@ -76,6 +76,6 @@ def check(**given: Any) -> None:
 @app.command("schema")
 def schema() -> None:
     """Print the JSON schema of recipes; editors complete and check with it."""
-    from vtwcli.recipe.recipe import json_schema
+    from vtwcli.recipe.schema import json_schema
 
     console.result_text(document(json_schema()))

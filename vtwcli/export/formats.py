@@ -8,7 +8,8 @@ from typing import Any
 from vtwcli.data.sample import Sample
 from vtwcli.errors import NotFoundError
 from vtwcli.models.dtypes import LONG, SHORT
-from vtwcli.recipe.recipe import ExportSection, ModelSection
+from vtwcli.recipe.exports import ExportSection
+from vtwcli.recipe.recipe import ModelSection
 from vtwcli.results.calibration import Calibration
 from vtwcli.results.evaluation import Evaluation
 from vtwcli.schedule.schedule import Schedule

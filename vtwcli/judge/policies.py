@@ -12,15 +12,18 @@ policy          K
 ``agreement``   min {k : a_j >= p for all j >= k}, a_j the mean top-1 agreement with the full model
 ``worst-task``  max over tasks of ``sustained`` on the task's own samples
 ``budget``      argmin {m_k : cost(k) <= b}, cost in FLOPs or KV entries relative to the full model
+``guarantee``   the earliest layer whose loss on unseen inputs can be promised to be small; ``judge.guarantee``
 ==============  =====================================================================================
 
-Each returns None when no candidate qualifies.
+Each gives None when no candidate qualifies. ``guarantee`` looks at each sample's loss, not at curves, so it is not
+chosen here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +32,8 @@ from vtwcli.judge.statistics import enough
 from vtwcli.recipe.recipe import Policy
 
 Curves = NDArray[np.float64]
+OF_CURVES: tuple[Policy, ...] = tuple(name for name in get_args(Policy) if name != "guarantee")
+"""The policies of ``choose``."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,12 @@ def choose(rule: Rule, kl: Curves, agree: Curves, tasks: Sequence[str]) -> int |
         kl: [samples, L] nats.
         agree: [samples, L] share of compared positions whose top-1 token is the full model's.
         tasks: the task of each sample.
+
+    Raises:
+        ValueError: the policy is not one of ``OF_CURVES``.
     """
+    if rule.policy not in OF_CURVES:
+        raise ValueError(f"policy {rule.policy!r} does not choose by curves")
     mean = kl.mean(axis=0)
     if rule.policy == "paper":
         return _first(mean <= rule.eta, rule.min_layer)
@@ -94,9 +104,10 @@ def bootstrap(
     """The 2.5 % and 97.5 % quantiles of K over resampled samples, drawn with replacement within each task.
 
     A resample in which no layer qualifies counts as L. None when ``resamples`` is 0, or where there are too few
-    samples for an interval (``enough``); the policy ``worst-task`` needs them in each task.
+    samples for an interval (``enough``); the policy ``worst-task`` needs them in each task. None of a guarantee, which
+    says by itself how sure it is.
     """
-    if resamples == 0 or not enough(tasks, each=rule.policy == "worst-task"):
+    if resamples == 0 or rule.policy not in OF_CURVES or not enough(tasks, each=rule.policy == "worst-task"):
         return None
     generator = np.random.default_rng(seed)
     names = np.asarray(tasks)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 
-from vtwcli.io import console
-
 SMALL = 1 << 18
 """Weights of a decoder layer up to which one thread computes; a layer of width 128 has about 2e5."""
 
@@ -26,18 +24,21 @@ class settings:
     by_size = False
 
 
-def fit(weights: int) -> None:
+def fit(weights: int) -> str | None:
     """Let one thread compute a model on the CPU whose decoder layers have at most ``SMALL`` weights each.
 
-    Never against what the user says (``OMP_NUM_THREADS``, ``MKL_NUM_THREADS``); ``--verbose`` tells.
+    Never against what the user says (``OMP_NUM_THREADS``, ``MKL_NUM_THREADS``).
+
+    Returns:
+        What was done, in a sentence; None: nothing.
     """
     import torch
 
-    if not settings.by_size or weights > SMALL or any(os.environ.get(name) for name in _GIVEN):
-        return
-    if torch.get_num_threads() > 1:
-        console.detail(
-            f"one thread instead of {torch.get_num_threads()}: a layer has {weights} weights, too few to share; "
-            "OMP_NUM_THREADS sets another number"
-        )
-        torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    if not settings.by_size or weights > SMALL or before == 1 or any(os.environ.get(name) for name in _GIVEN):
+        return None
+    torch.set_num_threads(1)
+    return (
+        f"one thread instead of {before}: a layer has {weights} weights, too few to share; OMP_NUM_THREADS sets "
+        "another number"
+    )

@@ -16,6 +16,7 @@ from vtwcli.errors import UsageError
 from vtwcli.io import console
 from vtwcli.judge.flops import DEFAULT_CONVENTION, Convention, TextShape, kv_bytes, prefill_cost
 from vtwcli.judge.kl import distance, log_probabilities, sample_name
+from vtwcli.measure.guide import split
 from vtwcli.measure.withdrawn import exact
 from vtwcli.models.generation import answer_of, greedy
 from vtwcli.models.inputs import Encoded, UnusableSampleError, answer_ids
@@ -174,36 +175,46 @@ def schedule_answers(
     max_new_tokens: int,
     *,
     free: bool = True,
+    along: Sequence[Answer] | None = None,
 ) -> list[Answer]:
     """What the model says under a schedule, by row, compared with ``full``.
 
     Args:
         name: of the schedule, for messages.
-        batch: the prompts that ``full`` answers.
+        batch: the prompts that ``full`` answers, with a guide's scores where the schedule has one.
         free: let the schedule answer too; else it is only forced along the full model's answer.
+        along: what it is known to say along that; None forces it.
 
     Raises:
         UsageError: a schedule that cannot be executed on this model.
     """
     said = None
     try:
+        inputs, given = split(batch)
         with pruned(loaded.model, schedule) as handle:
+            handle.given = given
             if free:
-                said = greedy(loaded, batch, max_new_tokens, full.names)[0].tolist()
-            length = full.tokens.shape[1]
-            _, forced = greedy(loaded, batch, length, full.names, full.tokens.to(loaded.device))
+                said = greedy(loaded, inputs, max_new_tokens, full.names)[0].tolist()
+            if along is None:
+                length = full.tokens.shape[1]
+                _, forced = greedy(loaded, inputs, length, full.names, full.tokens.to(loaded.device))
+                along = compared(loaded, full, forced)
             trace = handle.trace
     except PruningError as error:
         raise UsageError(f"schedule {name}: {error}") from None
-    found = compared(loaded, full, forced, said)
-    for b, answer in enumerate(found):
+    found = []
+    for b, answer in enumerate(along):
         layers = answer.visual_per_layer if trace is None else trace.samples[b].visual_per_layer
-        found[b] = replace(
+        ids = [] if said is None else answer_of(loaded, said[b])
+        one = replace(
             answer,
+            text=_text(loaded, ids),
+            ids=ids,
             visual_per_layer=[int(n) for n in layers],
             actions=_actions(schedule, trace, b),
             frozen=schedule.frozen_layers(len(layers)),
         )
+        found.append(one)
     return found
 
 
@@ -213,7 +224,8 @@ def followed_answers(found: Followed, schedules: Sequence[Schedule]) -> list[Ans
     for number, (schedule, trace) in enumerate(zip(schedules, found.traces, strict=True)):
         actions = _actions(schedule, Trace([trace]), 0)
         kl, agree = exact(found.kl[number].tolist()), found.agree[number].tolist()
-        answers.append(Answer("", [], kl, agree, trace.visual_per_layer, trace.text, actions))
+        frozen = schedule.frozen_layers(len(trace.layers))
+        answers.append(Answer("", [], kl, agree, trace.visual_per_layer, trace.text, actions, frozen))
     return answers
 
 
@@ -245,7 +257,8 @@ def _actions(schedule: Schedule, trace: Trace | None, row: int) -> list[ActionTa
     if trace is not None:
         happened = trace.samples[row].actions
     else:
-        leaving = [action for action in schedule.actions if isinstance(action, Withdraw | Keep)]
+        taking = (one for one in schedule.actions if isinstance(one, Withdraw | Keep))
+        leaving = [one for one in taking if isinstance(one, Withdraw) or one.every is None]
         happened = [ActionTrace(action.action, None) for action in leaving]
     found: list[ActionTaken] = []
     for one in happened:
@@ -253,6 +266,10 @@ def _actions(schedule: Schedule, trace: Trace | None, row: int) -> list[ActionTa
         if one.action == "keep":
             found[-1]["kept"] = one.kept
     return found
+
+
+def _text(loaded: LoadedModel, ids: list[int]) -> str:
+    return str(loaded.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 def _text_counts(loaded: LoadedModel, batch: dict[str, Tensor]) -> Tensor:
@@ -270,5 +287,4 @@ def _answer(
     layers: list[int],
     text: int,
 ) -> Answer:
-    said = loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return Answer(said, ids, exact(kl), agree, layers, text)
+    return Answer(_text(loaded, ids), ids, exact(kl), agree, layers, text)

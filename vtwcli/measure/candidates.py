@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vtwcli.data.sample import Sample
-from vtwcli.errors import NotFoundError
+from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io import console
 from vtwcli.judge.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape
 from vtwcli.machine import distributed
@@ -21,10 +22,11 @@ from vtwcli.measure.answers import (
     kv_ratio,
     schedule_answers,
 )
+from vtwcli.measure.guide import Guides
 from vtwcli.measure.many import Many
 from vtwcli.methods.method import Candidate
 from vtwcli.models.generation import plain_generation
-from vtwcli.models.inputs import encode_batch, visual_mask
+from vtwcli.models.inputs import encode_batch
 from vtwcli.models.loading import LoadedModel
 from vtwcli.results.comparison import ComparedRow, TaskCount, TriedRow
 from vtwcli.results.document import TokenCounts
@@ -38,12 +40,14 @@ class Tried:
     Attributes:
         samples: those samples.
         full: the full model's answers, [S].
-        rows: each candidate's answers along the full model's, [C][S].
+        rows: each candidate's answers along the full model's, [C][S]; empty for those that are refused.
+        refused: why candidates cannot be executed on this model, by their numbers.
     """
 
     samples: list[Sample]
     full: list[Answer]
     rows: list[list[Answer]]
+    refused: dict[int, str] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:
@@ -76,21 +80,29 @@ def tried(
     samples: Sequence[Sample],
     max_new_tokens: int,
     batches: Sequence[Sequence[int]],
+    *,
+    free: bool = False,
+    lenient: bool = False,
 ) -> Tried:
     """Force every candidate along the full model's own greedy answers; with several processes each takes its share.
 
     Args:
         batches: places of the samples that are answered together, see ``measure.batches``.
+        free: let every schedule answer by itself too; not where layers are streamed.
+        lenient: go on without candidates that cannot be executed, see ``Tried.refused``.
         source: the model as layers, so that one pass over them serves all candidates; None: the runtime executes
             them one by one, as it does those that a pass does not know. Streamed layers cannot generate: there the
             samples' references are the answers.
 
     Raises:
         NotFoundError: no sample has a visual token.
-        UsageError: a candidate that cannot be executed on this model.
+        UsageError: a candidate that cannot be executed on this model, or, if ``lenient``, none that can.
     """
-    work = partial(_mine, loaded, source, candidates, samples, max_new_tokens, batches)
+    work = partial(_mine, loaded, source, candidates, samples, max_new_tokens, batches, free)
     found = distributed.gathered(work)
+    refused = {c: row[1 + c] for row in found for c in range(len(candidates)) if isinstance(row[1 + c], str)}
+    if refused and (not lenient or len(refused) == len(candidates)):
+        raise UsageError(next(iter(refused.values())))
     seeing = [i for i, row in enumerate(found) if row[0].visual_per_layer[0]]
     if not seeing:
         raise NotFoundError("no sample has a visual token, so there is nothing to prune", "add images")
@@ -99,7 +111,8 @@ def tried(
     return Tried(
         [samples[i] for i in seeing],
         [found[i][0] for i in seeing],
-        [[found[i][1 + c] for i in seeing] for c in range(len(candidates))],
+        [[] if c in refused else [found[i][1 + c] for i in seeing] for c in range(len(candidates))],
+        refused,
     )
 
 
@@ -110,41 +123,51 @@ def _mine(
     samples: Sequence[Sample],
     max_new_tokens: int,
     batches: Sequence[Sequence[int]],
-) -> dict[int, list[Answer]]:
-    """By place of this process's samples: the full model's answer, then each candidate's."""
+    free: bool,
+) -> dict[int, list[Any]]:
+    """By place of this process's samples: the full model's answer, then each candidate's, or why it has none."""
     mine = [places for _, places in distributed.share(batches)]
     count = sum(map(len, mine))
     many = None if source is None else Many(loaded, source, candidates)
+    guides = Guides(loaded, max_new_tokens)
     depth, plans = len(loaded.layers), {} if many is None else many.plans
-    total = count * (depth if plans else 0) + len(mine) * (len(candidates) - len(plans))
+    alone = len(candidates) - (0 if free else len(plans))
+    total = count * (depth if plans else 0) + len(mine) * alone
     words = f"{len(candidates)} schedules x {depth} layers x {count} samples"
     with console.progress(words, total) as bar, plain_generation(loaded):
         if many is not None and many.source.together:
             flat = [place for part in mine for place in part]
             rows = many.along_references([samples[place] for place in flat], max_new_tokens, bar)
             return dict(zip(flat, rows, strict=True))
-        done: dict[int, list[Answer]] = {}
+        done: dict[int, list[Any]] = {}
+        refused: dict[int, str] = {}
         for places in mine:
             part = [samples[place] for place in places]
             batch = encode_batch(loaded, part)
             full = full_answers(loaded, batch, max_new_tokens, [sample.id for sample in part])
-            columns: dict[int, Sequence[Answer]] = {}
-            # a prompt that ends in an image is the runtime's: its last row is one that nobody reads
-            if (
-                many is not None
-                and plans
-                and not visual_mask(batch["input_ids"][:, -1], loaded.placeholder_ids).any()
-            ):
-                rows = many.along(part, full.answers, bar)
-                columns.update(zip(plans, zip(*rows, strict=True), strict=True))
+            columns = {} if many is None else many.along(part, batch, full.answers, bar)
             for c, one in enumerate(candidates):
-                if c not in columns:
-                    columns[c] = schedule_answers(
-                        loaded, one.name, one.schedule, batch, full, max_new_tokens, free=False
-                    )
-                    bar.advance()
+                if c in columns and not free:
+                    continue
+                known = columns.get(c)
+                try:
+                    if c not in refused:
+                        columns[c] = schedule_answers(
+                            loaded,
+                            one.name,
+                            one.schedule,
+                            guides.beside(batch, part, one.schedule),
+                            full,
+                            max_new_tokens,
+                            free=free,
+                            along=known,
+                        )
+                except UsageError as error:
+                    refused[c] = error.message
+                bar.advance()
             for b, place in enumerate(places):
-                done[place] = [full.answers[b], *(columns[c][b] for c in range(len(candidates)))]
+                said = (refused.get(c) or columns[c][b] for c in range(len(candidates)))
+                done[place] = [full.answers[b], *said]
         return done
 
 

@@ -67,7 +67,8 @@ def curve(
         answers: number of answer tokens at the end of every row. The positions compared are those that predict
             them and the token behind; with 0 the next token behind the prompt.
         eta: KL threshold in nats.
-        policy: as for ``vtw calibrate``, but ``budget`` and ``worst-task``, which need more than tensors.
+        policy: as for ``vtw calibrate``, but ``budget``, ``worst-task`` and ``guarantee``, which need
+            more than tensors.
         min_layer: first candidate; by default 5 for 16 layers and more, else 1.
 
     Raises:
@@ -75,7 +76,7 @@ def curve(
         UsageError: a row without text behind its image, or a family that cannot be swept.
         ValueError: a policy that needs tasks or costs, or more answer tokens than a row has.
     """
-    if policy in ("budget", "worst-task"):
+    if policy in ("budget", "worst-task", "guarantee"):
         raise ValueError(f"policy {policy!r} needs costs or tasks; use vtwcli.calibrate")
     batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
     source = Resident(model, family_of(model.config))

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from vtwcli.data.sample import Sample
 from vtwcli.errors import UsageError
 from vtwcli.io.console import Task
 from vtwcli.measure.answers import Answer, followed_answers, forced_answer, reference_answers
 from vtwcli.measure.samples import swept
-from vtwcli.methods.method import Candidate
-from vtwcli.models.inputs import Encoded
+from vtwcli.models.inputs import Encoded, UnusableSampleError, visual_mask
 from vtwcli.models.loading import LoadedModel
 from vtwcli.runtime import PruningError
 from vtwcli.runtime.plan import Plan
+from vtwcli.schedule.intervention import Intervention
+from vtwcli.schedule.schedule import Schedule
 from vtwcli.schedule.words import kept_count
 from vtwcli.sweep.layers import LayerSource
-from vtwcli.sweep.schedules import can_follow, follow, plan_of
+from vtwcli.sweep.schedules import follow, plan_of, why_not
 from vtwcli.sweep.sweep import SweepItem
 
 _STREAM_BYTES = 2 << 30  # of hidden states that walk together when layers are streamed
@@ -40,6 +43,25 @@ def together(source: LayerSource, needed: Sequence[int]) -> Iterator[range]:
         yield range(start, len(needed))
 
 
+def walked(
+    loaded: LoadedModel, source: LayerSource, encoded: Sequence[Encoded], asked: Sequence[Intervention]
+) -> Iterator[range]:
+    """Samples whose streams of interventions walk together."""
+    size = loaded.model.config.get_text_config().hidden_size * loaded.dtype.itemsize
+    frozen = sum(one.kind == "freeze" for one in asked)
+    rows = [len(asked) * one.suffix + frozen * int(one.visual.sum()) for one in encoded]
+    return together(source, [size * count for count in rows])
+
+
+class Named(Protocol):
+    """A schedule with a name, as candidates and variants are."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def schedule(self) -> Schedule: ...
+
+
 class Many:
     """Candidates that one pass over the layers of a model can follow.
 
@@ -47,38 +69,60 @@ class Many:
         plans: theirs, by their places among all candidates.
 
     Raises:
-        UsageError: a candidate that cannot be executed on this model, or only on one that is not streamed.
+        UsageError: a candidate that cannot be executed on streamed layers.
     """
 
-    def __init__(self, loaded: LoadedModel, source: LayerSource, candidates: Sequence[Candidate]) -> None:
+    def __init__(self, loaded: LoadedModel, source: LayerSource, candidates: Sequence[Named]) -> None:
         self.loaded, self.source = loaded, source
         self.plans: dict[int, Plan] = {}
         for c, one in enumerate(candidates):
             try:
                 plan = plan_of(one.schedule, source.depth, loaded.family)
             except PruningError as error:
-                raise UsageError(f"schedule {one.name}: {error}") from None
-            if can_follow(plan, loaded.layers):
+                if source.together:
+                    raise UsageError(f"schedule {one.name}: {error}") from None
+                continue  # the runtime will say so too
+            reason = why_not(plan, loaded.layers)
+            if reason is None:
                 self.plans[c] = plan
             elif source.together:
                 raise UsageError(
-                    f"schedule {one.name}: moving attention to the first visual token goes with no sliding window "
-                    "when layers are streamed",
-                    "use sink: zero, or leave out --stream",
+                    f"schedule {one.name}: {reason[0]} when layers are streamed",
+                    f"{reason[1]}, or leave out --stream",
                 )
         self._schedules = [candidates[c].schedule for c in self.plans]
 
     def along(
-        self, samples: Sequence[Sample], full: Sequence[Answer], progress: Task | None = None
-    ) -> list[list[Answer]]:
-        """What each candidate says to each sample along the full model's answers; by sample."""
-        ids = [torch.tensor(one.ids, dtype=torch.long) for one in full]
-        return self._follow(*swept(self.loaded, samples, ids), progress)
+        self,
+        samples: Sequence[Sample],
+        batch: dict[str, Tensor],
+        full: Sequence[Answer],
+        progress: Task | None = None,
+    ) -> dict[int, list[Answer]]:
+        """What candidates say along the full model's answers, by candidate; the missing ones are the runtime's.
+
+        So is a prompt that ends in an image, whose last row is one that nobody reads, and an answer that reaches
+        beyond the model's longest sequence.
+
+        Args:
+            samples: what was answered.
+            batch: their prompts as inputs.
+            full: the answers.
+        """
+        ends = visual_mask(batch["input_ids"][:, -1], self.loaded.placeholder_ids)
+        if not self.plans or bool(ends.any()):
+            return {}
+        try:
+            encoded = swept(self.loaded, samples, [torch.tensor(one.ids, dtype=torch.long) for one in full])
+        except UnusableSampleError:
+            return {}
+        rows = self._follow(*encoded, progress)
+        return {c: list(column) for c, column in zip(self.plans, zip(*rows, strict=True), strict=True)}
 
     def along_references(
         self, samples: Sequence[Sample], max_new_tokens: int, progress: Task | None = None
     ) -> list[list[Answer]]:
-        """As ``along``, with the samples' references as the answers; the full model's stands before the others."""
+        """By sample what each candidate says along its reference, behind what the full model counts as saying."""
         ids = reference_answers(self.loaded, samples, max_new_tokens)
         encoded, items = swept(self.loaded, samples, ids)
         rows = self._follow(encoded, items, progress)

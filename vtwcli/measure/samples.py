@@ -15,6 +15,7 @@ from vtwcli.data.tasks import BadRow
 from vtwcli.errors import NotFoundError
 from vtwcli.io import console
 from vtwcli.machine import distributed
+from vtwcli.measure.promised import check_samples
 from vtwcli.models.checkpoint import Checkpoint
 from vtwcli.models.hub import resolve
 from vtwcli.models.inputs import Encoded, UnusableSampleError, answer_ids, encode, end_ids
@@ -90,6 +91,9 @@ def read_samples(
         options: how many samples, and whether bad ones are skipped.
         exclude: fingerprints of samples that must not come up.
         reader: name of the model whose processor makes the inputs, where that is another one.
+
+    Raises:
+        NotFoundError, UsageError: data missing or unreadable; or too few samples for what is to be promised.
     """
     specs = list(data) or default_data(model.name)
     check = None
@@ -112,6 +116,7 @@ def read_samples(
     if duplicates := sum(source["duplicates"] for source in mix.sources):
         rows = "1 row equals another" if duplicates == 1 else f"{duplicates} rows equal others"
         console.warn(f"{rows} in image, question, answer and task; equal rows count once")
+    check_samples(mix, options)
     return mix
 
 

@@ -20,10 +20,12 @@ from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io import console
 from vtwcli.machine import distributed
 from vtwcli.measure.candidates import compared, flops_of, token_counts
-from vtwcli.measure.samples import check_model
-from vtwcli.measure.study import Study
+from vtwcli.measure.guaranteed import of_candidates
+from vtwcli.measure.many import walked
+from vtwcli.measure.promised import halved, promise_of
+from vtwcli.measure.study import STREAMED, Study
 from vtwcli.methods import METHODS
-from vtwcli.methods.method import Answers
+from vtwcli.methods.method import Answers, Method
 from vtwcli.recipe.recipe import CalibrateSection, ModelSection
 from vtwcli.results.calibration import (
     FORMAT,
@@ -33,9 +35,10 @@ from vtwcli.results.calibration import (
     with_own_keys,
 )
 from vtwcli.results.comparison import ComparedRow
-from vtwcli.schedule.intervention import Intervention
+from vtwcli.sweep.lost import LostProbe
 from vtwcli.sweep.probes import LastRowProbe
 from vtwcli.sweep.sweep import sweep
+from vtwcli.sweep.views import Probe
 
 _SINK_RATIO = 10.0  # the probe wants one; sinks are not looked at here
 
@@ -49,10 +52,12 @@ def search(
     """Find the parameters of a method (``options.method``) for a model.
 
     Args:
-        model: which model, and where it runs; layers are not streamed here.
+        model: which model, and where it runs; streamed layers are compared along reference answers.
         data: sources of samples, as for VTW's calibration.
         options: policy, eta, budget and so on. ``paper`` and ``sustained`` accept a mean KL up to eta, ``worst-task``
             wants it of every task, ``quantile`` of a high quantile over samples, ``agreement`` a top-1 agreement.
+            ``guarantee`` makes candidates and their front on half of the samples, and tests that front on the others,
+            from its dearest candidate to its cheapest.
         rule: parameters that are not searched, of the recipe's schedule section.
 
     Returns:
@@ -66,30 +71,45 @@ def search(
     method = METHODS[options.method]
     if options.resume:
         raise UsageError(f"--resume does not go with --method {method.key}")
-    check_model(model)
-    if model.stream:
-        raise UsageError(
-            f"--method {method.key} runs the whole model and cannot stream it", "leave out --stream"
-        )
-    if options.answers == "reference":
+    if options.answers == "reference" and not model.stream:
         raise UsageError(
             f"--method {method.key} compares along the model's own answers", "leave out --answers"
         )
-    study = Study.open(model, data, options, whole=True)
+    study = Study.open(model, data, options)
+    if study.streamed and options.answers == "generated" and options.positions == "answer":
+        raise UsageError(
+            f"--method {method.key} compares along the samples' reference answers when layers are streamed",
+            "leave out --answers",
+        )
     study.check_sweep()
+    if study.streamed:
+        console.note(STREAMED)
     mix = study.mix
-    seen = measured(study, method.ask(study.shape))
-    answers = answered(seen, mix.samples, options)
+    promise, ordering, testing = promise_of(options), study, study
+    if promise is not None:  # what makes and orders the candidates must not test them
+        ordering, testing = map(study.of, halved(mix.samples, options.seed))
+    seen = measured(ordering, method)
+    answers = answered(seen, ordering.samples, options)
     candidates = method.candidates(study.shape, answers, rule)
     longest = 1 if options.positions == "first" else options.max_new_tokens
-    found = study.try_(candidates, longest)
+    found = ordering.try_(candidates, longest)
     tried, front = compared(candidates, found, study.text)
     rows = [judged(row, found.kl(number), options) for number, row in enumerate(tried)]
+    counts, promised = found.counts, None
+    if promise is not None:
+        by_name = {one.name: one for one in candidates}
+        promised = of_candidates(testing, promise, [by_name[name] for name in reversed(front)], longest)
+        promised["ordered_on"] = {task: one["samples"] for task, one in counts.items()}
+        held = {one["candidate"] for one in promised["tested"] if one["holds"]}
+        rows = [{**row, "accepted": row["name"] in held} for row in rows]
+        counts = {
+            task: {"samples": promised["ordered_on"].get(task, 0) + promised["samples"].get(task, 0)}
+            for task in promised["ordered_on"] | promised["samples"]
+        }
     chosen = choice(rows, options)
     schedule = None
     if chosen is not None:
-        how = {"policy": options.policy, "eta": options.eta, "positions": options.positions}
-        provenance = study.provenance(**how)
+        provenance = study.provenance(**options.how())
         [one] = [one for one in candidates if one.name == chosen["name"]]
         schedule = one.schedule.model_copy(
             update={"provenance": {**one.schedule.provenance, **provenance}}
@@ -106,23 +126,32 @@ def search(
         "policy": options.policy,
         "eta": options.eta,
         "positions": options.positions,
-        "options": options.model_dump(mode="json", exclude={"resume"}),
-        "rule": {key: value for key, value in rule.items() if key not in method.searched},
+        "options": options.recorded(),
+        "rule": {
+            key: value
+            for key, value in rule.items()
+            if key in method.model_fields and key not in method.searched
+        },
         "candidates": rows,
         "pareto": front,
         "cost": token_counts(found),
-        "tasks": found.counts,
+        "tasks": counts,
         "schedule": schedule,
         "samples": [
             {"id": sample.id, "fingerprint": fingerprint, "task": sample.task}
             for sample, fingerprint in zip(mix.samples, mix.fingerprints, strict=True)
         ],
         **study.origin(options.seed),
-        "run": {**study.run(), "streamed": False},
+        "run": {**study.run(), "streamed": study.streamed},
     }
+    if promised is not None:
+        document["guarantee"] = promised
     parameters = {} if chosen is None else chosen["parameters"]
     searched = {name: parameters.get(name) for name in method.searched}
-    return with_own_keys(document, {"withdrawal_layer": searched, "rule": method.findings(answers)})
+    findings = method.findings(answers)
+    if method.key != "visipruner":  # whose keys are older than those for all methods
+        searched, findings = {"parameters": searched}, {"findings": findings}
+    return with_own_keys(document, {"withdrawal_layer": searched, "rule": findings})
 
 
 class Seen(TypedDict):
@@ -130,33 +159,38 @@ class Seen(TypedDict):
 
     Attributes:
         visual: number of visual tokens.
-        kl: of every intervention asked for, mean over positions, nats.
+        kl: of every intervention asked for, mean over positions or that of the first, nats.
         sizes: the 0, 1, .., 100 % quantiles of ||c_i||_2 over visual tokens and layers of the full model.
+        lost: of each layer, see ``sweep.lost``; empty where nobody asks.
     """
 
     visual: int
     kl: list[float]
     sizes: list[float]
+    lost: list[list[float]]
 
 
-def measured(study: Study[CalibrateSection], asked: Sequence[Intervention]) -> list[Seen]:
-    """What the sweep says of each sample."""
-    mine = study.share()
+def measured(study: Study[CalibrateSection], method: type[Method]) -> list[Seen]:
+    """What the sweep says of each sample to a method's questions."""
+    asked, mine = method.ask(study.shape), study.share()
 
     def work() -> dict[int, Seen]:
-        _, items = study.encode(mine)
+        encoded, items = study.encode(mine)
         source, done = study.source, dict[int, Seen]()
         words = f"{source.depth} layers x {len(items)} samples"
         with study.part("sweep"), console.progress(words, len(items) * source.depth) as bar:
-            for place, item in zip(mine, items, strict=True):
-                probe = LastRowProbe(_SINK_RATIO)
-                [outcome] = sweep(source, [item], list(asked), probes=[probe], progress=bar)
-                sizes = torch.cat([row.contribution for row in probe.found[0, 0]]).double()
-                done[place] = {
-                    "visual": outcome.visual,
-                    "kl": outcome.kl.mean(1).tolist(),
-                    "sizes": np.quantile(sizes, np.linspace(0, 1, 101)).tolist() if len(sizes) else [],
-                }
+            for part in walked(study.loaded, source, encoded, asked):
+                probe, losses = LastRowProbe(_SINK_RATIO), LostProbe()
+                probes: list[Probe] = [probe, losses] if method.lost else [probe]
+                outcomes = sweep(source, [items[i] for i in part], asked, probes=probes, progress=bar)
+                for number, (i, outcome) in enumerate(zip(part, outcomes, strict=True)):
+                    sizes = torch.cat([row.contribution for row in probe.found[number, 0]]).double()
+                    done[mine[i]] = {
+                        "visual": outcome.visual,
+                        "kl": (outcome.kl[:, 0] if method.at_prompt else outcome.kl.mean(1)).tolist(),
+                        "sizes": np.quantile(sizes, np.linspace(0, 1, 101)).tolist() if len(sizes) else [],
+                        "lost": [layer.tolist() for layer in losses.found[number, 0]],
+                    }
         return done
 
     return distributed.gathered(work)
@@ -177,7 +211,8 @@ def answered(seen: Sequence[Seen], samples: Sequence[Sample], options: Calibrate
         by_task={task: kl[tasks == task].mean(0).tolist() for task in dict.fromkeys(tasks.tolist())},
         contribution=np.concatenate([one["sizes"] for one in seen]).tolist(),
         eta=options.eta,
-        worst_task=options.policy == "worst-task",
+        worst_task=options.policy in ("worst-task", "guarantee"),
+        lost=np.mean([one["lost"] for one in seen if one["visual"]], axis=0).tolist(),
     )
 
 

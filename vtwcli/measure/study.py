@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -35,6 +35,7 @@ from vtwcli.results.document import ModelRecord, Origin, RunRecord
 from vtwcli.results.provenance import model_of, origin_of, provenance_of, run_of
 from vtwcli.results.resume import key_of
 from vtwcli.sweep.layers import LayerSource, Resident, takes_masks
+from vtwcli.sweep.schedules import plan_of, why_not
 from vtwcli.sweep.streaming import Streamed
 from vtwcli.sweep.sweep import SweepItem
 
@@ -67,6 +68,8 @@ class SweepOptions(AnswerOptions, Protocol):
         """``auto``, ``generated`` or ``reference``."""
 
 
+STREAMED = "layers are streamed: schedules are compared along the samples' reference answers"
+
 Options = TypeVar("Options", bound=SampleOptions, covariant=True)
 Given = TypeVar("Given", bound=SampleOptions)
 
@@ -91,16 +94,13 @@ class Study(Generic[Options]):
     _began: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def open(
-        cls, model: ModelSection, data: Sequence[DataSpec], options: Given, *, whole: bool = False
-    ) -> Study[Given]:
+    def open(cls, model: ModelSection, data: Sequence[DataSpec], options: Given) -> Study[Given]:
         """Look at the model, read the samples, then load the model: what is wrong is said before it takes long.
 
         Args:
             model: which model, and where it runs.
             data: sources of samples; by default the model's own.
             options: the command's section.
-            whole: never stream, since the model will run as a whole.
 
         Raises:
             NotFoundError: model or data missing or unreadable, or visual tokens cannot leave the family.
@@ -109,7 +109,7 @@ class Study(Generic[Options]):
         began = time.perf_counter()
         check_model(model)
         mix = read_samples(model, data, options)
-        streamed = False if whole else _streams(model)
+        streamed = _streams(model)
         loaded = load_model(model, weights=not streamed)
         study = Study(loaded, mix, options, streamed, _began=began)
         study.timing["load"] = time.perf_counter() - began
@@ -139,8 +139,15 @@ class Study(Generic[Options]):
 
     @property
     def shape(self) -> Shape:
-        """What methods need to know of the model."""
-        return Shape(len(self.loaded.layers), self.loaded.family.first_withdrawal)
+        """What methods need to know of the model; one whose layers are streamed has no scores of its vision tower."""
+        shape = Shape.of(self.loaded.family, self.loaded.model.config)
+        return replace(shape, tower=None) if self.streamed else shape
+
+    def of(self, places: Sequence[int]) -> Study[Options]:
+        """The same study of these samples alone."""
+        samples = tuple(self.mix.samples[place] for place in places)
+        prints = tuple(self.mix.fingerprints[place] for place in places)
+        return replace(self, mix=replace(self.mix, samples=samples, fingerprints=prints))
 
     def least(self, min_layer: int | None) -> int:
         """The first layer that may be K: as asked, by default of the depth, never before the family allows."""
@@ -226,12 +233,40 @@ class Study(Generic[Options]):
         }
         return [found[place] for place in mine]
 
-    def try_(self: Study[AnswerOptions], candidates: Sequence[Candidate], max_new_tokens: int) -> Tried:
+    def streamable(self, candidates: Sequence[Candidate]) -> tuple[list[Candidate], dict[str, list[str]]]:
+        """The candidates that streamed layers can try, and why the methods of the others cannot."""
+        possible, without = [], dict[str, list[str]]()
+        for one in candidates:
+            plan = plan_of(one.schedule, self.shape.depth, self.loaded.family)
+            reason = why_not(plan, self.loaded.layers)
+            if reason is None:
+                possible.append(one)
+            elif one.method not in without.setdefault(reason[0], []):
+                without[reason[0]].append(one.method)
+        return possible, without
+
+    def try_(
+        self: Study[AnswerOptions],
+        candidates: Sequence[Candidate],
+        max_new_tokens: int,
+        *,
+        free: bool = False,
+        lenient: bool = False,
+    ) -> Tried:
         """Force every candidate along the full model's own answers; see ``candidates.tried``."""
         batches = self.batches(max_new_tokens)
         with self.part("schedules"):
             source = self.source if takes_masks(self.loaded.model, self.loaded.family) else None
-            return tried(self.loaded, source, candidates, self.samples, max_new_tokens, batches)
+            return tried(
+                self.loaded,
+                source,
+                candidates,
+                self.samples,
+                max_new_tokens,
+                batches,
+                free=free,
+                lenient=lenient,
+            )
 
     def provenance(self, **found: Any) -> dict[str, Any]:
         """Where a schedule of this study comes from."""

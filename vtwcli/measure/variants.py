@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,6 +19,8 @@ from vtwcli.export.hf.export import CALIBRATION, baked_schedule
 from vtwcli.machine import distributed
 from vtwcli.measure import costs
 from vtwcli.measure.answers import Answer, Full, compared, schedule_answers
+from vtwcli.measure.guide import Guides, guide_of, split
+from vtwcli.measure.many import Many
 from vtwcli.measure.samples import check_model, load_model
 from vtwcli.models.dtypes import LONG, torch_type
 from vtwcli.models.generation import plain_generation
@@ -29,6 +31,7 @@ from vtwcli.results.calibration import Calibration
 from vtwcli.results.reading import read_calibration
 from vtwcli.runtime import pruned
 from vtwcli.schedule.schedule import Schedule
+from vtwcli.sweep.layers import Resident, takes_masks
 
 if TYPE_CHECKING:
     from vtwcli.ort import OnnxModel
@@ -61,8 +64,10 @@ class Variant(Protocol):
     @property
     def folder(self) -> Path: ...
 
-    def answers(self, batch: Batch, full: Full, max_new_tokens: int) -> list[Answer]:
-        """What it says to a batch, by row, compared with the full model."""
+    def answers(
+        self, batch: Batch, full: Full, max_new_tokens: int, along: Sequence[Answer] | None = None
+    ) -> list[Answer]:
+        """What it says to a batch, by row, compared with the full model; ``along``: what ``engine_of`` found."""
 
     def generation_times(self, batch: Batch, tokens: int) -> tuple[float, float]:
         """Wall-clock seconds until the first of ``tokens`` tokens a row is known, and until the last is."""
@@ -73,11 +78,15 @@ class Variant(Protocol):
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A model under a schedule, run by torch; where the schedule has no action, the model as it is."""
+    """A model under a schedule, run by torch; where the schedule has no action, the model as it is.
+
+    ``guides`` are the models that choose its tokens, where the schedule has one.
+    """
 
     name: str
     schedule: Schedule
     inputs: LoadedModel
+    guides: Guides | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,20 +96,31 @@ class Scheduled:
     def folder(self) -> Path:
         return self.inputs.path
 
-    def answers(self, batch: Batch, full: Full, max_new_tokens: int) -> list[Answer]:
+    def answers(
+        self, batch: Batch, full: Full, max_new_tokens: int, along: Sequence[Answer] | None = None
+    ) -> list[Answer]:
         with plain_generation(self.inputs):
-            return schedule_answers(self.inputs, self.name, self.schedule, batch, full, max_new_tokens)
+            return schedule_answers(
+                self.inputs, self.name, self.schedule, batch, full, max_new_tokens, along=along
+            )
 
     def generation_times(self, batch: Batch, tokens: int) -> tuple[float, float]:
-        with self._running(), plain_generation(self.inputs):
-            return costs.generation_times(self.inputs, batch, tokens)
+        with self._running(batch) as inputs, plain_generation(self.inputs):
+            return costs.generation_times(self.inputs, inputs, tokens)
 
     def cache_bytes(self, batch: Batch, tokens: int = 1) -> int:
-        with self._running(), plain_generation(self.inputs):
-            return costs.cache_bytes(self.inputs, batch, tokens)
+        with self._running(batch) as inputs, plain_generation(self.inputs):
+            return costs.cache_bytes(self.inputs, inputs, tokens)
 
-    def _running(self) -> AbstractContextManager[object]:
-        return pruned(self.inputs.model, self.schedule) if self.schedule.actions else nullcontext()
+    @contextmanager
+    def _running(self, batch: Batch) -> Iterator[Batch]:
+        inputs, given = split(batch)
+        if not self.schedule.actions:
+            yield inputs
+            return
+        with pruned(self.inputs.model, self.schedule) as handle:
+            handle.given = given
+            yield inputs
 
 
 @dataclass(frozen=True)
@@ -120,7 +140,9 @@ class Graphs:
     def folder(self) -> Path:
         return self.exported.directory
 
-    def answers(self, batch: Batch, full: Full, max_new_tokens: int) -> list[Answer]:
+    def answers(
+        self, batch: Batch, full: Full, max_new_tokens: int, along: Sequence[Answer] | None = None
+    ) -> list[Answer]:
         from vtwcli.measure.graphs import forced_logits, generated
 
         forced = forced_logits(self.exported, batch, full.tokens, full.names)
@@ -192,6 +214,8 @@ def choose(
         raise UsageError(
             "nothing to compare with the full model", "give --schedule FILE, --layer K or --layers"
         )
+    for _, schedule in named:
+        guide_of(schedule)
     if len({name for name, _ in named}) != len(named):
         raise UsageError("two schedules have the same name")
     if any(name == FULL for name, _ in named):
@@ -238,9 +262,10 @@ def open_variants(
     if ort.is_export(model.name):
         return _open_graphs(model, schedules, options)
     own = _load(model, model.name)
-    full = own if options.baseline is None else _load(model, options.baseline)
+    full = own if options.baseline in (None, model.name) else _load(model, options.baseline)
     _check_family(full, own.family.model_type, model.name)
-    return full, [Scheduled(name, schedule, own) for name, schedule in schedules]
+    guides = Guides(own, options.max_new_tokens)
+    return full, [Scheduled(name, schedule, own, guides) for name, schedule in schedules]
 
 
 def _open_graphs(
@@ -282,11 +307,33 @@ def _check_same_prompts(full: LoadedModel, variant: Variant, mine: Batch, theirs
         )
 
 
+def engine_of(full: LoadedModel, variants: Sequence[Variant]) -> Many | None:
+    """One pass over the layers that follows the variants along the full model's answers.
+
+    None where they are not schedules of the full model's own weights, or its attention takes no masks.
+
+    Raises:
+        UsageError: a schedule that cannot be executed on this model.
+    """
+    if not all(isinstance(one, Scheduled) and one.inputs is full for one in variants):
+        return None
+    if not takes_masks(full.model, full.family):
+        return None
+    return Many(full, Resident(full.model, full.family), variants)
+
+
 def batches_of(full: LoadedModel, variants: Sequence[Variant], samples: Sequence[Sample]) -> list[Batch]:
-    """The samples as inputs of the full model and then of each variant; models that are the same share theirs."""
+    """The samples as inputs of the full model and then of each variant; models that are the same share theirs.
+
+    Those of a schedule with a guide have its scores beside them, which ``guide.split`` takes off.
+    """
     made = {id(full): encode_batch(full, samples)}
     for variant in variants:
         if id(variant.inputs) not in made:
             made[id(variant.inputs)] = encode_batch(variant.inputs, samples)
             _check_same_prompts(full, variant, made[id(full)], made[id(variant.inputs)])
-    return [made[id(full)], *(made[id(variant.inputs)] for variant in variants)]
+    found = [made[id(full)]]
+    for variant in variants:
+        batch, guides = made[id(variant.inputs)], getattr(variant, "guides", None)
+        found.append(batch if guides is None else guides.beside(batch, samples, variant.schedule))
+    return found

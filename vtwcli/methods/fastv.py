@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from vtwcli.methods.method import Candidate, Grid, Method, Shape, Style
+from vtwcli.methods.method import Candidate, Grid, Method, Shape, Style, early, share_behind
 from vtwcli.schedule.schedule import Keep, Schedule, Select
 
 
@@ -51,3 +51,10 @@ class FastV(Method):
             schedule = cls(layer=at, ratio=ratio).schedule()
             made.append(Candidate(f"fastv {ratio:.0%}", "fastv", schedule, {"layer": at, "ratio": ratio}))
         return made
+
+    @classmethod
+    def at_share(cls, model: Shape, share: float) -> FastV | None:
+        """The published layer, scaled to the depth, and the ratio that the share takes."""
+        at = early(model)
+        ratio = share_behind(share, at, model.depth, model.depth)
+        return None if ratio is None else cls(layer=at, ratio=ratio)

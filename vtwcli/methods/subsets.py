@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from vtwcli.methods.method import Candidate, Grid, Method, Shape, Style
+from vtwcli.methods.method import Candidate, Grid, Method, Shape, Style, early, share_behind
 from vtwcli.schedule.schedule import Action, Keep, Schedule, Select, Withdraw
 
 
@@ -32,6 +32,12 @@ class Subset(Method):
             one = cls.of([*varied.items(), ("seed", grid.seed)])
             found.append(Candidate(f"{cls.key} {ratio:.0%}", cls.key, one.schedule(), varied))
         return found
+
+    @classmethod
+    def at_share(cls, model: Shape, share: float) -> Method | None:
+        at = early(model)
+        ratio = share_behind(share, at, model.depth, model.depth)
+        return None if ratio is None or ratio == 1 else cls(layer=at, ratio=ratio)
 
 
 class Attention(Subset):
@@ -96,6 +102,16 @@ class TwoStep(Subset):
                 one = cls(**varied)
                 found.append(Candidate(f"attention {ratio:.0%}, K={k}", "two-step", one.schedule(), varied))
         return found
+
+    @classmethod
+    def at_share(cls, model: Shape, share: float) -> Method | None:
+        """What is kept leaves at half of the depth, or later where that is too early for the share."""
+        at, depth = early(model), model.depth
+        for k in range(max(depth // 2, at + 1), depth):
+            ratio = share_behind(share, at, k, depth)
+            if ratio is not None and ratio < 1:
+                return cls(layer=at, ratio=ratio, withdraw=k)
+        return None
 
 
 def _keep(at: int, score: Any, ratio: float, seed: int = 0) -> Keep:

@@ -46,17 +46,34 @@ QUANTILES = (0.5, 0.75, 0.9)  # of contribution; with the published threshold fo
 class Rule(Section):
     """The published rule's parameters; the defaults are those published for LLaVA-1.5-7B."""
 
-    shallow_mid_layer: int = Field(6, ge=0, description="text does not read vision in the layers before this")
+    shallow_mid_layer: int = Field(6, ge=0, description="in the layers before this text does not read vision")
     layer_threshold: float = Field(
-        0.995, ge=-1, le=1, description="the first layer behind with a cosine below it chooses the tokens"
+        0.995,
+        ge=-1,
+        le=1,
+        description="without some single visual token the attention output of a layer turns (cosine below this): the "
+        "first such layer chooses the tokens",
     )
-    tokens_threshold: float = Field(0.2, ge=0, description="norm of contribution above which a token stays")
+    tokens_threshold: float = Field(
+        0.2,
+        ge=0,
+        description="it chooses those that add more than this (a norm) to what the last token reads",
+    )
     exit_threshold: float = Field(
-        0.999, ge=-1, le=1, description="a layer whose cosines are all at least this counts towards the exit"
+        0.999,
+        ge=-1,
+        le=1,
+        description="without any one of these the output of a layer hardly turns (cosine at least this): such layers "
+        "count towards the exit",
     )
-    exit_layers: int = Field(2, ge=1, description="how many layers must count until all tokens leave")
-    consecutive: bool = Field(False, description="they must follow one another, as the paper says")
-    layer0: Literal["7b", "13b"] = Field("7b", description="what layer 0 mutes: 7b or 13b form")
+    exit_layers: int = Field(2, ge=1, description="after how many such layers all visual tokens leave")
+    consecutive: bool = Field(
+        False,
+        description="such layers must follow one another, as the paper says; its code counts them in all",
+    )
+    layer0: Literal["7b", "13b"] = Field(
+        "7b", description="what is not read in layer 0: as in the published code for the 7b or the 13b model"
+    )
 
 
 class VisiPruner(Rule, Method):

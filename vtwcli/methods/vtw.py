@@ -37,3 +37,9 @@ class Vtw(Method):
     @classmethod
     def ask(cls, model: Shape) -> list[Intervention]:
         return [Intervention("withdraw", k) for k in range(model.depth)]
+
+    @classmethod
+    def at_share(cls, model: Shape, share: float) -> Vtw | None:
+        """Withdrawal at the last layer that keeps within the share."""
+        k = int(share * model.depth + 1e-9)
+        return cls(layer=k) if max(model.first_withdrawal, 1) <= k < model.depth else None

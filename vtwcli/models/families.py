@@ -17,7 +17,9 @@ from vtwcli.errors import NotFoundError
 _SEQUENTIAL = "its recurrent or convolutional layers carry visual tokens on in their state"
 _CROSS = "its text reads images by cross-attention, so there are no visual tokens in the text"
 _NO_ENCODER = "its vision encoder has no export yet"
+_RESAMPLED = "its visual tokens are not of single patches, they each gather from the whole image"
 _BLOCKS = "its image tokens attend to each other in both directions, which the exported graphs do not"
+_CLASS_TOKENS = {"clip_vision_model", "internvl_vision"}  # vision towers that have one
 _ATTENTION = {"full_attention", "sliding_attention"}  # layer types that withdrawal is proved for
 
 
@@ -46,6 +48,7 @@ class Family:
             so that its id may lie outside the embedding.
         no_withdraw: reason why withdrawal is refused, or None.
         no_onnx: reason why there is no ONNX export, or None.
+        no_tower: reason why scores of its vision tower are refused, or None.
         caveat: a sentence for the table of families.
     """
 
@@ -65,6 +68,7 @@ class Family:
     placeholder_apart: bool = False
     no_withdraw: str | None = None
     no_onnx: str | None = None
+    no_tower: str | None = None
     caveat: str = ""
 
 
@@ -219,6 +223,7 @@ FAMILIES: dict[str, Family] = {
             "HuggingFaceM4/idefics2-8b",
             "Idefics2ForConditionalGeneration",
             no_onnx=_NO_ENCODER,
+            no_tower=_RESAMPLED,
             **_IDEFICS,
         ),
         Family(
@@ -287,13 +292,21 @@ FAMILIES: dict[str, Family] = {
             no_onnx=_NO_ENCODER,
             caveat=_WINDOWS,
         ),
-        Family("aria", "Aria", "rhymes-ai/Aria", "AriaForConditionalGeneration", no_onnx=_NO_ENCODER),
+        Family(
+            "aria",
+            "Aria",
+            "rhymes-ai/Aria",
+            "AriaForConditionalGeneration",
+            no_onnx=_NO_ENCODER,
+            no_tower=_RESAMPLED,
+        ),
         Family(
             "got_ocr2",
             "GOT-OCR 2.0",
             "stepfun-ai/GOT-OCR-2.0-hf",
             "GotOcr2ForConditionalGeneration",
             no_onnx=_NO_ENCODER,
+            no_tower="its vision tower adds relative positions inside attention, which is not looked into",
         ),
         Family(
             "ovis2",
@@ -319,6 +332,7 @@ FAMILIES: dict[str, Family] = {
             "Molmo2ForConditionalGeneration",
             video=True,
             no_onnx=_BLOCKS,
+            no_tower="its visual tokens pool patches by attention",
             caveat=_FRAMES,
         ),
         Family(
@@ -351,7 +365,7 @@ FAMILIES: dict[str, Family] = {
 def supported() -> str:
     """The hint of an error: the families that something can be withdrawn from."""
     names = sorted(name for name, row in FAMILIES.items() if not row.no_withdraw)
-    return f"supported families: {', '.join(names)}; the README says how to add one"
+    return f"supported families: {', '.join(names)}; `vtw docs internals` says how to add one"
 
 
 def family_of(config: Any) -> Family:
@@ -381,6 +395,22 @@ def family_of(config: Any) -> Family:
     return row
 
 
+def tower_of(family: Family, config: Any) -> str | None:
+    """What scores of the vision tower look at: its ``class token`` where it has one, else the attention that patches
+    ``received``; None where there are no such scores."""
+    if family.no_tower or family.no_withdraw:
+        return None
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    return "class token" if tower in _CLASS_TOKENS else "received"
+
+
+def tower_depth(config: Any) -> int | None:
+    """Number of layers of the vision tower, as its config says it."""
+    vision = getattr(config, "vision_config", None)
+    counts = (getattr(vision, name, None) for name in ("num_hidden_layers", "depth", "num_layers"))
+    return next((count for count in counts if isinstance(count, int)), None)
+
+
 def placeholder_ids(family: Family, config: Any) -> tuple[int, ...]:
     """The token ids that stand for visual tokens in ``input_ids``."""
     ids = (getattr(config, name, None) for name in family.placeholders)
@@ -391,12 +421,14 @@ def table() -> list[dict[str, str]]:
     """The families as people read them: one dict of strings per row, in the order of ``FAMILIES``.
 
     Keys: ``family``, ``model_type``, ``example``, ``inputs`` (image, or image and video), ``withdraw``, ``sweep``,
-    ``analyze``, ``onnx`` (yes or no) and ``notes``.
+    ``analyze``, ``tower`` (whether methods may look at its vision tower), ``onnx`` (yes or no) and ``notes``.
     """
     rows = []
     for row in FAMILIES.values():
         can = row.no_withdraw is None
         reasons = [] if can else [f"Not possible: {row.no_withdraw}."]
+        if can and row.no_tower:
+            reasons.append(f"No scores of the vision tower: {row.no_tower}.")
         rows.append(
             {
                 "family": row.title,
@@ -406,6 +438,7 @@ def table() -> list[dict[str, str]]:
                 "withdraw": "yes" if can else "no",
                 "sweep": "yes" if can else "no",
                 "analyze": "yes" if can else "no",
+                "tower": "yes" if can and not row.no_tower else "no",
                 "onnx": "yes" if can and not row.no_onnx else "no",
                 "notes": " ".join([*reasons, row.caveat]).strip(),
             }
@@ -414,9 +447,9 @@ def table() -> list[dict[str, str]]:
 
 
 def markdown() -> str:
-    """The table of families for the README, in Markdown, without a newline at the end."""
-    names = ("family", "example", "inputs", "withdraw", "sweep", "analyze", "onnx", "notes")
-    head = ("Family", "Example", "Inputs", "Withdraw", "Sweep", "Analyze", "ONNX", "Notes")
+    """The table of families for the documentation, in Markdown, without a newline at the end."""
+    names = ("family", "example", "inputs", "withdraw", "sweep", "analyze", "tower", "onnx", "notes")
+    head = ("Family", "Example", "Inputs", "Withdraw", "Sweep", "Analyze", "Tower", "ONNX", "Notes")
     lines = [head, tuple("---" for _ in head)]
     lines += [
         tuple(f"`{row[name]}`" if name == "example" else row[name] for name in names) for row in table()

@@ -141,7 +141,7 @@ def answer_of(loaded: LoadedModel, ids: list[int]) -> list[int]:
 def plain_generation(loaded: LoadedModel) -> Iterator[None]:
     """The library's own generation defaults for a while, with the model's special tokens.
 
-    So there is no static cache either, which a schedule cannot shorten, whatever the checkpoint asks for.
+    So the cache is dynamic, which every schedule can shorten, whatever the checkpoint asks for.
     """
     from transformers import GenerationConfig
 

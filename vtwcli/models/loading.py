@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from vtwcli.errors import NotFoundError, UsageError, VtwError, first_line
+from vtwcli.io import console
 from vtwcli.machine import threads
 from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.machine.memory import memory_available
@@ -135,8 +136,9 @@ def load(
         kind,
         checkpoint,
     )
-    if place.type == "cpu":
-        threads.fit(sum(weight.numel() for weight in loaded.layers[0].parameters()))
+    size = sum(weight.numel() for weight in loaded.layers[0].parameters())
+    if place.type == "cpu" and (said := threads.fit(size)):
+        console.detail(said)
     return loaded
 
 

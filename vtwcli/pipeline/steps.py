@@ -128,7 +128,10 @@ class Evaluate(Step):
     partial = "evaluation.partial.jsonl"
 
     def depends(self, recipe: Recipe, placed: Recipe) -> list[Any]:
-        return _named_actions(recipe)
+        proof = (
+            [] if recipe.gates.risk is None else ["losses"]
+        )  # those of the samples, which nobody else wants
+        return _named_actions(recipe) + proof
 
     def other_models(self, recipe: Recipe) -> list[str]:
         return [] if recipe.eval.baseline is None else [recipe.eval.baseline]
@@ -143,6 +146,7 @@ class Evaluate(Step):
             run.recipe.data,
             run.recipe.eval,
             calibration=run.result("calibrate"),
+            promise=gates.promise_of(run.recipe.gates),
             state=run.folder / self.partial,
         )
         if is_main():
@@ -245,7 +249,7 @@ def _schedule(run: Run) -> tuple[str, Schedule] | None:
     None where there is neither; an exported directory carries its own.
     """
     if run.recipe.schedule.names_one:
-        return schedule_of(run.recipe.schedule)
+        return schedule_of(run.recipe.schedule, run.recipe.model)
     calibration = run.result("calibrate")
     if calibration is None:
         return None
@@ -255,7 +259,7 @@ def _schedule(run: Run) -> tuple[str, Schedule] | None:
 
 def _named_actions(recipe: Recipe) -> list[Any]:
     """The schedule that a recipe names, as a part of what a step depends on."""
-    named = schedule_of(recipe.schedule)
+    named = schedule_of(recipe.schedule, recipe.model)
     return [named[1].to_dict()] if named else []
 
 
@@ -306,7 +310,27 @@ def step_problems(recipe: Recipe, name: str = "the recipe") -> list[UsageError]:
         problems.append(
             UsageError(f"{name}: gates: there is nothing that they judge", "add the section eval")
         )
-    return problems
+    return problems + _too_few(recipe, wanted, name)
+
+
+def _too_few(recipe: Recipe, wanted: Collection[str], name: str) -> list[UsageError]:
+    """Steps that shall prove more than as many samples as are asked for ever can."""
+    from vtwcli.measure.promised import needed, promise_of
+
+    searched = recipe.calibrate.method != "vtw"
+    proofs = {
+        "calibrate": needed(promise_of(recipe.calibrate), searched),
+        "eval": needed(gates.promise_of(recipe.gates)),
+    }
+    found = []
+    for step, least in proofs.items():
+        limit = getattr(recipe, step).limit
+        most = sum(spec.limit or limit for spec in recipe.data) or limit
+        if step in wanted and most < least:
+            wanting = f"what is to be proved needs at least {least} samples of each task"
+            message = f"{name}: {step}.limit is {limit}, and {wanting}"
+            found.append(UsageError(message, "a larger limit or a larger risk"))
+    return found
 
 
 def check_recipe(path: Path) -> tuple[str, list[UsageError]]:

@@ -1,12 +1,12 @@
 """The recipe and its sections: every option of every command with its one default."""
 
+from vtwcli.recipe.exports import ExportSection
 from vtwcli.recipe.recipe import (
     STEPS,
     AnalyzeSection,
     BudgetSection,
     CalibrateSection,
     EvalSection,
-    ExportSection,
     GatesSection,
     ModelSection,
     Policy,

@@ -15,6 +15,10 @@ from vtwcli.io.section import Section
 from vtwcli.methods import METHODS
 from vtwcli.methods.method import Method
 from vtwcli.methods.visipruner import Rule
+from vtwcli.recipe.analysis import AnalyzeSection
+from vtwcli.recipe.exports import ExportSection
+from vtwcli.recipe.fields import BATCH_SIZE, Answers, Limit, Loss, Positions, SkipBad
+from vtwcli.recipe.gates import GatesSection
 
 
 class ModelSection(Section):
@@ -36,24 +40,7 @@ class ModelSection(Section):
     )
 
 
-Policy = Literal["paper", "sustained", "quantile", "agreement", "worst-task", "budget"]
-
-
-_BATCH_SIZE = "samples answered at once; by default 8, fewer where memory is short"
-# fields that several sections have
-Limit = Annotated[int, Field(ge=1, description="samples per task")]
-Positions = Annotated[
-    Literal["first", "answer"],
-    Field(description="first: the next token after the prompt; answer: every token of the answer"),
-]
-Answers = Annotated[
-    Literal["auto", "generated", "reference"],
-    Field(
-        description="whose answer is teacher-forced: the full model's own greedy one, or the reference; "
-        "auto is generated, and reference when layers are streamed"
-    ),
-]
-SkipBad = Annotated[bool, Field(description="skip unreadable samples and count them")]
+Policy = Literal["paper", "sustained", "quantile", "agreement", "worst-task", "budget", "guarantee"]
 
 
 class CalibrateSection(Section):
@@ -64,79 +51,73 @@ class CalibrateSection(Section):
         description="; ".join(f"{name}: {one.finds}" for name, one in METHODS.items() if one.finds),
     )
     limit: Limit = 20
-    eta: float = Field(0.003, gt=0, description="KL threshold in nats")
+    eta: float = Field(
+        0.003,
+        gt=0,
+        description="largest KL that is accepted, in nats: how far what is said next may move; 0 is not at all",
+    )
     min_layer: int | None = Field(
-        None, ge=0, description="first candidate layer; by default 5 for 16 layers and more, else 1"
+        None, ge=0, description="lowest layer that may become K; by default 5 for 16 layers and more, else 1"
     )
     policy: Policy = Field(
-        "worst-task", description="paper, sustained, quantile, agreement, worst-task or budget"
+        "worst-task", description="paper, sustained, quantile, agreement, worst-task, budget or guarantee"
     )
     positions: Positions = "answer"
     answers: Answers = "auto"
-    max_new_tokens: int = Field(48, ge=1, description="longest generated answer")
-    batch_size: int | None = Field(None, ge=1, description=_BATCH_SIZE)
-    quantile: float = Field(0.95, gt=0, le=1, description="of the samples' KL, for the policy quantile")
-    agreement: float = Field(0.98, gt=0, le=1, description="least top-1 agreement, for the policy agreement")
-    budget: float = Field(
-        0.6, gt=0, le=1, description="largest share of the full cost, for the policy budget"
-    )
-    budget_of: Literal["flops", "kv"] = Field("flops", description="what the budget counts: flops or kv")
-    bootstrap: int = Field(1000, ge=0, description="resamples for the interval of K; 0 for none")
-    seed: int = Field(0, ge=0, description="of sample choice and bootstrap")
-    skip_bad: SkipBad = False
-    resume: bool = Field(False, description="keep finished samples across an interruption")
-
-
-class AnalyzeSection(Section):
-    """What a profile measures and shows."""
-
-    limit: Limit = 20
-    eta: float = Field(0.003, gt=0, description="KL threshold in nats that bounds the stages")
-    min_layer: int | None = Field(
-        None,
-        ge=0,
-        description="first candidate for the deep stage; by default 5 for 16 layers and more, else 1",
-    )
-    window: int = Field(3, ge=1, description="layers of the knock-out window")
-    freeze: bool | None = Field(
-        None,
-        description="measure what each layer's update of visual tokens gives: about L/2 full passes a sample; by "
-        "default unless layers are streamed",
-    )
-    positions: Positions = "answer"
-    answers: Answers = "auto"
-    max_new_tokens: int = Field(48, ge=1, description="longest generated answer")
-    batch_size: int | None = Field(None, ge=1, description=_BATCH_SIZE)
-    lens: int = Field(3, ge=0, description="tokens of the logit lens in each layer; 0 for none")
-    maps: int = Field(4, ge=0, description="samples shown with heat maps")
-    map_layers: tuple[int, ...] | None = Field(
-        None, description="layers of the heat maps, e.g. 0,4,8; by default six over the whole depth"
-    )
-    sink_ratio: float = Field(
-        5.0, gt=1, description="a sink gets this many times the attention of the average visual token"
-    )
-    tokens_threshold: float = Field(
-        0.2, ge=0, description="norm of contribution above which a token is critical"
-    )
-    layer_threshold: float = Field(
-        0.995, ge=-1, le=1, description="VisiPruner: a layer with a cosine below it chooses the tokens"
-    )
-    exit_threshold: float = Field(
-        0.999,
-        ge=-1,
+    max_new_tokens: int = Field(48, ge=1, description="longest answer, in tokens")
+    batch_size: int | None = Field(None, ge=1, description=BATCH_SIZE)
+    quantile: float = Field(
+        0.95,
+        gt=0,
         le=1,
-        description="VisiPruner: a layer whose cosines are all at least this counts to the exit",
+        description="policy quantile: share of samples whose KL must stay within eta; 0.95 is 19 of 20",
     )
-    exit_layers: int = Field(
-        2, ge=1, description="VisiPruner: how many layers must count until all tokens leave"
+    agreement: float = Field(
+        0.98,
+        gt=0,
+        le=1,
+        description="policy agreement: least share of tokens that must stay the most likely ones",
     )
-    seed: int = Field(0, ge=0, description="of sample choice")
+    budget: float = Field(
+        0.6, gt=0, le=1, description="policy budget: largest cost, as a share of the full model's"
+    )
+    budget_of: Literal["flops", "kv"] = Field(
+        "flops", description="policy budget: what is counted, flops (arithmetic of the prompt) or kv (cache)"
+    )
+    risk: float = Field(
+        0.02,
+        gt=0,
+        lt=1,
+        description="policy guarantee: largest mean loss promised of each task on inputs like the samples",
+    )
+    confidence: float = Field(
+        0.95, gt=0, lt=1, description="policy guarantee: how sure; at 0.95 one promise of 20 may be wrong"
+    )
+    loss: Loss = Field(
+        "tokens",
+        description="policy guarantee, what a sample loses: tokens, the share of its answer's tokens that change; "
+        "answer, 1 if any does; kl, 1 if its mean KL exceeds eta; metric, how much the task's metric drops",
+    )
+    bootstrap: int = Field(
+        1000, ge=0, description="how often samples are redrawn to tell the 95 % interval of K; 0 for none"
+    )
+    seed: int = Field(
+        0, ge=0, description="which samples are drawn, and redrawn; the same seed gives the same result"
+    )
     skip_bad: SkipBad = False
+    resume: bool = Field(
+        False, description="go on with the samples that were finished before an interruption"
+    )
 
-    @field_validator("map_layers", mode="before")
-    @classmethod
-    def _split_layers(cls, value: Any) -> Any:
-        return tuple(value.split(",")) if isinstance(value, str) else value
+    def recorded(self) -> dict[str, Any]:
+        """What result documents say of it: what a promise needs only where one is given."""
+        unused = () if self.policy == "guarantee" else ("risk", "confidence", "loss")
+        return self.model_dump(mode="json", exclude={"resume", *unused})
+
+    def how(self) -> dict[str, Any]:
+        """How its schedule was found, for the schedule's provenance."""
+        promised = ("risk", "confidence", "loss") if self.policy == "guarantee" else ()
+        return {name: getattr(self, name) for name in ("policy", "eta", "positions", *promised)}
 
 
 if TYPE_CHECKING:
@@ -151,6 +132,7 @@ class _Named(Section):
     file: str | None = Field(None, description="schedule or calibration result")
     layer: int | None = Field(None, ge=0, description="withdraw at this layer")
     method: MethodName | None = Field(None, description=", ".join(METHODS))
+    guide: str | None = Field(None, description="SGL: the model that answers first, a name or directory")
 
 
 # VisiPruner's parameters may stand here without naming it: for its calibration, and for a comparison
@@ -192,6 +174,8 @@ class ScheduleSection(Rule, _Named):
             raise ValueError(f"give one of file, layer and method, not {' and '.join(named)}")
         if self.method == "vtw" and self.layer is None:
             raise ValueError("method vtw needs a layer")
+        if self.guide is not None and self.method and "guide" not in own:
+            raise ValueError(f"method {self.method} has no guide")
         for key in self.model_extra or ():
             if key not in own:
                 raise PydanticCustomError("extra_forbidden", "unknown key", {"below": (key,)})
@@ -209,22 +193,40 @@ class BudgetSection(Section):
 
     limit: Limit = 10
     max_flops: float | None = Field(
-        None, gt=0, description="budget: share of the full prefill FLOPs; names the best schedule within"
+        None,
+        gt=0,
+        description="the budget: largest share of the full model's arithmetic for the prompt; the best schedule within "
+        "it is written",
     )
-    methods: tuple[MethodName, ...] = Field(tuple(METHODS), min_length=1, description="what is compared")
+    methods: tuple[MethodName, ...] = Field(
+        tuple(METHODS), min_length=1, description="what is compared; vtw methods lists them"
+    )
     ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
-        (0.5, 0.25, 0.1), min_length=1, description="shares of visual tokens that subsets keep"
+        (0.5, 0.25, 0.1),
+        min_length=1,
+        description="shares of visual tokens to keep, for methods that keep a part",
     )
-    keep_layer: int = Field(2, ge=1, description="layer at which subsets are chosen")
+    tokens: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        None,
+        min_length=1,
+        description="compare at equal cost: how many visual tokens a layer holds on average, e.g. 192,128,64",
+    )
+    keep_layer: int = Field(
+        2, ge=1, description="layer from which on controls and kept parts hold fewer tokens"
+    )
     thresholds: tuple[Annotated[float, Field(ge=0)], ...] = Field(
-        (0.05, 0.1, 0.2, 0.4, 0.8), min_length=1, description="VisiPruner's norms of contribution to try"
+        (0.05, 0.1, 0.2, 0.4, 0.8),
+        min_length=1,
+        description="VisiPruner: values of its tokens threshold to try",
     )
-    max_new_tokens: int = Field(32, ge=1, description="longest answer")
-    batch_size: int | None = Field(None, ge=1, description=_BATCH_SIZE)
-    seed: int = Field(0, ge=0, description="of sample choice and of the random control")
+    max_new_tokens: int = Field(32, ge=1, description="longest answer, in tokens")
+    batch_size: int | None = Field(None, ge=1, description=BATCH_SIZE)
+    seed: int = Field(
+        0, ge=0, description="which samples are drawn, and which tokens the random control keeps"
+    )
     skip_bad: SkipBad = False
 
-    @field_validator("methods", "ratios", "thresholds", mode="before")
+    @field_validator("methods", "ratios", "tokens", "thresholds", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
@@ -234,18 +236,28 @@ class EvalSection(Section):
     """How a schedule is judged."""
 
     limit: Limit = 50
-    max_new_tokens: int = Field(48, ge=1, description="longest answer")
-    batch_size: int | None = Field(None, ge=1, description=_BATCH_SIZE)
-    bootstrap: int = Field(1000, ge=0, description="resamples for the intervals of differences; 0 for none")
-    seed: int = Field(0, ge=0, description="of sample choice and bootstrap")
+    max_new_tokens: int = Field(48, ge=1, description="longest answer, in tokens")
+    batch_size: int | None = Field(None, ge=1, description=BATCH_SIZE)
+    bootstrap: int = Field(
+        1000,
+        ge=0,
+        description="how often samples are redrawn for the 95 % intervals of differences; 0 for none",
+    )
+    seed: int = Field(
+        0, ge=0, description="which samples are drawn, and redrawn; the same seed gives the same result"
+    )
     skip_bad: SkipBad = False
-    timing: bool = Field(True, description="measure latencies, full and pruned in turn")
+    timing: bool = Field(
+        True, description="measure the time to the first token and per token, full and pruned in turn"
+    )
     repeats: int = Field(
-        9, ge=1, description="timing rounds, each of which runs every variant; 6 and more tell a speed-up"
+        9,
+        ge=1,
+        description="how often everything is timed; with 6 and more it can be told whether a speed-up is real",
     )
     timing_tokens: int = Field(8, ge=1, description="tokens generated to time decoding")
     timing_batch: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (1,), min_length=1, description="batch sizes whose tokens a second are measured"
+        (1,), min_length=1, description="how many samples at once, to measure tokens a second"
     )
     baseline: str | None = Field(
         None,
@@ -254,48 +266,14 @@ class EvalSection(Section):
     backend: Literal["auto", "torch", "onnx"] = Field(
         "auto", description="what runs MODEL: torch, or onnx for a directory of ONNX graphs"
     )
-    resume: bool = Field(False, description="keep finished samples across an interruption")
+    resume: bool = Field(
+        False, description="go on with the samples that were finished before an interruption"
+    )
 
     @field_validator("timing_batch", mode="before")
     @classmethod
     def _split_sizes(cls, value: Any) -> Any:
         return tuple(value.split(",")) if isinstance(value, str) else value
-
-
-class GatesSection(Section):
-    """What an evaluation must show; a gate that does not hold ends with exit code 3."""
-
-    max_drop: float | None = Field(None, ge=0, description="largest drop of the worst task's metric")
-    max_kl: float | None = Field(None, ge=0, description="largest mean KL over answer positions")
-    min_agreement: float | None = Field(
-        None, ge=0, le=1, description="least share of tokens whose first choice stays"
-    )
-    max_flops: float | None = Field(None, gt=0, description="largest share of the full prefill FLOPs")
-
-
-class ExportSection(Section):
-    """What an exported directory holds."""
-
-    format: Literal["hf", "onnx"] = Field(
-        "hf", description="hf, a Hugging Face directory, or onnx, split graphs"
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp32", "fp16"] = Field(
-        "auto",
-        description="auto keeps the weights as they are (onnx: float32); else float32, bfloat16 or float16",
-    )
-    opset: int = Field(20, ge=18, le=24, description="of the ONNX graphs, 18 to 24")
-    merged: bool = Field(False, description="one ONNX decoder with the removal inside, instead of two")
-    quantize: Literal["int8", "int4"] | None = Field(
-        None, description="int8 or int4 weights of the ONNX decoder"
-    )
-
-    @model_validator(mode="after")
-    def _fits_the_format(self) -> ExportSection:
-        if self.format == "hf" and (self.merged or self.quantize):
-            raise ValueError(f"{'merged' if self.merged else 'quantize'} goes with format onnx only")
-        if self.format == "onnx" and self.dtype == "bfloat16":
-            raise ValueError("ONNX graphs are float32 or float16, not bfloat16")
-        return self
 
 
 STEPS = ("calibrate", "analyze", "budget", "eval", "export")
@@ -374,27 +352,7 @@ class Recipe(Section):
         parts: dict[str, Any] = {
             "model": changed(self.model, "name", "demo"),
             "data": tuple(changed(changed(spec, "source", "demo", *TASKS), "path") for spec in self.data),
-            "schedule": changed(self.schedule, "file"),
+            "schedule": changed(changed(self.schedule, "file"), "guide", "demo"),
             "eval": changed(self.eval, "baseline", "demo"),
         }
         return self.model_copy(update={name: parts[name] for name in parts if name in self.model_fields_set})
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of recipe files, short forms and empty sections included."""
-    schema = Recipe.model_json_schema()
-    sections = schema["properties"]
-    for name, part in sections.items():
-        choices = part.pop("anyOf", None) or [
-            {key: part.pop(key) for key in ("$ref", "type", "items") if key in part}
-        ]
-        part.pop("default", None)
-        short = [{"type": "string"}] if name == "model" else []
-        sections[name] = {
-            "anyOf": [*short, *(c for c in choices if c != {"type": "null"}), {"type": "null"}],
-            **part,
-        }
-    [data] = [choice for choice in sections["data"]["anyOf"] if "items" in choice]
-    data["items"] = {"anyOf": [{"type": "string"}, data["items"]]}
-    schema["$defs"]["DataSpec"]["properties"]["tasks"]["anyOf"].append({"type": "string"})
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Recipe of vtw"}

@@ -7,34 +7,56 @@ from pathlib import Path
 from typing import Any
 
 from vtwcli.errors import UsageError
+from vtwcli.methods.method import Method, Shape
 from vtwcli.methods.visipruner import Rule
-from vtwcli.recipe.recipe import Recipe, ScheduleSection
+from vtwcli.recipe.recipe import ModelSection, Recipe, ScheduleSection
 from vtwcli.recipe.settings import section_of
 from vtwcli.schedule.schedule import Schedule
 
 _FLAGS = tuple(Rule.model_fields)  # parameters that are options of commands
 
 
-def schedule_of(section: ScheduleSection) -> tuple[str, Schedule] | None:
+def schedule_of(section: ScheduleSection, model: ModelSection | None = None) -> tuple[str, Schedule] | None:
     """Name and schedule of a recipe's section; None where it names none.
+
+    Args:
+        model: to whose depth published numbers are scaled; None: they stay what they are.
 
     Raises:
         UsageError: the file cannot be read or holds no schedule.
+        NotFoundError: the model is not there.
     """
     if section.file is not None:
         path = Path(section.file)
         return path.stem.removesuffix(".schedule"), Schedule.from_file(path)
     method = section.chosen()
+    if method is not None and model is not None and type(method).fitted is not Method.fitted:
+        method = method.fitted(shape_of(model))
     return None if method is None else (method.label(), method.schedule())
 
 
-def schedules_of(given: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, Schedule]]:
+def shape_of(model: ModelSection) -> Shape:
+    """What methods need to know of a model; its config alone is read.
+
+    Raises:
+        NotFoundError: the model is not there, or not supported.
+    """
+    from vtwcli.models.hub import resolve
+
+    found = resolve(model.name, trust_remote_code=model.trust_remote_code, weights=False)
+    return Shape.of(found.family, found.config)
+
+
+def schedules_of(
+    given: Mapping[str, Any], recipe: Recipe, model: ModelSection | None = None
+) -> list[tuple[str, Schedule]]:
     """Names and schedules that a command's options name, else that of the recipe, else none.
 
     Args:
         given: the options: ``schedule`` (a path or several), ``layer``, ``layers`` (``"4,6,8"``), ``method`` and its
             parameters.
         recipe: whose ``schedule`` section they override.
+        model: see ``schedule_of``.
 
     Raises:
         UsageError: a layer that is no number, a method without what it needs, or parameters without the method.
@@ -67,5 +89,5 @@ def schedules_of(given: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, Sc
     if parameters and not any(section.method == "visipruner" for section in named):
         option = "--" + next(iter(parameters)).replace("_", "-")
         raise UsageError(f"{option} is a parameter of VisiPruner", "add --method visipruner")
-    found = [schedule_of(section) for section in named]
+    found = [schedule_of(section, model) for section in named]
     return [one for one in found if one is not None]

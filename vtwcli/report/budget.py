@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vtwcli.io import files, text
 from vtwcli.io.outputs import Outputs
 from vtwcli.methods import METHODS
+from vtwcli.report.equal import equal_markdown, equal_sentence, equal_table, plot_equal
 from vtwcli.report.plots import GREEN, save_figure
 from vtwcli.report.tables import markdown_table, terminal_table
 from vtwcli.results.calibration import SearchedCalibration
@@ -52,6 +53,9 @@ def budget_view(result: Budget) -> Group:
     from rich.console import Group
     from rich.text import Text
 
+    if result["options"].get("tokens"):
+        words = " ".join([equal_sentence(result), *_within(result)])
+        return Group(equal_table(result), Text(words))
     rows, styles = [], []
     for row in sorted(result["candidates"], key=lambda row: (flops(result, row), row["kl"])):
         best = row["name"] == result["best"]
@@ -102,10 +106,13 @@ def shortfall(result: Budget) -> str | None:
 
 def markdown(result: Budget) -> str:
     """The Pareto front in Markdown, for a job's summary page."""
+    title = f"## {text.markdown(result['model']['name'])}: methods compared"
+    if result["options"].get("tokens"):
+        return f"{title}\n\n{equal_markdown(result)}\n"
     rows = {row["name"]: row for row in result["candidates"]}
     front = [cells(result, rows[name]) for name in result["pareto"]]
     parts = [
-        f"## {text.markdown(result['model']['name'])}: methods compared",
+        title,
         markdown_table(["schedule", *COLUMNS], front),
         text.paragraph(
             f"The Pareto front of {len(rows)} schedules; prefill FLOPs ({result['cost']['convention']}) and KV cache "
@@ -117,6 +124,9 @@ def markdown(result: Budget) -> str:
 
 def plot_budget(result: Budget, path: Path) -> None:
     """KL (log) and top-1 agreement against prefill FLOPs, one point a schedule, the Pareto front joined and named."""
+    if result["options"].get("tokens"):
+        plot_equal(result, path)
+        return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.6, 7.4), layout="constrained")

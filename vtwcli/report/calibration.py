@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vtwcli.io import files
 from vtwcli.io.outputs import Outputs
 from vtwcli.report import candidates
+from vtwcli.report.guarantee import promise_words, rule_words
 from vtwcli.report.plots import BLUE, GREEN, GREY, ORANGE, new_figure, save_figure
 from vtwcli.report.tables import terminal_table
 from vtwcli.results.calibration import Calibration, VtwCalibration, is_searched
@@ -36,7 +37,7 @@ def write_calibration(result: Calibration, outputs: Outputs) -> None:
 def calibration_view(result: Calibration) -> Group:
     """The terminal view of a calibration: the curve as bars, the chosen K and what it saves."""
     if is_searched(result):
-        return candidates.visipruner_view(result)
+        return candidates.searched_view(result)
     from rich.console import Group
     from rich.text import Text
 
@@ -58,14 +59,13 @@ def calibration_view(result: Calibration) -> Group:
 def calibration_sentence(result: Calibration) -> str:
     """One line: the chosen K and what it saves, or that no layer qualifies."""
     if is_searched(result):
-        return candidates.visipruner_sentence(result)
+        return candidates.searched_sentence(result)
     k, layers = result["withdrawal_layer"], result["num_layers"]
-    rule = f"policy {result['policy']}, eta {result['eta']:g}, {result['positions']} positions"
+    rule, promise = rule_words(result), promise_words(result)
     if k is None:
         best = result["compromise"]
-        return (
-            f"No layer qualifies ({rule}). Best compromise: layer {best['layer']}, mean KL {best['kl']:.2e}."
-        )
+        closest = f"Best compromise: layer {best['layer']}, mean KL {best['kl']:.2e}."
+        return f"No layer qualifies ({rule}).{promise} {closest}"
     cost = result["cost"]
     interval = result["interval"]
     spread = f", 95 % interval {interval[0]}..{interval[1]}" if interval else ""
@@ -73,7 +73,7 @@ def calibration_sentence(result: Calibration) -> str:
     return (
         f"K = {k} of {layers} layers ({rule}{spread}): prefill FLOPs {ratio:.1%} of full "
         f"({cost['convention']}, {cost['visual_tokens']:.0f} visual + {cost['text_tokens']:.0f} text tokens), "
-        f"KV cache {cost['kv_ratio']:.1%}."
+        f"KV cache {cost['kv_ratio']:.1%}.{promise}"
     )
 
 
@@ -111,7 +111,7 @@ def plot_calibration(result: Calibration, path: Path) -> None:
     The format follows the suffix of ``path`` (png, svg, pdf).
     """
     if is_searched(result):
-        candidates.plot_visipruner(result, path)
+        candidates.plot_searched(result, path)
         return
     import numpy as np
 
@@ -146,6 +146,8 @@ def plot_calibration(result: Calibration, path: Path) -> None:
         label = f"K = {k}"
         if result["interval"]:
             label += f" (95 %: {result['interval'][0]}..{result['interval'][1]})"
+        if promised := result.get("guarantee"):
+            label += f" (risk {promised['risk']:g} with {100 * promised['confidence']:g} % confidence)"
         axis.axvline(k, color=GREEN, lw=1.6, label=label)
     axis.set_yscale("log")
     axis.set_ylim(bottom=floor)

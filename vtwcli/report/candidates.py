@@ -1,33 +1,29 @@
-"""Views of VisiPruner's calibration: terminal table, sentence and plot; reads result documents, computes nothing."""
+"""Views of a calibration by candidates: terminal table, sentence and plot; reads result documents, computes nothing."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from vtwcli.methods import METHODS
 from vtwcli.report.budget import COLUMNS, cells, flops
+from vtwcli.report.guarantee import promise_words, rule_words
 from vtwcli.report.plots import BLUE, GREEN, ORANGE, save_figure
 from vtwcli.report.tables import terminal_table
-from vtwcli.results.calibration import SearchedCalibration
+from vtwcli.results.calibration import SearchedCalibration, SearchedRow
 
 if TYPE_CHECKING:
     from rich.console import Group
 
 
-def visipruner_view(result: SearchedCalibration) -> Group:
-    """The terminal view of VisiPruner's calibration: the boundary's curve, the front's candidates, the choice."""
+def searched_view(result: SearchedCalibration) -> Group:
+    """The terminal view: of VisiPruner the boundary's curve, the front's candidates, the choice."""
     from rich.console import Group
     from rich.text import Text
 
-    boundary, rows, styles = result["boundary"], [], []
-    for layer, value in enumerate(boundary["kl"]):
-        worst = max(one[layer] for one in boundary["tasks"].values())
-        mark = "<- boundary: too much" if layer == boundary["layer"] else ""
-        rows.append([f"0..{layer}", f"{value:.2e}", f"{worst:.2e}", mark])
-        styles.append("dim" if layer > boundary["layer"] else "")
-    curve = terminal_table(["muted layers", "mean KL (nats)", "worst task", ""], rows, [""], styles)
-    shown = [row for row in result["candidates"] if row["pareto"] or row["name"] == result["chosen"]]
+    curve = [_curve(result), Text("")] if "boundary" in result else []
     rows, styles = [], []
+    shown = [row for row in result["candidates"] if row["pareto"] or row["name"] == result["chosen"]]
     for row in sorted(shown, key=lambda row: (flops(result, row), row["kl"])):
         chosen = row["name"] == result["chosen"]
         mark = "<- chosen" if chosen else "accepted" if row["accepted"] else ""
@@ -35,36 +31,86 @@ def visipruner_view(result: SearchedCalibration) -> Group:
         styles.append("bold green" if chosen else "")
     table = terminal_table(["candidate", *COLUMNS, ""], rows, ["candidate", ""], styles)
     count = len(result["candidates"])
-    front = Text(f"The Pareto front of {count} candidates (S boundary, cos and t thresholds):")
-    return Group(curve, Text(""), front, table, Text(""), Text(visipruner_sentence(result)))
+    legend = " (S boundary, cos and t thresholds)" if "boundary" in result else ""
+    front = Text(f"The Pareto front of {count} candidates{legend}:")
+    return Group(*curve, front, table, Text(""), Text(searched_sentence(result)))
 
 
-def visipruner_sentence(result: SearchedCalibration) -> str:
+def _curve(result: SearchedCalibration) -> Any:
+    boundary, rows, styles = result["boundary"], [], []
+    for layer, value in enumerate(boundary["kl"]):
+        worst = max(one[layer] for one in boundary["tasks"].values())
+        mark = "<- boundary: too much" if layer == boundary["layer"] else ""
+        rows.append([f"0..{layer}", f"{value:.2e}", f"{worst:.2e}", mark])
+        styles.append("dim" if layer > boundary["layer"] else "")
+    return terminal_table(["muted layers", "mean KL (nats)", "worst task", ""], rows, [""], styles)
+
+
+def searched_sentence(result: SearchedCalibration) -> str:
     """One line: the chosen parameters and what they save, or that no candidate qualifies."""
-    rule = f"policy {result['policy']}, eta {result['eta']:g}, {result['positions']} positions"
+    rule, promise = rule_words(result), promise_words(result)
     wanted = result["chosen"] or result["compromise"]
     row = next(row for row in result["candidates"] if row["name"] == wanted)
     closeness = f"mean KL {row['kl']:.2e}, worst task {row['worst_kl']:.2e}"
     if result["chosen"] is None:
-        return f"No candidate qualifies ({rule}). Closest: {wanted}, {closeness}."
+        return f"No candidate qualifies ({rule}).{promise} Closest: {wanted}, {closeness}."
     cost = result["cost"]
+    if "boundary" in result:
+        found = (
+            f"shallow boundary {result['shallow_mid_layer']}, layer threshold {result['layer_threshold']:g}, "
+            f"tokens threshold {result['tokens_threshold']:g}"
+        )
+    else:
+        found = ", ".join(f"{name} {_said(value)}" for name, value in result["parameters"].items())
     return (
-        f"VisiPruner with shallow boundary {result['shallow_mid_layer']}, layer threshold "
-        f"{result['layer_threshold']:g}, tokens threshold {result['tokens_threshold']:g} ({rule}): {closeness}; "
+        f"{METHODS[result['method']].title} with {found} ({rule}): {closeness}; "
         f"prefill FLOPs {flops(result, row):.1%} of full ({cost['convention']}, {cost['visual_tokens']:.0f} visual + "
-        f"{cost['text_tokens']:.0f} text tokens), KV cache {row['kv_ratio']:.1%}."
+        f"{cost['text_tokens']:.0f} text tokens), KV cache {row['kv_ratio']:.1%}.{promise}"
     )
 
 
-def plot_visipruner(result: SearchedCalibration, path: Path) -> None:
-    """Left the KL of muting layers 0..d with the boundary; right every candidate's KL against its FLOPs."""
-    import numpy as np
+def _said(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ",".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
+def plot_searched(result: SearchedCalibration, path: Path) -> None:
+    """Every candidate's KL against its FLOPs; left of it, of VisiPruner the KL of muting layers 0..d with the
+    boundary, of ShortV that of freezing each layer."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    boundary, eta = result["boundary"], result["eta"]
+    findings, eta = result.get("findings", {}), result["eta"]
+    two = "boundary" in result or "contribution" in findings
+    figure = Figure(figsize=(10 if two else 5.6, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2 if two else 1, squeeze=False)[0]
     floor = min(eta / 100, 1e-5)  # of what a logarithmic axis can show
+    if "boundary" in result:
+        _plot_boundary(result, axes[0], floor)
+    elif two:
+        layers = range(len(findings["contribution"]))
+        axes[0].bar(
+            layers, [max(one, floor) for one in findings["contribution"]], color=BLUE, label="mean KL"
+        )
+        axes[0].set_xlabel("visual tokens not updated in layer")
+        axes[0].set_title("contribution of layers", fontsize=10, loc="left")
+    _plot_candidates(result, axes[-1], floor)
+    for axis in axes:
+        axis.axhline(eta, color=ORANGE, ls="--", lw=1.2, label=f"eta = {eta:g}" if axis is axes[0] else None)
+        axis.set_yscale("log")
+        axis.set_ylabel("KL(pruned ‖ full), nats")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#DDDDDD", lw=0.5)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=8)
+    title = f"{result['model']['name']}: {METHODS[result['method']].title}'s calibration"
+    figure.suptitle(title, fontsize=11, x=0.02, ha="left")
+    save_figure(figure, path)
+
+
+def _plot_boundary(result: SearchedCalibration, left: Any, floor: float) -> None:
+    import numpy as np
+
+    boundary = result["boundary"]
     layers = np.arange(len(boundary["kl"]))
     if len(boundary["tasks"]) > 1:
         for number, curve in enumerate(boundary["tasks"].values()):
@@ -75,13 +121,19 @@ def plot_visipruner(result: SearchedCalibration, path: Path) -> None:
     left.set_xlabel("text does not read vision in layers 0..d")
     left.xaxis.get_major_locator().set_params(integer=True)
     left.set_title("shallow boundary", fontsize=10, loc="left")
+
+
+def _plot_candidates(result: SearchedCalibration, right: Any, floor: float) -> None:
     rows = result["candidates"]
-    for shallow, marker in zip(
-        sorted({row["parameters"]["shallow_mid_layer"] for row in rows}), "osD", strict=False
-    ):
-        mine = [row for row in rows if row["parameters"]["shallow_mid_layer"] == shallow]
+    groups: dict[str, list[SearchedRow]] = {}
+    for row in rows:
+        shallow = row["parameters"].get("shallow_mid_layer")
+        groups.setdefault("candidates" if shallow is None else f"boundary {shallow}", []).append(row)
+    order = sorted(groups, key=lambda name: groups[name][0]["parameters"].get("shallow_mid_layer", 0))
+    for name, marker in zip(order, "osD", strict=False):
+        mine = groups[name]
         points = [100 * flops(result, row) for row in mine], [max(row["kl"], floor) for row in mine]
-        right.plot(*points, marker, color=ORANGE, ms=5, ls="", alpha=0.7, label=f"boundary {shallow}")
+        right.plot(*points, marker, color=ORANGE, ms=5, ls="", alpha=0.7, label=name)
     front = [next(row for row in rows if row["name"] == name) for name in result["pareto"]]
     points = [100 * flops(result, row) for row in front], [max(row["kl"], floor) for row in front]
     right.plot(*points, color="black", lw=1, alpha=0.6, zorder=0, label="Pareto front")
@@ -91,12 +143,3 @@ def plot_visipruner(result: SearchedCalibration, path: Path) -> None:
         right.plot(*at, "o", mfc="none", mec=GREEN, mew=2, ms=12, ls="", label=f"chosen: {row['name']}")
     right.set_xlabel(f"prefill FLOPs, % of the full model ({result['cost']['convention']})")
     right.set_title("candidates", fontsize=10, loc="left")
-    for axis in (left, right):
-        axis.axhline(eta, color=ORANGE, ls="--", lw=1.2, label=f"eta = {eta:g}" if axis is left else None)
-        axis.set_yscale("log")
-        axis.set_ylabel("KL(pruned ‖ full), nats")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#DDDDDD", lw=0.5)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=8)
-    figure.suptitle(f"{result['model']['name']}: VisiPruner's calibration", fontsize=11, x=0.02, ha="left")
-    save_figure(figure, path)

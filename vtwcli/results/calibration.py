@@ -24,6 +24,7 @@ from vtwcli.results.document import (
     Unchecked,
     has_convention,
 )
+from vtwcli.results.guarantee import Guarantee
 
 FORMAT: Final = "vtw-calibration"
 FORMAT_VERSION: Final = 1
@@ -135,6 +136,8 @@ class VtwCalibration(Origin):
     """In canonical form; None where no layer qualifies."""
     samples: list[CalibratedSample]
     """[S], also those without visual tokens, which do not count."""
+    guarantee: NotRequired[Unchecked[Guarantee]]
+    """Of the policy ``guarantee``."""
     run: NotRequired[Unchecked[SweepRun]]
 
 
@@ -177,6 +180,8 @@ class SearchedCalibration(Origin):
     """As above."""
     tokens_threshold: NotRequired[Unchecked[float | None]]
     """As above."""
+    parameters: NotRequired[Unchecked[dict[str, Any]]]
+    """Of other methods: what was found, each None where no candidate qualifies."""
     chosen: Unchecked[str | None]
     """The name of the candidate that was chosen; None where none qualifies."""
     compromise: Unchecked[str]
@@ -192,6 +197,8 @@ class SearchedCalibration(Origin):
     """Parameters that were not searched."""
     boundary: NotRequired[Unchecked[Boundary]]
     """Of VisiPruner."""
+    findings: NotRequired[Unchecked[dict[str, Any]]]
+    """Of other methods: what the sweep told."""
     candidates: Unchecked[list[SearchedRow]]
     pareto: Unchecked[list[str]]
     """Names of the front, the cheapest first."""
@@ -201,6 +208,8 @@ class SearchedCalibration(Origin):
     """In canonical form; None where no candidate qualifies."""
     samples: list[SearchedSample]
     """[S], also those without visual tokens, which do not count."""
+    guarantee: NotRequired[Unchecked[Guarantee]]
+    """Of the policy ``guarantee``; ``candidates`` then tells what the samples say that ordered them."""
     run: NotRequired[Unchecked[SweepRun]]
 
 

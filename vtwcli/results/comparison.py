@@ -48,6 +48,30 @@ class ComparedRow(TriedRow):
 
     pareto: bool
     """Whether no other is both cheaper and closer to the full model."""
+    tokens: NotRequired[float]
+    """At equal cost: how many visual tokens a layer was to hold on average."""
+    scores: NotRequired[dict[str, float]]
+    """At equal cost: each task's metric of the schedule's own answers."""
+
+
+class FullScore(TypedDict):
+    """A task's metric of the full model's answers."""
+
+    metric: str
+    """Its name."""
+    value: float
+    """Its value."""
+
+
+class LeftOut(TypedDict):
+    """A method that is not there at equal cost."""
+
+    method: str
+    """Its name in ``METHODS``."""
+    tokens: list[float]
+    """At which numbers of tokens."""
+    why: str
+    """The reason."""
 
 
 class TaskCount(TypedDict):
@@ -81,6 +105,10 @@ class Budget(Origin):
     candidates: list[ComparedRow]
     pareto: list[str]
     """Names of the front, the cheapest first."""
+    scores: NotRequired[dict[str, FullScore]]
+    """At equal cost: by task, for those with references."""
+    left_out: NotRequired[list[LeftOut]]
+    """At equal cost: which methods are missing, and why."""
     max_flops: float | None
     """The budget, relative to the full model's FLOPs."""
     best: str | None

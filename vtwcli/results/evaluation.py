@@ -146,9 +146,12 @@ class EvaluatedSchedule(TypedDict):
     worst_difference: float | None
     """Its ``difference``."""
     cost: Annotated[EvaluatedCost, AfterValidator(has_convention)]
+    losses: NotRequired[dict[str, list[float]]]
+    """Share of the answer's tokens whose first choice changes, of each distinct sample with visual tokens, by task;
+    there for the gate ``risk``."""
 
 
-GateName = Literal["max_drop", "max_kl", "min_agreement", "max_flops"]
+GateName = Literal["max_drop", "max_kl", "min_agreement", "max_flops", "risk"]
 
 
 class Gate(TypedDict):
@@ -157,11 +160,15 @@ class Gate(TypedDict):
     schedule: str
     gate: GateName
     task: str | None
-    """The worst one, for ``max_drop``."""
+    """The worst one, for ``max_drop`` and ``risk``."""
     found: float | None
-    """None where nothing was measured."""
+    """None where nothing was measured; of ``risk`` the smallest that the task's samples prove."""
     allowed: float
     passed: bool
+    confidence: NotRequired[float]
+    """Of ``risk``."""
+    samples: NotRequired[Count]
+    """Of ``risk``: distinct ones of the task."""
 
 
 class Time(TypedDict):

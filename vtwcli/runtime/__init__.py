@@ -20,6 +20,7 @@ from vtwcli.runtime.cache import PrunedLayer, entries
 from vtwcli.runtime.contract import PruningError
 from vtwcli.runtime.pruning import Pruning, remove
 from vtwcli.runtime.trace import ActionTrace, LayerTrace, SampleTrace, Trace
+from vtwcli.schedule.rules import in_front
 from vtwcli.schedule.schedule import Keep, Schedule, Withdraw
 
 __all__ = [
@@ -69,6 +70,8 @@ def apply(model: torch.nn.Module, schedule: AnySchedule) -> Pruning:
     schedule.check_depth(depth, layout["first_withdrawal"])
     if family.no_withdraw and any(isinstance(action, Withdraw | Keep) for action in schedule.actions):
         raise PruningError(f"{family.title}: visual tokens cannot leave: {family.no_withdraw}")
+    if family.no_tower and any(in_front(action) for action in schedule.plain()):
+        raise PruningError(f"{family.title}: no scores of the vision tower: {family.no_tower}")
     return pruning.apply(model, schedule.to_dict(), layout)
 
 

@@ -8,7 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from vtwcli.runtime.contract import PruningError, strange
 from vtwcli.runtime.rows import TEXT, Rows, Tensor, compact, take
@@ -23,19 +28,27 @@ class Columns:
         kind: text or visual, [B, T] int8.
         ragged: whether some position is -1.
         visual: whether some kind may be visual.
+        absent: positions of tokens that left in front of the model, so that later ones have lower position ids,
+            [B, M], -1 behind them; None: there are none.
+        gone: indices of tokens whose positions those behind them have taken over, -1: none, [B, G]; or None.
     """
 
     position: Tensor
     kind: Tensor
     ragged: bool = False
     visual: bool = False
+    absent: Tensor | None = None
+    gone: Tensor | None = None
     picked: tuple[Any, Columns] | None = None
 
     def pick(self, rows: Tensor) -> Columns:
         """These rows of the batch; the layers of a cache all ask for the same ones in turn."""
         if self.picked is None or self.picked[0] is not rows:
             index = rows.to(self.position.device)
-            taken = replace(self, position=self.position[index], kind=self.kind[index], picked=None)
+            absent = None if self.absent is None else self.absent[index]
+            gone = None if self.gone is None else self.gone[index]
+            position, kind = self.position[index], self.kind[index]
+            taken = replace(self, position=position, kind=kind, absent=absent, gone=gone, picked=None)
             self.picked = (rows, taken)
         return self.picked[1]
 
@@ -48,7 +61,8 @@ class Columns:
         """The entries ``rows`` [B, T'], in each row of the batch its own."""
         assert rows.index is not None
         position = self.position.gather(1, rows.index).masked_fill(~rows.key, -1)
-        return Columns(position, self.kind.gather(1, rows.index), rows.ragged, self.visual)
+        kind = self.kind.gather(1, rows.index)
+        return Columns(position, kind, rows.ragged, self.visual, self.absent, self.gone)
 
 
 class PrunedLayer(DynamicLayer):
@@ -123,8 +137,8 @@ class PrunedLayer(DynamicLayer):
             memo[key] = (*parts, replace(text, visual=False), visual_columns, self.columns)
         rows, others, columns, other_columns, _ = memo[key]
         self.aside = copy.copy(self)
-        self.aside._hold(others, other_columns)
-        self._hold(rows, columns)
+        self.aside.hold(others, other_columns)
+        self.hold(rows, columns)
 
     def recall(self) -> None:
         """Take back what was set aside; the order of entries does not matter, their positions tell it."""
@@ -141,9 +155,12 @@ class PrunedLayer(DynamicLayer):
             torch.cat([one.kind, two.kind], 1),
             one.ragged or two.ragged,
             one.visual or two.visual,
+            two.absent,
+            two.gone,
         )
 
-    def _hold(self, rows: Rows, columns: Columns) -> None:
+    def hold(self, rows: Rows, columns: Columns) -> None:
+        """Hold these entries only, which are ``columns``."""
         assert self.keys is not None and self.values is not None
         self.keys, self.values = take(self.keys, rows.index, 2), take(self.values, rows.index, 2)
         self.columns = columns
@@ -180,7 +197,7 @@ class PrunedLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
         self.seen, self.aside, self._coming = 0, None, None
-        self.columns = self.columns.slice(slice(0, 0))
+        self.columns = replace(self.columns.slice(slice(0, 0)), absent=None, gone=None)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens seen."""
@@ -198,7 +215,10 @@ class PrunedLayer(DynamicLayer):
         self.seen += tokens_to_remove
         position = self.columns.position.masked_fill(self.columns.position >= self.seen, -1)
         stay = (position >= 0).any(0).nonzero()[:, 0]
-        columns = replace(self.columns, position=position).slice(stay)
+        absent, gone = self.columns.absent, self.columns.gone
+        absent = None if absent is None else absent.masked_fill(absent >= self.seen, -1)
+        gone = None if gone is None else gone.masked_fill(gone >= self.seen, -1)
+        columns = replace(self.columns, position=position, absent=absent, gone=gone).slice(stay)
         self.columns = replace(columns, ragged=bool((columns.position < 0).any()))
         stay = stay.to(self.keys.device)
         self.keys, self.values = self.keys.index_select(2, stay), self.values.index_select(2, stay)
@@ -234,8 +254,11 @@ def entries(cache: Any) -> list[int]:
     ]
 
 
-def cache_layer(cache: Any, index: int) -> DynamicLayer:
-    """The layer of a dynamic cache, created if need be."""
+_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+
+
+def cache_layer(cache: Any, index: int) -> Any:
+    """The layer of a cache, created if need be."""
     layers = getattr(cache, "layers", None)
     if layers is None:
         raise PruningError(f"{type(cache).__name__} is not supported under a schedule; use a DynamicCache")
@@ -243,7 +266,7 @@ def cache_layer(cache: Any, index: int) -> DynamicLayer:
         while len(layers) <= index:
             layers.append(cache.layer_class_to_replicate())
     layer = layers[index]
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, PrunedLayer):
+    if type(layer) not in _LAYERS and not isinstance(layer, PrunedLayer):
         raise PruningError(
             f"a cache with {type(layer).__name__} is not supported under a schedule; use a DynamicCache "
             "(leave cache_implementation unset)"

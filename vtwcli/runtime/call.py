@@ -2,79 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from vtwcli.runtime.cache import Columns
 from vtwcli.runtime.contract import attention_kind, strange
-from vtwcli.runtime.masks import check_mask, flash_mask, gathered, sunk
+from vtwcli.runtime.masks import check_mask, flash_mask, gathered
+from vtwcli.runtime.merge import Recycled, recycled
+from vtwcli.runtime.picture import Front
 from vtwcli.runtime.plan import Plan, PlannedAction
+from vtwcli.runtime.positions import Turned, gone_at, lowering
 from vtwcli.runtime.rows import TEXT, Rows, Split, Tensor, compact, split
-from vtwcli.schedule.words import kept_count
+from vtwcli.runtime.scores import best, drawn, spaced
+from vtwcli.runtime.trimming import trims
+from vtwcli.schedule.words import TOWER, kept_count
+from vtwcli.schedule.words import row as word
 
-
-@dataclass(eq=False)
-class Frozen:
-    """What of a frozen layer does not run.
-
-    Attributes:
-        split: its rows.
-        hidden: their hidden states, [B, S, D].
-        entries: keys and values of those that only have these.
-    """
-
-    split: Split
-    hidden: Tensor
-    entries: tuple[Tensor, Tensor]
-
-
-@dataclass(eq=False)
-class Tap:
-    """Stands where the cache stands in one layer's call: keeps keys and values, may hand out other values.
-
-    Attributes:
-        cache: the model's, or None.
-        call, layer, rows, columns, past: of the forward pass and the layer; ``columns`` None: those of a stock layer.
-        base: mutes whose values the attention itself is given.
-        second: mutes whose values text rows are given in a pass of their own, or None.
-        skips: whether text rows are given text entries only, in a pass of their own.
-        given: the mask that the model made.
-        probes: whether the last row is to be looked at.
-        due: whether the attention's hook still has something to do.
-        frozen: what of a frozen layer does not run, or None.
-    """
-
-    cache: Any
-    call: Call
-    layer: int
-    rows: Rows
-    columns: Columns | None
-    past: int
-    base: list[PlannedAction]
-    second: list[PlannedAction] | None
-    skips: bool
-    given: Tensor | None
-    probes: bool
-    due: bool
-    frozen: Frozen | None = None
-    keys: Tensor | None = None
-    values: Tensor | None = None
-
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As a cache's."""
-        if self.frozen is not None:
-            keys, values = (
-                torch.cat(two, 2) for two in zip(self.frozen.entries, (keys, values), strict=True)
-            )
-        if self.cache is not None:
-            keys, values = self.cache.update(keys, values, *args, **kwargs)
-        self.keys, self.values = keys, values
-        return keys, values if self.columns is None else sunk(values, self.columns, self.base)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["cache"], name)
+NOBODY = torch.iinfo(torch.long).min  # no token's number
 
 
 class Call:
@@ -85,15 +31,21 @@ class Call:
     """
 
     def __init__(
-        self, plan: Plan, visual: Tensor | None, real: Tensor | None, shape: tuple[int, int]
+        self,
+        plan: Plan,
+        visual: Tensor | None,
+        real: Tensor | None,
+        shape: tuple[int, int],
+        places: Tensor | None = None,
     ) -> None:
         """
         Args:
             visual: which tokens are visual, [B, S]; None if none is.
             real: which tokens are not padding, [B, S]; None if all are.
             shape: (B, S).
+            places: of visual tokens, where the plan looks around, [B, S, 3].
         """
-        self.plan, self.visual, self.real, self.shape = plan, visual, real, shape
+        self.plan, self.visual, self.real, self.shape, self.places = plan, visual, real, shape, places
         self.memo: dict[Any, Any] = {}
         self.at: dict[int, Rows] = {}
         self.present_at: list[Tensor] = []
@@ -101,11 +53,22 @@ class Call:
         self.fired: list[Tensor] = []
         self.kept: dict[int, Tensor] = {}
         self.probe: dict[str, Tensor] | None = None
-        self.tap: Tap | None = None
+        self.scores: dict[int, Tensor] = {}
+        self.entered: Tensor | None = None  # rows at the entry of the layer before, where they are compared
+        self.sizes: Tensor | None = None
+        self.raters: Tensor | None = None
+        self.incoming: Tensor | None = None  # rows at a layer's entry, where some are merged
+        self.gone: Tensor | None = None
+        self.angles: list[Turned] = []
+        # of all entries by position, for what leaves during the answer
+        self.entry_numbers: dict[str, Tensor] = {}
+        self.left: Tensor | None = None
+        self.tap: Any = None  # a ``Tap``, which knows this class
         self.past = 0
         self.cache: Any = None
-        self.entered = 0  # how many layers have been
+        self.begun = 0  # how many layers have been
         self.over = False
+        self.front: Front | None = None  # what was chosen before the first layer
         if visual is None:
             return
         device = visual.device
@@ -118,6 +81,8 @@ class Call:
         last = (real * (place + 1)).argmax(1)
         self.last = torch.where(real.any(1), last, torch.full_like(last, length - 1))
         self.ordinal = visual.cumsum(1) - 1
+        self.token = self.ordinal.clone()  # a visual token's number; merged ones have -1, -2, ...
+        self.merged = torch.zeros(batch, dtype=torch.long, device=device)
         self.number = visual.sum(1)
         half = visual & (self.ordinal < (self.number // 2)[:, None])
         self.kind = visual.to(torch.int8) + half.to(torch.int8)
@@ -157,10 +122,10 @@ class Call:
             PruningError: a layer or its attention was passed by, or a cache does not hold what the schedule says.
         """
         self._check_tap()
-        if self.entered != self.plan.depth:
-            raise strange(f"the model called {self.entered} of its {self.plan.depth} layers")
+        if self.begun != self.plan.depth:
+            raise strange(f"the model called {self.begun} of its {self.plan.depth} layers")
         self._check_cache()
-        self.tap, self.cache, self.over = None, None, True
+        self.tap, self.cache, self.entered, self.over = None, None, None, True
         self.memo.clear()
         return self.at.get(self.plan.depth - 1)
 
@@ -168,9 +133,9 @@ class Call:
         """A layer begins: the ones before it must have run, and handed on the rows that they were given."""
         if self.over:
             return  # run again, by gradient checkpointing
-        if layer != self.entered:
-            raise strange(f"layer {layer} runs where layer {self.entered} was to run")
-        self.entered += 1
+        if layer != self.begun:
+            raise strange(f"layer {layer} runs where layer {self.begun} was to run")
+        self.begun += 1
         self.check_rows(layer - 1, hidden)
 
     def check_rows(self, layer: int, hidden: Any) -> None:
@@ -203,10 +168,12 @@ class Call:
 
     def probes(self, layer: int) -> bool:
         """Whether the last row's attention in ``layer`` decides something."""
+        if self.visual is None:
+            return bool(trims(self, layer + 1))
         if not self.plan.may_probe(layer):
             return False
         return any(
-            (a.at == layer + 1 and a.measured)
+            (a.at == layer + 1 and a.before)
             or (a.at is None and layer > a.after and bool((self.stage == number).any()))
             for number, a in enumerate(self.plan.leaving)
         )
@@ -231,7 +198,7 @@ class Call:
     def _decide(self, layer: int, before: Rows) -> Rows:
         """Let start what starts in ``layer``: ``stage`` counts the actions each sample has behind it."""
         assert self.visual is not None
-        stage, left = self.stage, False
+        stage, left, moved = self.stage, False, None
         for number, action in enumerate(self.plan.leaving):
             if action.at is None:
                 if self.probe is None or layer - 1 <= action.after:
@@ -245,22 +212,51 @@ class Call:
                 continue
             stays = self.present & ~self.visual
             if action.action == "keep":
-                chosen = self._select(action)
+                chosen = self._select(number, action)
+                names = torch.where(chosen & starts[:, None], self.token, NOBODY)
+                self.kept[number] = torch.where(starts[:, None], names, self.kept.get(number, names))
+                if action.rest:
+                    moved = self._recycle(number, action, before, chosen)
+                    chosen = moved.present
                 stays = stays | chosen
-                before_now = self.kept.get(number, torch.zeros_like(chosen))
-                self.kept[number] = torch.where(starts[:, None], chosen, before_now)
             self.present = torch.where(starts[:, None], stays, self.present)
+            if action.positions == "compact":
+                gone, missing = self.gone, self.visual & ~self.present
+                if self.front is not None and self.front.absent is not None:
+                    missing &= self.front.stays  # whose positions are those of the shorter prompt already
+                gone = torch.zeros_like(missing) if gone is None else gone
+                self.gone = torch.where(starts[:, None], missing, gone)
             self.stage = torch.where(starts, number + 1, self.stage)
             self.count = self.count.masked_fill(starts, 0)
             self.fired[number] = self.fired[number].masked_fill(starts, layer)
             left = True
-        return compact(self.present | self.is_last, self.present) if left else before
+        if not left:
+            return before
+        return replace(compact(self.present | self.is_last, self.present), gone=self.gone, moved=moved)
+
+    def _recycle(self, number: int, action: PlannedAction, before: Rows, chosen: Tensor) -> Recycled:
+        """Merge some of the tokens that are not ``chosen``; tokens are named anew by their slots."""
+        assert self.visual is not None and self.incoming is not None
+        place = torch.zeros(self.shape, dtype=torch.long, device=self.visual.device)
+        index = self.index(before, place.device)
+        place.scatter_(1, index, torch.arange(index.shape[1], device=place.device).expand_as(index))
+        there, score = self.present & self.visual, self._measured(number, action)
+        said = {"rest": action.rest}
+        found = recycled(said, there, chosen, self.is_last, score, self.incoming, place)
+        named = torch.where(
+            found.made >= 0, -1 - self.merged[:, None] - found.made, self.token.gather(1, found.origin)
+        )
+        self.token, self.merged = named, self.merged + (found.made >= 0).sum(1)
+        return found
 
     def _condition(self, action: PlannedAction, awaited: Tensor) -> Tensor:
         """Rows [B] at which an ``auto`` action starts, given the layer before."""
         assert self.probe is not None and self.visual is not None
         there, cosine = self.present & self.visual, self.probe["cosine"]
-        if "cosine_below" in action.when:
+        if "attention_below" in action.when:
+            mass = self.probe["attention"].masked_fill(~there, 0).sum(1)
+            holds = (mass < action.when["attention_below"]) & there.any(1)
+        elif "cosine_below" in action.when:
             holds = ((cosine < action.when["cosine_below"]) & there).any(1)
         else:
             holds = ((cosine >= action.when["cosine_above"]) | ~there).all(1) & there.any(1)
@@ -268,52 +264,46 @@ class Call:
         self.count = torch.where(awaited, torch.where(holds, self.count + 1, without), self.count)
         return awaited & (self.count >= action.when.get("layers", 1))
 
-    def _select(self, action: PlannedAction) -> Tensor:
+    def _select(self, number: int, action: PlannedAction) -> Tensor:
         """The visual tokens [B, S] that ``keep`` keeps among those present."""
         assert self.visual is not None
         there, select = self.present & self.visual, action.select
-        number = there.sum(1)
+        total = there.sum(1)
+        if word("score", select["score"]).needs == TOWER:
+            assert self.front is not None
+            return there & self.front.stays
         if select.get("above") is not None:
-            return there & (self._measured(select["score"]) > select["above"])
-        wanted = torch.tensor([kept_count(select, n) for n in number.tolist()], device=number.device)
+            return there & (self._measured(number, action) > select["above"])
+        counts = zip(total.tolist(), self.number.tolist(), strict=True)
+        wanted = torch.tensor([kept_count(select, *two) for two in counts], device=total.device)
         if select["score"] == "uniform":
-            # of n tokens the ceil(i n / m)-th for i = 0..m-1: those with (j m) mod n < m
-            ordinal = there.cumsum(1) - 1
-            return there & ((ordinal * wanted[:, None]) % number.clamp(min=1)[:, None] < wanted[:, None])
+            return spaced(there, wanted)
         if select["score"] == "random":
-            score = self._random(select.get("seed", 0))
-        else:
-            score = self._measured(select["score"])
-        score = score.masked_fill(~there, -torch.inf)
-        order = score.argsort(dim=1, descending=True, stable=True)
-        rank = order.argsort(dim=1)
-        return there & (rank < wanted[:, None])
+            return best(drawn(self.visual, select.get("seed", 0)), there, wanted)
+        return best(self._measured(number, action), there, wanted)
 
-    def _measured(self, name: str) -> Tensor:
-        """A score [B, S] that the layer before gave."""
+    def _measured(self, number: int, action: PlannedAction) -> Tensor:
+        """An action's score [B, S], as a layer gave it."""
+        if number in self.scores:
+            return self.scores[number]
+        name = action.select["score"]
         if self.probe is None:
             raise strange(f"the attention of this model gave no {name}")
         return self.probe[name]
-
-    def _random(self, seed: int) -> Tensor:
-        """Scores [B, S] that depend on the seed and the number of a sample's visual tokens only."""
-        assert self.visual is not None
-        score = torch.zeros(self.shape, device=self.visual.device)
-        for row, number in enumerate(self.number.tolist()):
-            draw = torch.rand(number, generator=torch.Generator().manual_seed(seed))
-            score[row, self.visual[row]] = draw.to(score.device)
-        return score
 
     # ------------------------------------------------------------------ what a layer is given
 
     def slots(self, before: Rows, now: Rows) -> Tensor | None:
         """Where the rows of ``now`` lie among those of ``before``, [B, T]."""
-        if before.index is None or now.index is None:
-            return now.index
-        place = torch.zeros(self.shape, dtype=torch.long, device=now.index.device)
-        arange = torch.arange(before.index.shape[1], device=now.index.device).expand_as(before.index)
+        wanted = now.index
+        if now.moved is not None and wanted is not None:
+            wanted = now.moved.origin.to(wanted.device).gather(1, wanted)
+        if before.index is None or wanted is None:
+            return wanted
+        place = torch.zeros(self.shape, dtype=torch.long, device=wanted.device)
+        arange = torch.arange(before.index.shape[1], device=wanted.device).expand_as(before.index)
         place.scatter_(1, before.index, arange)
-        return place.gather(1, now.index)
+        return place.gather(1, wanted)
 
     def columns(self, old: Columns | None, rows: Rows, past: int, device: torch.device) -> Columns:
         """The entries of a cache layer once ``rows`` are added to the ``old`` ones."""
@@ -325,12 +315,27 @@ class Call:
             position = (index + past).masked_fill(~rows.key.to(device), -1)
             kind = self.kinds(rows, device)
             ragged, visual = rows.ragged, self.visual is not None
+            absent = None if self.front is None else self.front.absent
+            if absent is not None:
+                absent = (absent + past).masked_fill(absent < 0, -1).to(device)
             if old is not None:
                 position = torch.cat([old.position, position], 1)
                 kind = torch.cat([old.kind, kind], 1)
                 ragged, visual = ragged or old.ragged, visual or old.visual
+                parts = [x for x in (old.absent, absent) if x is not None]
+                absent = torch.cat(parts, 1) if parts else None
+            gone = None if old is None else old.gone
+            if rows.gone is not None:
+                gone = gone_at(rows.gone.to(device), past, gone)
             # the memo holds what its keys are the ids of, so that no other object gets them
-            self.memo[key] = Columns(position, kind, ragged, visual), old, rows
+            self.memo[key] = Columns(position, kind, ragged, visual, absent, gone), old, rows
+        return self.memo[key][0]
+
+    def lowering(self, rows: Rows, old: Tensor | None) -> Tensor | None:
+        """By how much positions are lower where ``rows`` run, [B, S or 1]; see ``positions.lowering``."""
+        key = ("lowering", id(rows), id(old))
+        if key not in self.memo:
+            self.memo[key] = lowering(rows.gone, old), rows, old
         return self.memo[key][0]
 
     def mask(
@@ -368,8 +373,18 @@ class Call:
                 like, index = hidden.new_empty(0, dtype=dtype), self.index(rows, hidden.device)
                 reader = self.kinds(rows, hidden.device)
                 length = self.shape[1]
-                mask = gathered(given, rows, index, reader, columns, past, length, muted, like)
+                around = self.places
+                mask = gathered(given, rows, index, reader, columns, past, length, muted, like, around)
             self.memo[key] = mask, given, rows, columns
+        return self.memo[key][0]
+
+    def of_chunk(self, given: Any) -> Any:
+        """What a model's mask says of a first chunk; a static cache has columns for what comes later too."""
+        if not isinstance(given, torch.Tensor):
+            return given
+        key = ("of chunk", id(given))
+        if key not in self.memo:
+            self.memo[key] = given[..., : self.shape[1]], given
         return self.memo[key][0]
 
     def index(self, rows: Rows, device: torch.device) -> Tensor:
@@ -380,6 +395,8 @@ class Call:
 
     def last_row(self, rows: Rows) -> Tensor:
         """Where the last token of each sample has its row, [B]."""
+        if self.visual is None:
+            return torch.full(self.shape[:1], self.shape[1] - 1)
         if rows.index is None:
             return self.last
         return torch.full_like(self.last, rows.index.shape[1] - 1)

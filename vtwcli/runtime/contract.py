@@ -13,7 +13,18 @@ TESTED = ("4.57.6", "5.0.0", "5.10.4", "5.20.0", "5.23.0", "5.24.0")
 """Releases of transformers that the runtime was tested with."""
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")  # newest first
+CALL = "pruning_call"  # carries the state of one forward pass from the text model to its layers
 POSITIONS = "position_embeddings"  # what the names of rotary embeddings begin with
+_VISION_INPUTS = (
+    "pixel_values",
+    "high_res_pixel_values",
+    "image_patches",
+    "image_hidden_states",
+    "image_features",
+    "image_embeds",
+    "video_embeds",
+    "mm_encoder_outputs",
+)
 # what layers are given that has, or may have, a row for each token, and is understood or does not matter
 _PER_TOKEN = ("hidden_states", "position_ids", "attention_mask", "cache_position", *CACHE_NAMES)
 
@@ -85,3 +96,15 @@ def attention_kind(attention: Any) -> str:
     if "flex" in kind or "paged" in kind:
         raise PruningError(f"{kind} is not supported under a schedule; use sdpa, eager or flash attention")
     return kind
+
+
+def brings_vision(given: Mapping[str, Any]) -> bool:
+    """Whether the arguments of a call bring vision inputs."""
+    return any(name.startswith(_VISION_INPUTS) and is_given(value) for name, value in given.items())
+
+
+def is_given(value: Any) -> bool:
+    """Whether an input was given; a mapping, whether any of its values was."""
+    if isinstance(value, Mapping):
+        return any(v is not None for v in value.values())
+    return value is not None

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from vtwcli.runtime.attention import not_compiled
-from vtwcli.runtime.call import Frozen, Tap
-from vtwcli.runtime.contract import given_cache, strange
+from vtwcli.runtime.asking import not_compiled
+from vtwcli.runtime.contract import strange
 from vtwcli.runtime.rows import TEXT, Split, Tensor, take, take_positions
+from vtwcli.runtime.tap import Frozen, Tap, tap_of
 
 
 class Enough(Exception):
@@ -110,11 +110,15 @@ def without_query(layer: Any) -> Any:
     return layer
 
 
-@not_compiled
 def leave_layer(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Put the rows that ran among those of a frozen layer that did not, or back where all of them ran."""
-    tap = given_cache(kwargs)
-    if not isinstance(tap, Tap) or tap.call.visual is None or not tap.call.plan.frozen(tap.layer):
+    tap = tap_of(kwargs)
+    return output if tap is None else _leave_layer(args, kwargs, output, tap)
+
+
+@not_compiled
+def _leave_layer(args: tuple, kwargs: dict[str, Any], output: Any, tap: Tap) -> Any:
+    if tap.call.visual is None or not tap.call.plan.frozen(tap.layer):
         return output
     before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     after = output[0] if isinstance(output, tuple) else output

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from vtwcli.runtime.cache import Columns
 from vtwcli.runtime.contract import PruningError, attention_kind, strange
+from vtwcli.runtime.places import near
 from vtwcli.runtime.plan import PlannedAction
 from vtwcli.runtime.rows import FIRST_HALF, TEXT, Rows, Tensor
 
 
-def _muted_pairs(muted: list[PlannedAction], reader: Tensor, kind: Tensor) -> Tensor:
-    """Which columns [B, T] of ``kind`` are muted for which rows [B, Q] of kind ``reader``: [B, Q, T]."""
+def _muted_pairs(
+    muted: list[PlannedAction], reader: Tensor, kind: Tensor, places: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Which columns [B, T] of ``kind`` are muted for which rows [B, Q] of kind ``reader``, and which are read although
+    they come later: [B, Q, T] each; ``places`` are those of rows and columns."""
     pairs = torch.zeros(*reader.shape, kind.shape[1], dtype=torch.bool, device=kind.device)
+    opened = torch.zeros_like(pairs)
     for action in muted:
-        pairs |= concerned_rows(action, reader)[:, :, None] & muted_columns(action, kind)[:, None, :]
-    return pairs
+        both = concerned_rows(action, reader)[:, :, None] & muted_columns(action, kind)[:, None, :]
+        if action.columns == "beyond" and places is not None:
+            around = near(*places, action.steps)
+            opened |= both & around & action.both_ways
+            both &= ~around
+        pairs |= both
+    return pairs, opened & ~pairs
 
 
 def concerned_rows(action: PlannedAction, kind: Tensor) -> Tensor:
@@ -30,7 +41,7 @@ def concerned_rows(action: PlannedAction, kind: Tensor) -> Tensor:
 
 def muted_columns(action: PlannedAction, kind: Tensor) -> Tensor:
     """Which columns of ``kind`` an action mutes."""
-    return kind != TEXT if action.columns == "all" else kind == FIRST_HALF
+    return kind == FIRST_HALF if action.columns == "first_half" else kind != TEXT
 
 
 def sunk(values: Tensor, columns: Columns, sinks: list[PlannedAction]) -> Tensor:
@@ -81,11 +92,10 @@ def check_mask(given: Any, shape: tuple[int, int], past: int, real: Tensor | Non
     windows = (getattr(x, "sliding_window", None) for x in (attention, getattr(attention, "config", None)))
     window = next((w for w in windows if isinstance(w, int)), None)
     widths = (total, min(total, window - 1 + length)) if window else (total,)
-    static = given.ndim == 4 and size[-1] > total
     if given.ndim != 4 or size[0] not in (1, batch) or size[2] != length or size[3] not in widths:
         raise PruningError(
             f"a mask of shape {size} for {length} tokens behind {past} is not supported under a schedule; "
-            + ("give no static cache" if static else "give [B, S], or [B, 1, S, T] of all T tokens")
+            "give [B, S], or [B, 1, S, T] of all T tokens"
         )
     if given.dtype != torch.bool and not given.is_floating_point():
         raise strange(f"the layers get an attention_mask of {given.dtype}, neither boolean nor additive")
@@ -113,6 +123,7 @@ def gathered(
     length: int,
     muted: list[PlannedAction],
     like: Tensor,
+    places: Tensor | None = None,
 ) -> Tensor | None:
     """The mask [B, 1 or H, Q, T] for ``rows`` reading ``columns``, out of the one the model made; None: causal.
 
@@ -124,6 +135,7 @@ def gathered(
         length: of the chunk.
         muted: actions that act before the softmax.
         like: of the device and dtype wanted; boolean or additive.
+        places: of the chunk's tokens, where actions look around, [B, S, 3].
     """
     device = like.device
     tall, wide = rows.query.shape[1], columns.position.shape[1]
@@ -134,8 +146,17 @@ def gathered(
     query = rows.query.to(device)[:, None, :, None]
     bias: Tensor | None = None
     allowed = (position >= 0)[:, None, None, :].expand(batch, 1, tall, wide)
+    opened = None
     if muted:
-        allowed = allowed & ~_muted_pairs(muted, reader, columns.kind.to(device))[:, None]
+        two = None
+        if places is not None:
+            at, here = (position - past).clamp(min=0), places.to(device)
+            ours = here.gather(1, at[:, :, None].expand(-1, -1, 3)).masked_fill(
+                (position < past)[:, :, None], -1
+            )
+            two = here.gather(1, index[:, :, None].expand(-1, -1, 3)), ours
+        closed, opened = _muted_pairs(muted, reader, columns.kind.to(device), two)
+        allowed = allowed & ~closed[:, None]
     if given is None:
         allowed = allowed & (position[:, None, None, :] <= (index + past)[:, None, :, None])
     else:
@@ -150,6 +171,8 @@ def gathered(
         else:
             read = taken.bool()
         allowed = allowed & (place >= 0)[:, None, None, :] & read
+    if opened is not None:
+        allowed = allowed | opened[:, None]
     allowed = allowed | ~query  # nobody reads a filler, so it may read anything
     if muted or rows.lonely:  # a row with nothing left to read reads itself
         itself = torch.eye(tall, wide, dtype=torch.bool, device=device).roll(wide - tall, dims=1)
@@ -159,6 +182,30 @@ def gathered(
     lowest = torch.finfo(like.dtype).min
     mask = torch.zeros_like(allowed, dtype=like.dtype) if bias is None else bias.to(like.dtype)
     return mask.masked_fill(~allowed, lowest)
+
+
+def rows_mask(
+    given: Tensor | None, rows: Rows, columns: Columns, past: int, length: int, like: Tensor
+) -> Tensor:
+    """What is added to the scores of some ``rows`` reading ``columns``, [B, 1 or H, Q, T], without any mute.
+
+    Args:
+        given: the model's mask; one of two dimensions is flash attention's.
+        past: tokens seen before the chunk.
+        length: of the chunk.
+        like: of the device and floating type wanted.
+    """
+    index, flat = rows.index, given is not None and given.ndim == 2
+    assert index is not None
+    full, like = None if flat else given, like.new_empty(0)
+    mask = gathered(full, rows, index, torch.zeros_like(index), columns, past, length, [], like)
+    assert mask is not None
+    if flat:
+        assert given is not None
+        place = columns.position.to(like.device) - (past + length - given.shape[1])
+        read = given.to(like.device).gather(1, place.clamp(min=0)).bool() & (place >= 0)
+        mask = mask.masked_fill(~read[:, None, None, :], torch.finfo(mask.dtype).min)
+    return mask
 
 
 def flash_mask(
@@ -187,11 +234,20 @@ def split_sinks(sinks: list[PlannedAction]) -> tuple[list[PlannedAction], list[P
     return [a for a in sinks if a.readers != "visual"], [a for a in sinks if a.readers != "text"]
 
 
-def not_padding(mask: Any, ids: Tensor) -> Tensor | None:
-    """Which tokens of the chunk are real [B, S], from a 2-D mask or, in a 4-D one, from somebody reading them."""
+def not_padding(mask: Any, ids: Tensor, first: bool = False) -> Tensor | None:
+    """Which tokens of the chunk are real [B, S], from a 2-D mask or, in a 4-D one, from somebody reading them.
+
+    Args:
+        mask: or several by kind of layer.
+        ids: of the chunk.
+        first: whether the chunk's columns are the mask's first, as in a static cache; else its last.
+    """
+    if isinstance(mask, Mapping):
+        mask = next((one for one in mask.values() if one is not None), None)
     if not isinstance(mask, torch.Tensor):
         return None
     if mask.ndim == 4:
         read = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
         mask = read.any(2).any(1)
-    return mask[:, -ids.shape[1] :].bool().to(ids.device).expand(ids.shape)
+    mask = mask[:, : ids.shape[1]] if first else mask[:, -ids.shape[1] :]
+    return mask.bool().to(ids.device).expand(ids.shape)

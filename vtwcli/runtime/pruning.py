@@ -19,6 +19,9 @@ to nothing in prefill, where text's reading of vision is a small part; under ``r
 touch the muted entries. ``freeze`` saves all of its visual rows but their keys and values; with flash attention,
 whose causal alignment needs a row for each entry, nothing: rows are computed and put back.
 
+Static caches. Prompts run eagerly; the steps behind them are the same for all values, so that torch.compile makes one
+graph of them, see ``static``. Schedules that decide by the sample are refused there.
+
 Limits. Flash attention gets two-dimensional masks; that path was tested with plain stand-ins for its kernels, not on
 a GPU. Under gradient checkpointing, actions that look inside attention are refused. When ``generate`` runs with
 ``use_cache=False`` every step is a prompt of its own, so measured scores come from the newest token's row; with
@@ -36,11 +39,13 @@ from typing import Any
 
 import torch
 
-from vtwcli.runtime.attention import leave_attention, not_compiled
+from vtwcli.runtime.asking import not_compiled
+from vtwcli.runtime.attention import guard_hooks, leave_attention
 from vtwcli.runtime.cache import PrunedLayer, cache_layer
-from vtwcli.runtime.call import Call, Tap
+from vtwcli.runtime.call import Call
 from vtwcli.runtime.contract import (
     CACHE_NAMES,
+    CALL,
     PruningError,
     arguments,
     attention_kind,
@@ -49,27 +54,28 @@ from vtwcli.runtime.contract import (
     given_cache,
     strange,
 )
+from vtwcli.runtime.entry import check_labels, visual_tokens
 from vtwcli.runtime.freeze import leave_layer, part
+from vtwcli.runtime.front import shorten, tapped
 from vtwcli.runtime.masks import not_padding, split_sinks
+from vtwcli.runtime.places import places
 from vtwcli.runtime.plan import Plan
-from vtwcli.runtime.rows import Rows, Tensor, take, take_positions
+from vtwcli.runtime.positions import Turned, renumber
+from vtwcli.runtime.ranking import before_layer
+from vtwcli.runtime.rows import Rows, take, take_positions
+from vtwcli.runtime.scores import guided
+from vtwcli.runtime.static import PromptLayer, StaticPrunedLayer, decides, greet, is_static, settle, stepped
+from vtwcli.runtime.tap import Tap
 from vtwcli.runtime.trace import Trace, traced
-
-_CALL = "pruning_call"  # carries the state of one forward pass from the text model to its layers
-_VISION_INPUTS = (
-    "pixel_values",
-    "high_res_pixel_values",
-    "image_patches",
-    "image_hidden_states",
-    "image_features",
-    "image_embeds",
-    "video_embeds",
-    "mm_encoder_outputs",
-)
+from vtwcli.runtime.trimming import trim
 
 
 class Pruning:
     """A schedule at work on a model; made by ``apply`` or ``pruned``.
+
+    Attributes:
+        given: of the next prompts, [B, S]: the scores of a guide, where the schedule says ``guided``; those of text
+            do not matter.
 
     Several threads may run the model at once. A deep copy of the model carries a copy of this.
     """
@@ -86,22 +92,30 @@ class Pruning:
                 f"{type(model).__name__} has no {path}.layers; give its family's layout"
             ) from error
         self.plan = Plan(schedule, len(layers), int(layout.get("first_withdrawal", 0)))
+        self.given: torch.Tensor | None = None
         self.placeholders = tuple(layout["placeholder_ids"])
+        self._norm = getattr(text_model, "norm", None)
         self._calls: dict[int, Call] = {}  # per thread, from the base model's start to the text model's
+        self._inside: dict[int, Call] = {}  # per thread, inside the text model
         self._traced: Call | None = None
         self._handles: list[Any] = []
         self._caches: list[str] = []  # by which name each layer takes its cache
         if self.plan.idle:
             return
         base = model.get_submodule(path.rpartition(".")[0])
-        _guard_hooks()
+        guard_hooks()
         self._caches = [cache_argument(layer, "hidden_states", "attention_mask") for layer in layers]
         add = self._handles.append
+        self._tower = tapped(self.plan, base, text_model, self._handles)
         add(base.register_forward_pre_hook(self._enter_base, with_kwargs=True))
-        add(base.register_forward_hook(self._check_base))
-        add(base.register_forward_hook(self._leave_base, always_call=True))
+        add(base.register_forward_hook(self._check_base, with_kwargs=True))
+        add(base.register_forward_hook(self._leave_base, with_kwargs=True, always_call=True))
         add(text_model.register_forward_pre_hook(self._enter_text, with_kwargs=True))
         add(text_model.register_forward_hook(self._leave_text, with_kwargs=True))
+        if self.plan.renumbers:
+            for child, module in text_model.named_children():
+                if "rotary_emb" in child:
+                    add(module.register_forward_hook(self._turned, with_kwargs=True))
         if base is not model:
             add(model.register_forward_pre_hook(self._check_labels, with_kwargs=True))
         for index, layer in enumerate(layers):
@@ -109,7 +123,7 @@ class Pruning:
             if self.plan.frozen(index):
                 # before other hooks, which may record what comes out
                 add(layer.register_forward_hook(leave_layer, with_kwargs=True, prepend=True))
-            if self.plan.may_probe(index) or self.plan.mutes_in(index):
+            if self.plan.may_probe(index) or self.plan.mutes_in(index) or self.plan.trimmed(index):
                 attention = getattr(layer, "self_attn", None)
                 try:
                     if attention is None:
@@ -132,78 +146,65 @@ class Pruning:
             handle.remove()
         self._handles.clear()
 
-    # ------------------------------------------------------------------ where the ids are
+    # ------------------------------------------------------------------ around the text model
 
-    def _visual(self, module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """Which tokens are visual [B, S]; None if none is. A placeholder id without vision inputs is text."""
-        given = arguments(module, args, kwargs)
-        ids = given.get("input_ids")
-        if ids is None:
-            if given.get("inputs_embeds") is None:
-                return None
-            raise PruningError(
-                "inputs_embeds do not tell where the images are; pass input_ids with the vision inputs"
-            )
-        if not any(name.startswith(_VISION_INPUTS) and _is_given(value) for name, value in given.items()):
-            return None
-        visual = torch.isin(ids, torch.tensor(self.placeholders, device=ids.device))
-        return visual if bool(visual.any()) else None
-
-    @not_compiled
+    @decides
     def _check_labels(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = arguments(module, args, kwargs)
-        labels, keep = given.get("labels"), given.get("logits_to_keep")
-        measured = any(a.measured or a.at is None for a in self.plan.leaving)
-        if measured and isinstance(keep, int) and keep > 1 and given_cache(given) is not None:
-            visual = self._visual(module, args, kwargs)
-            if visual is not None:
-                raise PruningError(
-                    "assisted decoding puts guessed tokens behind the prompt, so its last row is not known; "
-                    "generate without an assistant under a schedule with measured scores or 'auto'"
-                )
-        if labels is None or not self.plan.leaving:
-            return
-        visual = self._visual(module, args, kwargs)
-        if visual is not None and bool(((labels[:, 1:] != -100) & visual[:, :-1].to(labels.device)).any()):
-            raise PruningError(
-                "a label is predicted from a visual token, which the schedule may remove; set the labels of "
-                "visual tokens and of the first token behind them to -100"
-            )
+        check_labels(self.plan, arguments(module, args, kwargs), self.placeholders)
 
-    @not_compiled
+    @decides
     def _enter_base(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        visual = self._visual(module, args, kwargs)
         given = arguments(module, args, kwargs)
+        visual = visual_tokens(given, self.placeholders)
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if ids is None:
             return
-        self._calls[threading.get_ident()] = Call(self.plan, visual, not_padding(mask, ids), tuple(ids.shape))
+        around = None
+        if visual is not None and self.plan.looks_around:
+            around = places(visual, given, getattr(module, "config", None))
+        real = not_padding(mask, ids, is_static(given_cache(given)))
+        call = Call(self.plan, visual, real, tuple(ids.shape), around)
+        if visual is not None and self.plan.guided:
+            call.scores |= dict.fromkeys(self.plan.guided, guided(self.given, visual))
+        self._calls[threading.get_ident()] = call
 
-    @not_compiled
-    def _check_base(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+    @decides
+    def _check_base(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if threading.get_ident() in self._calls:
             raise strange("the model did not call its text model")
 
-    @not_compiled
-    def _leave_base(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+    @decides
+    def _leave_base(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         self._calls.pop(threading.get_ident(), None)
 
-    @not_compiled
+    @decides
     def _enter_text(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         call = self._calls.pop(threading.get_ident(), None)
         if call is None:
             raise PruningError("the text model was called on its own; call the whole model under a schedule")
         attention_kind(module)  # refuses what is not supported before masks are made for it
-        return args, {**kwargs, _CALL: call}
+        self._inside[threading.get_ident()] = call
+        if self._tower is not None:
+            args, kwargs = (), shorten(call, self._tower, arguments(module, args, kwargs))
+        return args, {**kwargs, CALL: call}
 
     @not_compiled
+    def _turned(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        call = self._inside.get(threading.get_ident())
+        if call is not None:
+            call.angles.append(Turned.of(module, args, kwargs, output))
+
+    @decides
     def _leave_text(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        call = kwargs[_CALL]
+        call = kwargs[CALL]
+        self._inside.pop(threading.get_ident(), None)
         hidden = output[0]
-        rows = call.finish()
+        cache, rows = call.cache, call.finish()
         call.check_rows(self.plan.depth - 1, hidden)
         if call.visual is not None or call.past == 0:
             self._traced = call
+        if is_static(cache):
+            settle(cache, self.plan)
         if rows is None or rows.index is None:
             return output
         index, query = rows.index.to(hidden.device), rows.query.to(hidden.device)
@@ -219,12 +220,23 @@ class Pruning:
 
     # ------------------------------------------------------------------ layers
 
-    @not_compiled
     def _enter_layer(
         self, index: int, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
+        cache = stepped(args, kwargs, self.plan)
+        if cache is None:
+            return self._enter_layer_of_call(index, module, args, kwargs)
+        layer = cache.layers[index]
+        if isinstance(layer, StaticPrunedLayer):
+            kwargs = {**kwargs, "attention_mask": layer.mask(kwargs.get("attention_mask"))}
+        return args, kwargs
+
+    @not_compiled
+    def _enter_layer_of_call(
+        self, index: int, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(kwargs)
-        call: Call | None = kwargs.pop(_CALL, None)
+        call: Call | None = kwargs.pop(CALL, None)
         if call is None:
             raise strange(f"layer {index} was called outside of its model under a schedule")
         if len(args) > 1:
@@ -238,25 +250,32 @@ class Pruning:
             kwargs.pop(known, None)
         kwargs[name] = cache
         if index == 0:
-            self._greet(cache, call)
+            self._greet(cache, call, getattr(module, "self_attn", None))
         elif cache is not call.cache and not call.over:
             raise strange(f"layer {index} gets another cache than layer 0")
-        before, rows = call.at.get(index - 1), call.rows(index, hidden.device)
-        acts = call.visual is not None and (self.plan.mutes_in(index) or self.plan.frozen(index))
-        probes = call.visual is not None and call.probes(index)
+        before = call.at.get(index - 1)
+        if call.visual is not None and index not in call.at:
+            self._ask(index, module, call, before or call.full(hidden.device), kwargs)
+        rows = call.rows(index, hidden.device)
+        acts = call.visual is not None and self.plan.acts(index)
+        probes = call.probes(index)
         held = getattr(cache, "layers", [])[index : index + 1]
         if rows.index is not None or acts or probes or (held and isinstance(held[0], PrunedLayer)):
             self._change(index, module, call, before, rows, acts, probes, kwargs)
             training = getattr(module, "gradient_checkpointing", False) and module.training
-            if training and isinstance(kwargs[name], Tap):
+            if training and (isinstance(kwargs[name], Tap) or rows.moved is not None):
                 raise PruningError(
-                    "gradient checkpointing does not go with sinks, freeze, scores or conditions"
+                    "gradient checkpointing does not go with sinks, freeze, scores, conditions or merging"
                 )
+        if self.plan.by_states(index + 1) and not call.over:
+            tap = kwargs.get(name)
+            frozen = tap.frozen if isinstance(tap, Tap) else None
+            call.entered = kwargs["hidden_states"] if frozen is None else frozen.hidden
         if args:
             args = (kwargs.pop("hidden_states"),)
         return args, kwargs
 
-    def _greet(self, cache: Any, call: Call) -> None:
+    def _greet(self, cache: Any, call: Call, attention: Any) -> None:
         """Refuse a cache that was filled otherwise, since what its entries are is not known."""
         call.cache = cache
         if cache is None:
@@ -265,10 +284,29 @@ class Pruning:
             raise PruningError(
                 f"{type(cache).__name__} is not supported under a schedule; use a DynamicCache"
             )
-        call.past = cache.get_seq_length()
+        if is_static(cache):
+            greet(cache, self.plan, attention)
+        call.past = int(cache.get_seq_length())
+        if call.visual is not None and self.plan.trims:
+            cache.vtw_prompt = call.past + call.shape[1]
         if call.past and getattr(cache, "vtw_schedule", None) != self.plan.key:
             raise PruningError("this cache was not filled under this schedule; start with an empty one")
         cache.vtw_schedule = self.plan.key
+
+    def _ask(self, index: int, module: Any, call: Call, rows: Rows, kwargs: dict[str, Any]) -> None:
+        """Let a layer tell what it would see of the ``rows`` that enter it, where that decides who stays."""
+        given, name = dict(kwargs), self._caches[index]
+        held = getattr(kwargs[name], "layers", [])[index : index + 1]
+        if self.plan.looks_in(index):
+            self._renumber(call, rows, held[0] if held else None, given)
+        with torch.no_grad():
+            before_layer(call, index, module, name, given, rows, self._norm)
+
+    def _renumber(self, call: Call, rows: Rows, layer: Any, kwargs: dict[str, Any]) -> None:
+        """Give the rows of a layer, whose cache's is ``layer``, the positions that they have there."""
+        by = call.lowering(rows, layer.columns.gone if isinstance(layer, PrunedLayer) else None)
+        if by is not None:
+            renumber(kwargs, by, call.angles, call.memo)
 
     def _change(
         self,
@@ -284,7 +322,7 @@ class Pruning:
         """Change a layer's arguments into those of the rows that run in it."""
         name, attention = self._caches[index], getattr(module, "self_attn", None)
         hidden, cache, length = kwargs["hidden_states"], kwargs[name], call.shape[1]
-        columns, past, skips, given = None, 0, False, kwargs.get("attention_mask")
+        columns, past, skips, given, layer = None, 0, False, kwargs.get("attention_mask"), None
         prefill = call.visual is not None
         split = None
         if prefill and self.plan.frozen(index) and "flash" not in attention_kind(attention):
@@ -294,14 +332,18 @@ class Pruning:
             columns = call.columns(None, added, 0, hidden.device)
         else:
             layer = cache_layer(cache, index)
-            past = layer.get_seq_length()
-            if not isinstance(layer, PrunedLayer) and (rows.index is not None or acts):
+            past = int(layer.get_seq_length())
+            if is_static(cache):
+                layer = cache.layers[index] = PromptLayer(layer, call.shape[0], hidden.device, attention)
+                given = call.of_chunk(given)
+            elif not isinstance(layer, PrunedLayer) and (rows.index is not None or acts):
                 layer = cache.layers[index] = PrunedLayer(layer, call.shape[0], hidden.device)
             if isinstance(layer, PrunedLayer):
                 if call.visual is not None:
                     layer.recall()
                 elif self.plan.text_skips(index, prefill):
                     layer.set_aside(call.memo)
+                trim(call, index, layer)
                 columns = call.columns(layer.columns, added, past, hidden.device)
                 layer.expect(columns, length)
         check_arguments(kwargs, {length, past + length} - {1})
@@ -312,6 +354,7 @@ class Pruning:
             if skips:  # text rows get a pass of their own over text, which spares all others a mask
                 muted = [a for a in muted if a.readers != "text"]
             kwargs["attention_mask"] = call.mask(given, runs, columns, past, muted, hidden, attention)
+        self._renumber(call, rows, layer, kwargs)
         if rows.index is not None:
             self._gather(call, before, rows, attention, kwargs)
         frozen = None if split is None else part(module, name, kwargs, split)
@@ -335,25 +378,10 @@ class Pruning:
         if before is not rows:
             slots = rows.index if before is None else call.slots(before, rows)
             kwargs["hidden_states"] = take(kwargs["hidden_states"], slots, 1)
+            if rows.moved is not None:
+                kwargs["hidden_states"] = rows.moved.put(kwargs["hidden_states"], rows)
         assert rows.index is not None
         take_positions(kwargs, rows.index, call.shape[1], attention)
-
-
-def _guard_hooks() -> None:
-    """Let torch.compile look at hooks before it runs what it compiled: by default code that was compiled for a model
-    without hooks also serves one of the same class with hooks, and leaves them out."""
-    import torch._dynamo.config as dynamo
-
-    if getattr(dynamo, "skip_nnmodule_hook_guards", False):
-        dynamo.skip_nnmodule_hook_guards = False
-        torch.compiler.reset()
-
-
-def _is_given(value: Any) -> bool:
-    """Whether an input was given; a mapping, whether any of its values was."""
-    if isinstance(value, Mapping):
-        return any(v is not None for v in value.values())
-    return value is not None
 
 
 def apply(model: torch.nn.Module, schedule: Mapping[str, Any], layout: Mapping[str, Any]) -> Pruning:

@@ -25,6 +25,8 @@ class Rows:
         key: others may read the row, [B, T].
         ragged: whether some row is a filler or may not be read.
         lonely: whether some token has a row that others may not read.
+        moved: where rows were merged: a ``merge.Recycled``.
+        gone: tokens whose positions those behind them have taken over, [B, S]; None: positions are as they were.
     """
 
     index: Tensor | None
@@ -32,6 +34,8 @@ class Rows:
     key: Tensor
     ragged: bool = False
     lonely: bool = False
+    gone: Tensor | None = None
+    moved: Any = None
 
 
 def compact(stay: Tensor, readable: Tensor | None = None) -> Rows:
@@ -79,6 +83,7 @@ def split(rows: Rows, index: Tensor, visual: Tensor, last: Tensor) -> Split:
         torch.cat([read.query, run.query], 1),
         torch.cat([read.key, run.key], 1),
         read.ragged or run.ragged,
+        gone=rows.gone,
     )
     read, run = (replace(part, index=index.gather(1, at)) for part, at in ((read, read_at), (run, run_at)))
     return Split(read, run, read_at, run_at, text.gather(1, run_at), joined)

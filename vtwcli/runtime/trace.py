@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vtwcli.runtime.call import Call
+from vtwcli.runtime.call import NOBODY, Call
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,19 @@ class ActionTrace:
         action: ``withdraw`` or ``keep``.
         layer: at which it started; None if it did not.
         kept: the tokens that ``keep`` kept, counted among the sample's visual tokens from 0; None if it did not
-            start, and for ``withdraw``.
+            start, and for ``withdraw``. Rows that were merged count as tokens -1, -2, ... in the order in which they
+            were made.
+        images: the same for a selection in front of the language model, one list an image, counted within it from 0,
+            in the order in which the rows stand; None for others.
+        positions: of a selection in front of the language model: ``compact`` where later tokens were numbered as in
+            the shorter prompt, ``original`` where positions have several axes.
     """
 
     action: str
     layer: int | None
     kept: list[int] | None = None
+    images: list[list[int]] | None = None
+    positions: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,8 +104,13 @@ def traced(call: Call) -> Trace:
         actions = []
         for i, (action, start) in enumerate(zip(plan.leaving, fired[row], strict=True)):
             kept = action.action == "keep" and start >= 0
-            tokens = call.ordinal[row, call.kept[i][row]].tolist() if kept else None
-            actions.append(ActionTrace(action.action, start if start >= 0 else None, tokens))
+            tokens = [token for token in call.kept[i][row].tolist() if token != NOBODY] if kept else None
+            front = call.front if action.select is plan.front and kept else None
+            images = None if front is None else front.kept[row]
+            positions = None if front is None else "original" if front.absent is None else "compact"
+            actions.append(
+                ActionTrace(action.action, start if start >= 0 else None, tokens, images, positions)
+            )
         counts = enumerate(zip(present[row], call.rows_at, strict=True))
         layers = [LayerTrace(layer, *two) for layer, two in counts]
         samples.append(SampleTrace(number[row], total[row] - number[row], actions, layers))

@@ -10,7 +10,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vtwcli.schedule.words import FORMAT_VERSION, MUTED, ScheduleError, given, row, words
+from vtwcli.schedule.words import (
+    ALL_ROWS,
+    FORMAT_VERSION,
+    GUIDE,
+    HIDDEN,
+    KEYED,
+    LAST_ROW,
+    MUTED,
+    OF_ATTENTION,
+    REST_INTO,
+    REST_SHARE,
+    SELECTED,
+    TOWER,
+    ScheduleError,
+    given,
+    leaves,
+    row,
+    version_of,
+    words,
+)
 
 
 @dataclass(frozen=True)
@@ -18,7 +37,8 @@ class Key:
     """What a key holds.
 
     Attributes:
-        kind: of its value; ``str``: a word of the key's own slot; ``dict``: keys of their own, under the key's name.
+        kind: of its value; ``str``: a word of the key's own slot, or any text where it has none; ``dict``: keys of
+            their own, under the key's name, and ``parameters`` under the score's.
         default: ``...`` where it is required; None: nothing.
         least, most: bounds of a number.
         auto: whether the word ``auto`` does too.
@@ -36,12 +56,24 @@ _SPAN = {"at": Key(int, ..., 0), "until": Key(int, ..., 1)}
 
 KEYS: dict[str, dict[str, Key]] = {
     "withdraw": _START,
-    "keep": {**_START, "select": Key(dict, ...)},
-    "mute": {**_SPAN, **{slot: Key(str, words(slot)[0]) for slot in MUTED}},
+    "keep": {
+        **_START,
+        "select": Key(dict, ...),
+        "positions": Key(str, words("positions")[0]),
+        "rest": Key(dict),
+        "every": Key(int, None, 1),
+    },
+    "mute": {
+        **_SPAN,
+        **{slot: Key(str, words(slot)[0]) for slot in MUTED},
+        "steps": Key(int, 1, 0),
+        "both_ways": Key(bool, False),
+    },
     "freeze": _SPAN,
     "when": {
         "cosine_below": Key(float, None, -1, 1),
         "cosine_above": Key(float, None, -1, 1),
+        "attention_below": Key(float, None, 0, 1),
         "layers": Key(int, 1, 1),
         "consecutive": Key(bool, False),
     },
@@ -49,11 +81,36 @@ KEYS: dict[str, dict[str, Key]] = {
         "score": Key(str, ...),
         "ratio": Key(float, None, 0, 1),
         "count": Key(int, None, 0),
+        "share": Key(float, None, 0, 1),
         "above": Key(float),
+        "found": Key(bool, None),
+        "seed": Key(int, 0),
+        **{slot: Key(str, words(slot)[0]) for slot in SELECTED},
+        "heads": Key(int, None, 1),
+        "level": Key(bool, False),
+        "parameters": Key(dict),
+    },
+    "rest": {
+        "merge": Key(str, ...),
+        "share": Key(float, REST_SHARE, 0, 1),
+        "into": Key(float, REST_INTO, 0, 1),
         "seed": Key(int, 0),
     },
+    "guided": {"guide": Key(str)},  # a model's name
+    # parameters of scores; layers are those of the vision tower, and below 0 they count from its end
+    "tower_cls": {"first": Key(int, -2), "last": Key(int, -2)},
+    "tower_received": {"layer": Key(int, -2), "per": Key(str, words("per")[0])},
+    "tower_visionzip": {"contextual": Key(int, None, 0)},
+    "tower_prumerge": {"neighbours": Key(int, 32, 0)},
+    "tower_prumerge_plus": {"neighbours": Key(int, 32, 0)},
+    "tower_cdpruner": {"relevance_weight": Key(float, 0.5, 0, 1), "negated": Key(bool, False)},
+    "tower_vispruner": {"important": Key(float, 0.5, 0, 1)},
+    # the object layer is that of a tower with 24 layers, scaled
+    "tower_hiprune": {"alpha": Key(float, 0.1, 0, 1), "object_layer": Key(int, 8, 0, 23)},
+    "tower_vscan": {"side": Key(int, 4, 1)},
+    "tower_holov": {"crops": Key(int, 16, 1), "weight": Key(float, 0.09, 0)},
 }
-"""The keys of each action, of ``when`` and of ``select``."""
+"""The keys of each action, of ``when``, of ``select`` and of ``rest``, and the parameters of scores."""
 
 
 def check_rules(part: str, data: Mapping[str, Any]) -> None:
@@ -66,23 +123,114 @@ def check_rules(part: str, data: Mapping[str, Any]) -> None:
         at, until = data["at"], data["until"]
         if until <= at:
             raise ScheduleError(f"'until' ({until}) must be above 'at' ({at}); it is the first layer without")
+        if part == "mute":
+            _check_beyond(data)
     elif part in ("withdraw", "keep"):
         if data["at"] == "auto" and data.get("when") is None:
             raise ScheduleError("'at: auto' needs a condition under 'when'")
         if data["at"] != "auto" and not (data.get("when") is None and data.get("after") is None):
             raise ScheduleError("'when' and 'after' go with 'at: auto' only")
+        if in_front(data) and data["at"] != 0:
+            raise ScheduleError("scores of the vision tower choose in front of layer 0; give 'at: 0'")
+        if data["at"] == "auto":
+            _check_auto(data.get("select"))
+        if data.get("rest") is not None:
+            _check_rest(data)
+        if data.get("every") is not None:
+            _check_every(data)
     elif part == "when":
         _one_of("condition", data)
     elif part == "select":
         _one_of("amount", data)
-        if data.get("above") is not None and row("score", data["score"]).needs is None:
+        score = row("score", data["score"])
+        if data.get("above") is not None and score.needs in (None, TOWER, KEYED, GUIDE):
             raise ScheduleError(f"score {data['score']} has no threshold; give ratio or count")
+        if data.get("found") is not None and not (data["found"] and score.finds):
+            raise ScheduleError(f"score {data['score']} finds no number of tokens; give ratio or count")
+        if score.needs != LAST_ROW and (said := said_of(part, data, (*SELECTED, *OF_ATTENTION))):
+            raise ScheduleError(f"score {data['score']} is no attention, so '{said[0]}' says nothing")
+        if data["score"] != "attention" and (said := said_of(part, data, ("rows", *OF_ATTENTION))):
+            raise ScheduleError(f"score {data['score']} is the last row's; '{said[0]}' goes with attention")
+        parameters(data)
+
+
+def _check_every(data: Mapping[str, Any]) -> None:
+    amount = data["select"] if isinstance(data["select"], Mapping) else vars(data["select"])
+    wrong = any(amount.get(key) is not None for key in ("above", "share", "found"))
+    if data["at"] == "auto" or row("score", amount["score"]).needs != LAST_ROW or wrong:
+        raise ScheduleError(
+            "'every' wants a fixed layer, and attention or contribution with a ratio or a count"
+        )
+    if said := said_of("select", amount, (*SELECTED, *OF_ATTENTION)):
+        raise ScheduleError(f"'every' looks at the newest token in the layer before; leave out '{said[0]}'")
+    if said := said_of("keep", data, ("positions", "rest")):
+        raise ScheduleError(f"'every' takes entries of the cache away; leave out '{said[0]}'")
+
+
+def _check_beyond(data: Mapping[str, Any]) -> None:
+    beyond = data.get("columns") == "beyond"
+    if beyond and (data.get("readers") != "visual" or data.get("sink", "renormalise") != "renormalise"):
+        raise ScheduleError("'columns: beyond' goes with 'readers: visual' and 'sink: renormalise' only")
+    if not beyond and (data.get("steps", 1) != 1 or data.get("both_ways")):
+        raise ScheduleError("'steps' and 'both_ways' go with 'columns: beyond' only")
+
+
+def _check_rest(data: Mapping[str, Any]) -> None:
+    """Merged rows stand for tokens of a rank, at positions of their own."""
+    select = data["select"] if isinstance(data["select"], Mapping) else vars(data["select"])
+    if data["positions"] != "compact":
+        raise ScheduleError(
+            "merged tokens ('rest') have no place among original positions; say positions: compact"
+        )
+    if row("score", select["score"]).needs not in (LAST_ROW, HIDDEN) or select.get("above") is not None:
+        raise ScheduleError(
+            "'rest' ranks the tokens that are not kept; give a measured score, and a number of tokens"
+        )
+    if data["at"] == "auto":
+        raise ScheduleError("'rest' needs a layer, not 'at: auto'")
+
+
+def said_of(part: str, data: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Which of a part's keys hold something else than their defaults."""
+    return [key for key in keys if data.get(key) not in (None, KEYS[part][key].default)]
+
+
+def _check_auto(select: Any) -> None:
+    """What ``auto`` looks at is the last row of the layers behind it."""
+    data = select if isinstance(select, Mapping) or select is None else vars(select)
+    if data is not None and (said := said_of("select", data, (*SELECTED, *OF_ATTENTION))):
+        raise ScheduleError(f"'{said[0]}: {data[said[0]]}' needs a layer, not 'at: auto'")
+    if data is not None and row("score", data["score"]).needs in (HIDDEN, KEYED, ALL_ROWS):
+        raise ScheduleError(f"score {data['score']} needs a layer, not 'at: auto'")
 
 
 def _one_of(slot: str, data: Mapping[str, Any]) -> None:
     if len(given(slot, data)) != 1:
         *others, last = words(slot)
         raise ScheduleError(f"give exactly one of {', '.join(others)} and {last}")
+
+
+def in_front(action: Mapping[str, Any]) -> bool:
+    """Whether an action chooses tokens before the language model, from the vision tower."""
+    select = action.get("select")
+    if select is None:
+        return False
+    score = select["score"] if isinstance(select, Mapping) else select.score
+    return row("score", score).needs == TOWER
+
+
+def parameters(select: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a selection's score, with their defaults.
+
+    Raises:
+        ScheduleError: one that the score has not, or that cannot be.
+    """
+    score, found = select["score"], select.get("parameters") or {}
+    if score in KEYS:
+        return _read_part(score, found, f"parameters of {score}")
+    if found:
+        raise ScheduleError(f"score {score} has no parameters")
+    return {}
 
 
 def check_order(actions: Sequence[Mapping[str, Any]]) -> None:
@@ -94,6 +242,10 @@ def check_order(actions: Sequence[Mapping[str, Any]]) -> None:
     last, withdrawn = 0, False
     for number, action in enumerate(actions, 1):
         name = f"action {number} ({action['action']})"
+        if in_front(action) and any(a["action"] in ("withdraw", "keep") for a in actions[: number - 1]):
+            raise ScheduleError(
+                f"{name} chooses in front of layer 0, so it must be the first to take tokens away"
+            )
         if withdrawn:
             raise ScheduleError(f"{name} comes after the withdrawal of all visual tokens")
         start = action.get("after") if action["at"] == "auto" else action["at"]
@@ -111,8 +263,9 @@ def read(schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
         ScheduleError: it is none, or a newer one than is known here.
     """
     version, actions = schedule.get("format_version"), schedule.get("actions", ())
-    if version != FORMAT_VERSION:
-        raise ScheduleError(f"schedule format {version!r} is not {FORMAT_VERSION}; update the runtime")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        known = " or ".join(map(str, range(1, FORMAT_VERSION + 1)))
+        raise ScheduleError(f"schedule format {version!r} is not {known}; update the runtime")
     found = []
     for number, data in enumerate(actions, 1):
         name = data.get("action") if isinstance(data, Mapping) else data
@@ -122,7 +275,18 @@ def read(schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
         rest = {key: value for key, value in data.items() if key != "action"}
         found.append({"action": name, **_read_part(name, rest, f"action {number} ({name})")})
     check_order(found)
+    check_version(version, found)
     return found
+
+
+def check_version(version: int, actions: Iterable[Mapping[str, Any]]) -> None:
+    """Hold the version that a schedule gives itself against what it says.
+
+    Raises:
+        ScheduleError: a word came later.
+    """
+    if version < (needed := version_of(actions)):
+        raise ScheduleError(f"format_version is {version}, but what the schedule says needs {needed}")
 
 
 def _read_part(part: str, data: Any, where: str) -> dict[str, Any]:
@@ -138,9 +302,14 @@ def _read_part(part: str, data: Any, where: str) -> dict[str, Any]:
         value = data.get(name, key.default)
         if value is ...:
             raise ScheduleError(f"{where}: the key {name!r} is required")
-        if key.kind is dict and value is not None:
+        if name == "parameters" and value is not None:
+            if not isinstance(value, Mapping):
+                raise ScheduleError(
+                    f"{where}: parameters must be a mapping of names to values, not {value!r}"
+                )
+        elif key.kind is dict and value is not None:
             value = _read_part(name, value, f"{where}, {name}")
-        elif key.kind is str and value not in words(name):
+        elif key.kind is str and words(name) and value not in words(name):
             raise ScheduleError(f"{where}: {name} {value!r} is not one of {', '.join(words(name))}")
         elif not (value is key.default or (key.auto and value == "auto") or _holds(key, value)):
             raise ScheduleError(f"{where}: {name} is {value!r}, which it cannot be")
@@ -171,7 +340,7 @@ def earliest_starts(actions: Iterable[Mapping[str, Any]]) -> list[int]:
     """
     start, found = 0, []
     for action in actions:
-        if action["action"] in ("withdraw", "keep"):
+        if leaves(action):
             after = action.get("after")
             first = (
                 max(-1 if after is None else after, start - 1) + 2 if action["at"] == "auto" else action["at"]
@@ -200,7 +369,7 @@ def check_depth(actions: Sequence[Mapping[str, Any]], layers: int, first_withdra
                     f"schedule action {number} ({action['action']}): {name} is {value}, "
                     f"but the model has {layers} layers (0..{layers - 1})"
                 )
-        if starts and starts[-1] < first_withdrawal:
+        if starts and starts[-1] < first_withdrawal and not in_front(action):
             raise ScheduleError(
                 f"schedule action {number} ({action['action']}) starts at layer {starts[-1]}, but this family "
                 f"still adds vision in layers 0..{first_withdrawal - 1}",

@@ -19,6 +19,7 @@ from vtwcli.errors import UsageError
 from vtwcli.io import documents
 from vtwcli.io.section import Section
 from vtwcli.schedule import rules, words
+from vtwcli.schedule.short import expanded
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,15 @@ class When(_Part):
     Attributes:
         cosine_below: holds at a layer where some visual token's cos(o - c_i, o) is below this value.
         cosine_above: holds at a layer where every present visual token's cosine is at least this value.
+        attention_below: holds at a layer where the last row's attention to all present visual tokens together, mean
+            over heads, is below this value.
         layers: how many layers must satisfy the condition.
         consecutive: the layers must follow each other; the published VisiPruner code counts them in total.
     """
 
     cosine_below: float | None = _key("when", "cosine_below")
     cosine_above: float | None = _key("when", "cosine_above")
+    attention_below: float | None = _key("when", "attention_below")
     layers: int = _key("when", "layers")
     consecutive: bool = _key("when", "consecutive")
 
@@ -70,18 +74,52 @@ class Select(_Part):
 
     Attributes:
         score: ``contribution`` (norm of the last row's per-token contribution), ``attention`` (last row, mean over
-            heads), ``random`` (seeded) or ``uniform`` (every n-th).
+            heads), ``self_cross`` (all rows, see ``words``), ``change`` (by the layer before), ``duplication`` (the
+            least like a few pivots), ``random`` (seeded), ``uniform`` (every n-th), ``guided`` (a second model's), or
+            one of the vision tower's, for each image.
         ratio: share of the visual tokens, rounded up.
         count: number of visual tokens; a row with fewer keeps all.
+        share: of the visual tokens that the prompt brought, however many are left; rounded down.
         above: keep the tokens whose score exceeds this value.
+        found: true: as many as the score's own rule finds, where it has one.
         seed: of the random score.
+        rows: whose attention is asked: that of the ``last`` row, of ``text`` behind the image, of ``visual`` rows or
+            of ``all``.
+        layer: where a measured score is taken: in the layer ``before`` that in which tokens leave, or ``here``, in
+            that layer as it sees the rows that enter it.
+        heads: how many heads count: those with the most attention from these rows to visual tokens; by default all.
+        level: whether weights are divided by what rotary embedding alone makes of the distance.
+        parameters: of the score, by name; ``rules.KEYS`` has them under its name.
     """
 
     score: Annotated[str, OneOf("score")]
     ratio: float | None = _key("select", "ratio")
     count: int | None = _key("select", "count")
+    share: float | None = _key("select", "share")
     above: float | None = _key("select", "above")
+    found: bool | None = _key("select", "found")
     seed: int = _key("select", "seed")
+    rows: Annotated[str, OneOf("rows")] = _key("select", "rows")
+    layer: Annotated[str, OneOf("layer")] = _key("select", "layer")
+    heads: int | None = _key("select", "heads")
+    level: bool = _key("select", "level")
+    parameters: dict[str, Any] | None = _key("select", "parameters")
+
+
+class Rest(_Part):
+    """What becomes of the tokens that ``keep`` does not keep.
+
+    Attributes:
+        merge: ``cluster``: the best of them are merged into means, which stand behind the kept ones.
+        share: of them, to be merged; rounded down, and one more.
+        into: clusters for each of these; rounded down, and one more.
+        seed: of the noise that tells equal densities apart.
+    """
+
+    merge: Annotated[str, OneOf("merge")]
+    share: float = _key("rest", "share")
+    into: float = _key("rest", "into")
+    seed: int = _key("rest", "seed")
 
 
 class _Starting(_Part):
@@ -106,10 +144,19 @@ class Withdraw(_Starting):
 
 
 class Keep(_Starting):
-    """From this layer on only the selected visual tokens exist."""
+    """From this layer on only the selected visual tokens exist.
+
+    Attributes:
+        rest: what becomes of the others; by default they are dropped.
+        positions: ``original`` ones stay, or rows are numbered anew behind the removal (``compact``).
+        every: do so not in the prompt but behind each so many tokens of the answer, in the cache.
+    """
 
     action: Literal["keep"]
     select: Select
+    positions: Annotated[str, OneOf("positions")] = _key("keep", "positions")
+    rest: Rest | None = None
+    every: int | None = _key("keep", "every")
 
 
 class _Range(_Part):
@@ -124,7 +171,10 @@ class Mute(_Range):
         sink: where the attention mass goes: ``renormalise`` (masked before the softmax), ``first`` (summed onto the
             first visual token) or ``zero`` (set to zero after the softmax, as VisiPruner's code does).
         readers: whose reading is muted; VisiPruner's layer 0 also mutes visual rows.
-        columns: all visual columns, or the first half of them (VisiPruner's 13b form).
+        columns: all visual columns, the first half of them (VisiPruner's 13b form), or those ``beyond`` some steps in
+            the grid of the reader's image (YOPO).
+        steps: of ``beyond``.
+        both_ways: whether what is nearer is read even where it comes later.
         during: ``all``, or only the ``prefill``: then tokens behind the prompt read as usual, as in VisiPruner's code.
     """
 
@@ -133,6 +183,8 @@ class Mute(_Range):
     readers: Annotated[str, OneOf("readers")] = _key("mute", "readers")
     columns: Annotated[str, OneOf("columns")] = _key("mute", "columns")
     during: Annotated[str, OneOf("during")] = _key("mute", "during")
+    steps: int = _key("mute", "steps")
+    both_ways: bool = _key("mute", "both_ways")
 
 
 class Freeze(_Range):
@@ -148,12 +200,12 @@ class Schedule(Section):
     """What happens to visual tokens at each layer, with its provenance.
 
     Attributes:
-        format_version: of the canonical form.
+        format_version: of the canonical form: the oldest that can say it.
         actions: in order of their start layers.
         provenance: model id and revision, the calibration that produced it, tool version.
     """
 
-    format_version: Literal[1] = words.FORMAT_VERSION
+    format_version: Literal[1, 2] = 1
     actions: tuple[Action, ...] = ()
     provenance: dict[str, Any] = Field(default_factory=dict)
 
@@ -164,11 +216,17 @@ class Schedule(Section):
         if isinstance(data, Mapping) and "schedule" in data and "actions" not in data:
             data = dict(data)
             data["actions"] = data.pop("schedule")
+        if isinstance(data, Mapping) and "actions" in data:
+            data = {**data, "actions": expanded(data["actions"])}
         return data
 
     @model_validator(mode="after")
     def _ordered(self) -> Schedule:
-        rules.check_order(self.plain())
+        actions = self.plain()
+        rules.check_order(actions)
+        if "format_version" in self.model_fields_set:
+            rules.check_version(self.format_version, actions)
+        object.__setattr__(self, "format_version", words.version_of(actions))
         return self
 
     @classmethod

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from vtwcli.schedule.rules import parameters
 from vtwcli.schedule.schedule import Action, Freeze, Keep, Mute, Select, When, Withdraw
-from vtwcli.schedule.words import given, row
+from vtwcli.schedule.words import GUIDE, OF_ATTENTION, TOWER, given, row
 
 
 def describe(action: Action, layers: int) -> str:
@@ -20,12 +21,20 @@ def describe(action: Action, layers: int) -> str:
             during = row("during", action.during).says
             span += f" {during}" if during else ""
             slots = (("readers", action.readers), ("columns", action.columns), ("sink", action.sink))
-            says = says.format(*(row(*slot).says for slot in slots))
+            says = says.format(*(row(*slot).says.format(action.steps) for slot in slots))
+            says += ", those nearer are read in both directions" if action.both_ways else ""
         return f"In {span} {says}."
     if action.at != "auto" and action.at >= layers:
         return "No visual token leaves."
     if isinstance(action, Keep):
         says = says.format(_selection(action.select))
+        if action.positions != "original":
+            says += f"; {row('positions', action.positions).says}"
+        if action.rest is not None:
+            says += f"; {row('merge', action.rest.merge).says}"
+        if action.every is not None:
+            begins = row("every", "every").says.format(action.every)
+            return f"{begins}from {_start(action, layers)} {says}."
     return f"From {_start(action, layers)} {says}."
 
 
@@ -48,4 +57,16 @@ def _condition(when: When) -> str:
 def _selection(select: Select) -> str:
     [word] = given("amount", vars(select))
     amount = row("amount", word).says.format(getattr(select, word))
-    return f"{amount} ({row('score', select.score).says})"
+    score = row("score", select.score)
+    if score.needs == TOWER:
+        values = parameters(vars(select))
+        says = score.says.format(
+            **{key: row(key, x).says if isinstance(x, str) else x for key, x in values.items()}
+        )
+    elif score.needs == GUIDE:
+        says = score.says.format(parameters(vars(select)).get("guide") or "a second model")
+    else:
+        says = score.says.format(row("rows", select.rows).says)
+    said = [] if select.layer == "before" else [row("layer", select.layer).says]
+    said += [row(key, key).says.format(getattr(select, key)) for key in OF_ATTENTION if getattr(select, key)]
+    return f"{amount} ({', '.join([says, *said])})"

@@ -97,7 +97,7 @@ def decode(
         prompt = batch["input_ids"].shape[1]
         last = torch.full((len(capture.hidden), 1), prompt - 1)
         name = "sample " + ", ".join(map(repr, names[number]))
-        answers.append(_Answer(Stream(number, capture, last, (), source.eager, name), prompt))
+        answers.append(_Answer(Stream(number, capture, last, source.eager, name), prompt))
     going = list(answers)
     for step in range(tokens):
         if step:

@@ -99,7 +99,6 @@ def diagonal(own: Sequence[Tensor], full: Sequence[Tensor]) -> Tensor:
     return mask.flatten(1, 2)
 
 
-# The walk
 class Pattern(NamedTuple):
     """What one stream may read in a layer: own rows [B, Q', Q], the full stream's columns [B, Q', S], and how many
     of the latter are not masked for everyone at the end."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -28,17 +27,13 @@ class Followed:
         item: which item of the call.
         kl: KL(P_pruned ‖ P_full) in nats from float64 logits, float64 [C, R].
         agree: whether the most likely token is the full model's, bool [C, R].
-        top1: the full model's most likely token, long [R].
         traces: what each schedule did, [C].
-        seconds: computing time spent on the sample.
     """
 
     item: int
     kl: Tensor
     agree: Tensor
-    top1: Tensor
     traces: list[SampleTrace]
-    seconds: float
 
 
 def plan_of(schedule: Schedule, depth: int, family: Family) -> Plan:
@@ -52,17 +47,31 @@ def plan_of(schedule: Schedule, depth: int, family: Family) -> Plan:
     return Plan(schedule.to_dict(), depth, family.first_withdrawal)
 
 
-def can_follow(plan: Plan, layers: Iterable[nn.Module]) -> bool:
-    """Whether ``follow`` knows what a schedule does.
+def why_not(plan: Plan, layers: Iterable[nn.Module]) -> tuple[str, str] | None:
+    """What of a schedule ``follow`` does not know, and what to do about it; None where it knows all.
 
     Where a layer has a sliding window, which visual token is the first one for a decode step depends on what its
     cache has dropped.
     """
+    if plan.front is not None:
+        return "scores of the vision tower need the whole model", "use a score of the language model"
+    if plan.guided:
+        return "a guide does not run", "use a score of the model itself"
+    if any(action.needs_all for action in plan.leaving):
+        return "scores of all rows are not known", "use the score attention"
+    if plan.trims:
+        return "what leaves during the answer is not known", "leave out the actions with every"
+    if plan.looks_around:
+        return "neighbours of visual tokens are not known", "leave out columns: beyond"
+    if plan.newer:
+        return "what it says runs on the whole model only", "use scores of the last row in the layer before"
     if not any(mute.sink == "first" and mute.during == "all" for mute in plan.mutes):
-        return True
+        return None
     attentions = [getattr(layer, "self_attn", None) for layer in layers]
     named = [x for one in attentions for x in (one, getattr(one, "config", None))]
-    return all(getattr(x, "sliding_window", None) is None for x in named)
+    if all(getattr(x, "sliding_window", None) is None for x in named):
+        return None
+    return "moving attention to the first visual token goes with no sliding window", "use sink: zero"
 
 
 @torch.no_grad()
@@ -89,14 +98,13 @@ def follow(
     """
 
     def start(i: int, seen: Capture) -> Trie:
-        return Trie(i, seen, items[i].rows, plans, (), source.eager, items[i].name)
+        return Trie(i, seen, items[i].rows, plans, source.eager, items[i].name)
 
     return [_result(walk, head) for walk, head in through_layers(source, items, start, progress)]
 
 
 def _result(walk: Trie, head: Callable[[Tensor], Tensor]) -> Followed:
     """Compare the distributions of every state that came through the layers with the full stream's."""
-    began = time.perf_counter()
     full_hidden = walk.hidden[0]  # [R, D]
     full = log_probabilities(head(full_hidden), walk.name)
     states = list(dict.fromkeys(walk.states))
@@ -114,5 +122,4 @@ def _result(walk: Trie, head: Callable[[Tensor], Tensor]) -> Followed:
         kl[part] = torch.where(reached, apart.cpu(), 0.0)
         agree[part] = same.cpu() | ~reached
     places = [states.index(state) for state in walk.states]
-    seconds = walk.seconds + time.perf_counter() - began
-    return Followed(walk.number, kl[places], agree[places], full.argmax(-1).cpu(), walk.traces(), seconds)
+    return Followed(walk.number, kl[places], agree[places], walk.traces())

@@ -27,9 +27,9 @@ class Stream:
         number: the batch's number, for probes.
         capture: what the model hands its layers.
         rows: positions to be compared, [B, R].
-        probes: called with a ``LayerView`` at every layer.
         eager: whether the layers' attention takes additive masks only.
         name: what the batch is called in messages.
+        probes: called with a ``LayerView`` at every layer.
 
     Attributes:
         hidden: [B, S, D]; behind the last layer [B, R, D] at the compared rows.
@@ -45,9 +45,9 @@ class Stream:
         number: int,
         capture: Capture,
         rows: Tensor,
-        probes: Sequence[Probe],
         eager: bool,
         name: str = "the batch",
+        probes: Sequence[Probe] = (),
     ) -> None:
         _check_arguments(capture)
         check_hidden(capture.hidden, capture.attended, name, "the embeddings of text and images are")

@@ -18,7 +18,6 @@ keys and values, E their width.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,10 +33,12 @@ from vtwcli.sweep.layers import Capture
 from vtwcli.sweep.layouts import NOTHING, Effects, Layout, Layouts, Pattern, effects_of
 from vtwcli.sweep.reach import readable
 from vtwcli.sweep.stream import Stream
-from vtwcli.sweep.views import Probe, row_weights
+from vtwcli.sweep.views import row_weights
 
-_CHUNK_ROWS = 384  # rows of states that run as one sequence
+# Rows of states that run as one sequence, by width: reading wide layers' weights costs more than a larger mask.
+_CHUNK_ROWS = {0: 384, 2048: 768}
 _CHUNK_STATES = 8  # states whose last rows are looked at together
+_CHUNK_VALUES = 1 << 22  # values that are scored together: larger buffers come page by page from the system
 
 
 @dataclass(eq=False)
@@ -70,11 +71,10 @@ class Trie(Stream):
         capture: of a batch of one.
         rows: positions to be compared, [1, R]; the first is the prompt's last.
         plans: the schedules.
-        number, probes, eager, name: see ``Stream``.
+        number, eager, name: see ``Stream``.
 
     Attributes:
         states: that of each schedule.
-        seconds: time spent here.
 
     Raises:
         NotFoundError: hidden states that are not finite; names the sample, the layer and the type.
@@ -86,12 +86,10 @@ class Trie(Stream):
         capture: Capture,
         rows: Tensor,
         plans: Sequence[Plan],
-        probes: Sequence[Probe],
         eager: bool,
         name: str = "the sample",
     ) -> None:
-        began = time.perf_counter()
-        super().__init__(number, capture, rows, probes, eager, name)
+        super().__init__(number, capture, rows, eager, name)
         self.prompt = int(rows[0, 0]) + 1
         visual, attended = capture.visual[0], capture.attended[0]
         asks, real = (x[None, : self.prompt].cpu() for x in (visual, attended))
@@ -104,11 +102,9 @@ class Trie(Stream):
         self.layouts = Layouts(self.masks, attended, visual, kind, self.prompt, self.rows[0])
         root = State(self.layouts.root, NOTHING, self.hidden[0, :0])
         self.states = [root] * len(plans)
-        self.seconds = time.perf_counter() - began
 
     def step(self, d: int, layer: nn.Module) -> None:
         """Advance all states through layer ``d``; of the last layer's output only the compared rows are computed."""
-        began = time.perf_counter()
         added, last = self.enter(d), d == self.depth - 1
         if added is not None:
             for state in self._different():
@@ -118,7 +114,6 @@ class Trie(Stream):
         keys, values = self.end(d, layer) if last else self.through(d, layer)
         self._advance(d, layer, keys, values, last)
         self._look(d, layer, entry, keys, values)
-        self.seconds += time.perf_counter() - began
 
     def traces(self) -> list[SampleTrace]:
         """What each schedule did; behind the last layer."""
@@ -173,8 +168,9 @@ class Trie(Stream):
             if len(state.layout.rows):
                 pattern = self.layouts.pattern(state.layout, state.effects, mask, last)
                 ready[pattern.query is not None].append((state, pattern))
+        most = max(rows for width, rows in _CHUNK_ROWS.items() if width <= self.hidden.shape[-1])
         for part in ready.values():
-            for chunk in _chunks(part):
+            for chunk in _chunks(part, most):
                 self._run(d, layer, chunk, keys, values, last)
 
     def _run(
@@ -245,6 +241,7 @@ class Trie(Stream):
         asked = [state for state in self._different() if state.asked]
         last = torch.tensor([[self.prompt - 1]], device=entry.device)
         allowed = readable(self.mask(d), last, keys.shape[2])[0]
+        few = max(1, _CHUNK_VALUES // values[:, :, : self.prompt].numel())
         for at in range(0, len(asked), _CHUNK_STATES):
             part = asked[at : at + _CHUNK_STATES]
             read = [
@@ -258,9 +255,11 @@ class Trie(Stream):
             hidden = torch.stack([entry if state.last is None else state.last for state in part])[:, None]
             mask = (allowed & present)[:, :, : self.prompt]
             kwargs = self.arguments(d, last, mask, eager=True)
-            numbers = last_row_numbers(row_weights(layer, hidden, kwargs, *read)[:, :, 0], read[1])
+            weights = row_weights(layer, hidden, kwargs, *read)[:, :, 0]
+            scored = [last_row_numbers(*x) for x in zip(weights.split(few), read[1].split(few), strict=True)]
             for m, state in enumerate(part):
-                state.numbers = {name: x[m : m + 1].cpu() for name, x in numbers.items()}
+                here = slice(m % few, m % few + 1)
+                state.numbers = {name: x[here].cpu() for name, x in scored[m // few].items()}
 
 
 class _Joined:
@@ -299,13 +298,13 @@ class _Joined:
         )
 
 
-def _chunks(states: Sequence[tuple[State, Pattern]]) -> Iterator[list[tuple[State, Pattern]]]:
-    """States in order, as many together as have few enough rows."""
+def _chunks(states: Sequence[tuple[State, Pattern]], most: int) -> Iterator[list[tuple[State, Pattern]]]:
+    """States in order, as many together as have at most so many rows."""
     chunk: list[tuple[State, Pattern]] = []
     total = 0
     for pair in states:
         count = len(pair[0].layout.rows)
-        if chunk and total + count > _CHUNK_ROWS:
+        if chunk and total + count > most:
             yield chunk
             chunk, total = [], 0
         chunk.append(pair)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vtwcli.errors import VtwError
-from vtwcli.runtime import attention
+from vtwcli.runtime import asking
 from vtwcli.runtime.contract import PruningError
 from vtwcli.runtime.freeze import Enough
 from vtwcli.sweep.caches import Cache
@@ -100,6 +100,6 @@ def row_weights(
         raise VtwError(f"{type(layer).__name__} does not hand its cache and its mask to its attention")
     rows = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
     try:
-        return attention.row_weights(module, given, rows, given["attention_mask"], keys, values)
+        return asking.row_weights(module, given, rows, given["attention_mask"], keys, values)
     except PruningError as error:
         raise VtwError(str(error)) from error

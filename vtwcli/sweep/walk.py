@@ -117,7 +117,7 @@ class Walk(Stream):
         name: str = "the batch",
     ) -> None:
         began = time.perf_counter()
-        super().__init__(number, capture, rows, probes, eager, name)
+        super().__init__(number, capture, rows, eager, name, probes)
         self.groups: list[Group] = []
         for kind in dict.fromkeys(one.kind for one in interventions):
             touched = reached(kind, list(self.masks.values()), capture.visual, capture.attended)

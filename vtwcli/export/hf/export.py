@@ -41,6 +41,7 @@ from vtwcli.models.jsonfiles import CONFIG, read_json
 from vtwcli.results.calibration import Calibration
 from vtwcli.results.evaluation import Evaluation
 from vtwcli.schedule.schedule import Schedule
+from vtwcli.schedule.words import GUIDE, used
 
 CALIBRATION, PICTURE, RECIPE = "calibration.json", "calibration.png", "recipe.yaml"
 
@@ -186,6 +187,9 @@ def _check_schedule(checkpoint: Checkpoint, schedule: Schedule, calibration: Cal
     """Try the schedule on the model's skeleton, so that a bad one fails before anything is written."""
     from vtwcli.runtime import PruningError, apply
 
+    for word in used(schedule.plain()):
+        if word.needs == GUIDE and word.onnx is not None:
+            raise UsageError(*word.onnx)
     depth = checkpoint.config.get_text_config().num_hidden_layers
     layers = depth if calibration is None else calibration.get("num_layers")
     if layers != depth:

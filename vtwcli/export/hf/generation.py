@@ -19,11 +19,12 @@ REFUSED = (*_OF_CACHES, *_GUESSING)
 def clean(settings: dict[str, Any], schedule: Schedule) -> dict[str, Any]:
     """Take out of a generation config, in place, what a model under ``schedule`` refuses; what was taken out.
 
-    A static or quantized cache cannot lose visual tokens, and what belongs to such a cache goes with it. Guessed
+    A quantized cache cannot lose visual tokens, a static one not by what each prompt decides; what belongs to such a
+    cache goes with it. Guessed
     tokens behind a prompt do not go with a schedule that decides by the prompt's last row.
     """
     names: list[str] = []
-    if settings.get("cache_implementation") not in _CACHES:
+    if settings.get("cache_implementation") not in (*_CACHES, *(("static",) if schedule.is_static else ())):
         names += _OF_CACHES
     if _measures(schedule):
         names += _GUESSING

@@ -247,7 +247,8 @@ def _generate(model: Any, inputs: dict[str, Tensor], max_new_tokens: int, **sett
     return Generation(
         tokens=output.sequences[0, inputs["input_ids"].shape[1] :].cpu(),
         logits=torch.cat(output.logits).float().cpu(),
-        entries=[int(layer.keys.shape[-2]) for layer in cache_of(output).layers],
+        # free slots of a static cache are zero
+        entries=[int(layer.keys.ne(0).any(3).any(1).any(0).sum()) for layer in cache_of(output).layers],
     )
 
 

@@ -1,0 +1,25 @@
+"""Fields that several sections of a recipe have, each with its check and its words."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+BATCH_SIZE = "samples answered at once; by default 8, fewer where memory is short"
+Limit = Annotated[int, Field(ge=1, description="samples of each task")]
+Positions = Annotated[
+    Literal["first", "answer"],
+    Field(
+        description="where KL is measured: first, at the token behind the prompt; answer, at each token of the answer"
+    ),
+]
+Answers = Annotated[
+    Literal["auto", "generated", "reference"],
+    Field(
+        description="along whose answer: generated, the full model's own, or reference, the data's; auto is "
+        "generated, and reference when layers are streamed"
+    ),
+]
+SkipBad = Annotated[bool, Field(description="leave out rows that cannot be used, and count them")]
+Loss = Literal["tokens", "answer", "kl", "metric"]
