@@ -260,6 +260,7 @@ def test_the_schedules_decide_differently_for_different_samples():
         if "auto" in name or name == "visipruner"
     }
     assert starts == {
+        "auto, close up": [[None, 2, None]],
         "auto withdraw": [[5, 4, None]],
         "auto, fixed end": [[None, 2, None], [4, 4, 4]],
         "auto, one by one": [[None, 2, None], [None, 5, None]],

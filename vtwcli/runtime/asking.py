@@ -26,6 +26,16 @@ class _Fixed:
         return self.entries
 
 
+def check_weights(module: Any) -> None:
+    """Refuse to ask a module again whose weights are there only while it is called.
+
+    Raises:
+        PruningError: they are offloaded.
+    """
+    if any(p.is_meta for p in module.parameters()):
+        raise PruningError("scores and conditions do not go with weights offloaded to CPU or disk")
+
+
 def row_weights(
     module: Any, given: dict[str, Any], index: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor
 ) -> Tensor:
@@ -42,8 +52,6 @@ def row_weights(
     Raises:
         PruningError: an attention that is not understood.
     """
-    if any(p.is_meta for p in module.parameters()):
-        raise PruningError("scores and conditions do not go with weights offloaded to CPU or disk")
     one = copy.copy(module)  # the weights are shared; the configuration is its own: no other thread sees it
     one.config = copy.copy(module.config)
     one.config._attn_implementation = "eager"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vtwcli.runtime.asking import attend, not_compiled, row_weights
+from vtwcli.runtime.asking import attend, check_weights, not_compiled, row_weights
 from vtwcli.runtime.cache import Columns
 from vtwcli.runtime.contract import attention_kind, strange
 from vtwcli.runtime.masks import sunk
@@ -58,6 +58,7 @@ def _leave_attention(
         room = torch.cat([output[0], output[0].new_zeros(output[0].shape[0], 1, part.shape[2])], 1)
         output = (room.scatter(1, place, part)[:, :-1], *output[1:])
     if tap.probes:
+        check_weights(module)
         call = tap.call
         with torch.no_grad():
             if call.visual is not None:

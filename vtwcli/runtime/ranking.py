@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vtwcli.runtime.asking import row_weights
+from vtwcli.runtime.asking import check_weights, row_weights
 from vtwcli.runtime.cache import Columns, PrunedLayer
 from vtwcli.runtime.call import Call
 from vtwcli.runtime.contract import CACHE_NAMES, POSITIONS, cache_argument, strange
@@ -227,8 +227,9 @@ def own_sight(layer: Any, index: int, name: str, given: Mapping[str, Any], call:
         rows: that enter it.
 
     Raises:
-        PruningError: a layer that does not hand its attention what it needs.
+        PruningError: a layer that does not hand its attention what it needs, or whose weights are offloaded.
     """
+    check_weights(layer)
     here = next(layer.parameters()).device
     cache, mask = given[name], given.get("attention_mask")
     moved = {key: _moved(value, here) for key, value in given.items() if key != name}
