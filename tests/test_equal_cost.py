@@ -153,3 +153,9 @@ def test_an_unknown_method_is_named():
         done.err.startswith("error: 'fastest' is not a method; one of vtw, visipruner")
         or "one of vtw" in done.err
     )
+
+
+def test_no_two_methods_are_drawn_alike():
+    drawn = [method.style[:2] for method in METHODS.values()]
+    assert len(set(drawn)) == len(drawn)
+    assert len({method.style.label for method in METHODS.values()}) == len(METHODS)

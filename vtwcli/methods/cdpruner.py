@@ -20,7 +20,7 @@ class CDPruner(InFront):
     key: ClassVar[str] = "cdpruner"
     title: ClassVar[str] = "CDPruner"
     paper: ClassVar[str | None] = "2506.10967"
-    style: ClassVar[Style] = Style("#CC79A7", "h", "CDPruner")
+    style: ClassVar[Style] = Style("#CC79A7", "o", "CDPruner")
     score: ClassVar[str] = "tower_cdpruner"
 
     relevance_weight: float = parameter(

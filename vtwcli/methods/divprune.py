@@ -18,7 +18,7 @@ class DivPrune(InFront):
     key: ClassVar[str] = "divprune"
     title: ClassVar[str] = "DivPrune"
     paper: ClassVar[str | None] = "2503.02175"
-    style: ClassVar[Style] = Style("#009E73", "d", "DivPrune")
+    style: ClassVar[Style] = Style("#CC79A7", "D", "DivPrune")
     score: ClassVar[str] = "tower_divprune"
 
     ratio: float | None = published(56)

@@ -18,7 +18,7 @@ class HiPrune(InFront):
     key: ClassVar[str] = "hiprune"
     title: ClassVar[str] = "HiPrune"
     paper: ClassVar[str | None] = "2508.00553"
-    style: ClassVar[Style] = Style("#E69F00", "8", "HiPrune")
+    style: ClassVar[Style] = Style("#E69F00", "p", "HiPrune")
     score: ClassVar[str] = "tower_hiprune"
 
     ratio: float | None = published(192)

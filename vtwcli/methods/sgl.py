@@ -29,7 +29,7 @@ class SGL(Method):
     title: ClassVar[str] = "SGL"
     paper: ClassVar[str | None] = "2412.03324"
     guided: ClassVar[bool] = True
-    style: ClassVar[Style] = Style("#D55E00", "h", "SGL")
+    style: ClassVar[Style] = Style("#000000", "*", "SGL")
 
     guide: str | None = Field(
         None, min_length=1, description="the model that answers first, a name or directory"

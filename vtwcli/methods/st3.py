@@ -32,7 +32,7 @@ class ST3(Method):
     key: ClassVar[str] = "st3"
     title: ClassVar[str] = "ST3"
     paper: ClassVar[str | None] = "2412.20105"
-    style: ClassVar[Style] = Style("#D55E00", "H", "ST3, after its abstract")
+    style: ClassVar[Style] = Style("#D55E00", "X", "ST3, after its abstract")
 
     layers: Layers = Field(STAGES, description="layers from which on fewer tokens exist; scaled to the depth")
     ratio: float = Field(0.75, gt=0, le=1, description="share of those left that stays at each, rounded up")

@@ -22,7 +22,7 @@ class VisionZip(InFront):
     key: ClassVar[str] = "visionzip"
     title: ClassVar[str] = "VisionZip"
     paper: ClassVar[str | None] = "2412.04467"
-    style: ClassVar[Style] = Style("#0072B2", "p", "VisionZip")
+    style: ClassVar[Style] = Style("#56B4E9", "p", "VisionZip")
     score: ClassVar[str] = "tower_visionzip"
 
     contextual: int | None = parameter(

@@ -19,7 +19,7 @@ class VisPruner(InFront):
     key: ClassVar[str] = "vispruner"
     title: ClassVar[str] = "VisPruner"
     paper: ClassVar[str | None] = "2412.01818"
-    style: ClassVar[Style] = Style("#56B4E9", "H", "VisPruner")
+    style: ClassVar[Style] = Style("#56B4E9", "o", "VisPruner")
     score: ClassVar[str] = "tower_vispruner"
 
     important: float = parameter(

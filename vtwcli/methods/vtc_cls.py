@@ -22,7 +22,7 @@ class VtcCls(InFront):
     key: ClassVar[str] = "vtc_cls"
     title: ClassVar[str] = "VTC-CLS"
     paper: ClassVar[str | None] = "2412.05819"
-    style: ClassVar[Style] = Style("#D55E00", "s", "VTC-CLS")
+    style: ClassVar[Style] = Style("#56B4E9", "s", "VTC-CLS")
     score: ClassVar[str] = "tower_cls"
     class_token: ClassVar[bool] = True
 
