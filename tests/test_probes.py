@@ -14,7 +14,7 @@ from tests import reference, tiny
 from vtwcli.errors import VtwError
 from vtwcli.models.families import FAMILIES
 from vtwcli.runtime import pruned
-from vtwcli.sweep.layers import Resident
+from vtwcli.sweep.layers import Resident, cache_argument
 from vtwcli.sweep.probes import LastRowProbe, entropy, masses, sinks, value_norms
 from vtwcli.sweep.sweep import SweepItem, sweep
 
@@ -234,7 +234,8 @@ def test_an_attention_that_is_not_understood_is_refused():
     sweep(Resident(model, FAMILIES["llava"]), [item], [], probes=[views.append])
 
     def another_cache(module, args, kwargs):
-        return args, {**kwargs, "past_key_values": copy.copy(kwargs["past_key_values"])}
+        name = cache_argument(module)
+        return args, {**kwargs, name: copy.copy(kwargs[name])}
 
     views[0].layer.self_attn.register_forward_pre_hook(another_cache, with_kwargs=True)
     with pytest.raises(VtwError, match="does not hand its cache"):
