@@ -1,9 +1,11 @@
 """Update, read, leave: what it proposes from a sweep's answers, and what a calibration of the demo model saves."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from tests.cli import vtw
-from vtwcli.io.documents import read_json
 from vtwcli.methods.method import Answers, Shape
 from vtwcli.methods.stages import Stages
 from vtwcli.recipe.recipe import Recipe
@@ -33,7 +35,7 @@ def test_the_demo_is_as_safe_at_two_thirds_of_the_work(tmp_path, monkeypatch):
     for method in ("vtw", "stages"):
         given = ("--method", method, "--limit", "6", "--bootstrap", "0", "--output", f"{method}.json")
         assert vtw("calibrate", "demo", *given).code == 0
-    plain, both = read_json("vtw.json"), read_json("stages.json")
+    plain, both = (json.loads(Path(f"{name}.json").read_text()) for name in ("vtw", "stages"))
     [row] = [one for one in both["candidates"] if one["name"] == both["chosen"]]
     assert row["accepted"] and row["worst_kl"] <= both["eta"] == plain["eta"]
     assert both["policy"] == plain["policy"]
