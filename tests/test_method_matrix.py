@@ -41,6 +41,7 @@ ROWS = {
     "st3": {"layers": [2, 4], "ratio": 0.8, "every": 1, "trim": 0.7},
     "vica": {"layers": [1, 3], "depth": 6},
     "sgl": {"layer": 3, "ratio": 0.4},
+    "stages": {"layers": [1, 3], "withdraw": 4},
     "fastervlm": {"count": 2},
     "vtc_cls": {"ratio": 0.4, "first": -2},
     "fopru": {"ratio": 0.4},

@@ -22,6 +22,7 @@ from vtwcli.methods.sgl import SGL
 from vtwcli.methods.shortv import ShortV
 from vtwcli.methods.sparsevlm import SparseVLM, SparseVLMPlus
 from vtwcli.methods.st3 import ST3
+from vtwcli.methods.stages import Stages
 from vtwcli.methods.subsets import Attention, Contribution, Random, TwoStep, Uniform
 from vtwcli.methods.two_cuts import TwoCuts
 from vtwcli.methods.v2drop import V2Drop
@@ -46,5 +47,6 @@ METHODS: dict[str, type[Method]] = {
         *(VisionZip, PruMerge, PruMergePlus, DivPrune, CDPruner, VisPruner, HiPrune, VScan, HoloV, PruneSID),
         *(TwoCuts,),
         *(SGL,),
+        *(Stages,),
     )
 }

@@ -77,7 +77,7 @@ def _said(value: Any) -> str:
 
 def plot_searched(result: SearchedCalibration, path: Path) -> None:
     """Every candidate's KL against its FLOPs; left of it, of VisiPruner the KL of muting layers 0..d with the
-    boundary, of ShortV that of freezing each layer."""
+    boundary, of ShortV and ``stages`` that of freezing each layer, with the choice's borders."""
     from matplotlib.figure import Figure
 
     findings, eta = result.get("findings", {}), result["eta"]
@@ -92,6 +92,15 @@ def plot_searched(result: SearchedCalibration, path: Path) -> None:
         axes[0].bar(
             layers, [max(one, floor) for one in findings["contribution"]], color=BLUE, label="mean KL"
         )
+        chosen = result["parameters"]
+        for number, layer in enumerate(chosen.get("layers") or ()):
+            axes[0].axvspan(
+                layer - 0.5, layer + 0.5, color=GREEN, alpha=0.15, lw=0, label=None if number else "frozen"
+            )
+        if (leave := chosen.get("withdraw")) is not None:
+            curve = [max(one, floor) for one in findings["withdrawal"]]
+            axes[0].plot(curve, color="black", marker="o", ms=3, lw=1, label="withdrawal at this layer")
+            axes[0].axvline(leave - 0.5, color=GREEN, lw=1.6, label=f"withdrawn at {leave}")
         axes[0].set_xlabel("visual tokens not updated in layer")
         axes[0].set_title("contribution of layers", fontsize=10, loc="left")
     _plot_candidates(result, axes[-1], floor)
