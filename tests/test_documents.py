@@ -121,7 +121,14 @@ def test_true_is_no_number_anywhere_in_a_recipe():
             if (
                 path[0] == "schedule" and path[1] not in ScheduleSection.model_fields
             ):  # known with its method only
-                owners = [name for name, method in METHODS.items() if path[1] in method.model_fields]
+                owners = [
+                    name
+                    for name, method in METHODS.items()
+                    if path[1] in method.model_fields
+                    and not any(
+                        one.is_required() for key, one in method.model_fields.items() if key != path[1]
+                    )
+                ]
                 document["schedule"]["method"] = owners[-1]
             with pytest.raises(documents.InvalidDocument) as caught:
                 documents.validate(document, Recipe, "r.yaml", "recipe")

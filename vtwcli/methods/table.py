@@ -11,7 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from vtwcli.methods import METHODS
 from vtwcli.methods.in_front import InFront
-from vtwcli.methods.method import Method, Shape
+from vtwcli.methods.method import Grid, Method, Shape
 from vtwcli.methods.subsets import Subset
 from vtwcli.schedule import words
 from vtwcli.schedule.schedule import Schedule
@@ -77,12 +77,16 @@ def about(key: str, model: Shape | None = None) -> dict[str, Any]:
 
 
 def example(method: type[Method], model: Shape) -> Schedule | None:
-    """What its defaults make on a model; where it has none, the setting for half of the visual tokens."""
+    """What its defaults make on a model; where it has none, the setting for half of the visual tokens, or one of those
+    that are compared."""
     try:
         return method.of(()).fitted(model).schedule()
     except ValidationError:
         half = method.at_share(model, 0.5)
-        return None if half is None else half.schedule()
+        if half is not None:
+            return half.schedule()
+        tried = method.compared(model, Grid((0.5,), 2, (0.4,), 0), {})
+        return tried[len(tried) // 2].schedule if tried else None
 
 
 def _paragraphs(method: type[Method]) -> list[str]:
