@@ -63,8 +63,8 @@ def budget(
             console.note(f"left out, since {reason} when layers are streamed: {', '.join(methods)}")
     free = equal is not None and not study.streamed
     found = study.try_(chosen, options.max_new_tokens, free=free, lenient=True)
-    for number, why in found.refused.items():
-        console.note(f"left out: {why or chosen[number].name}")
+    for why in found.refused.values():
+        console.note(f"left out: {why}")
     chosen = [one for number, one in enumerate(chosen) if number not in found.refused]
     found = replace(found, rows=[rows for rows in found.rows if rows], refused={})
     rows, front = compared(chosen, found, study.text)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 from vtwcli.io.section import Section
+from vtwcli.methods.published import layer_of
 from vtwcli.models.families import Family, tower_depth, tower_of
 from vtwcli.schedule.intervention import Intervention
 from vtwcli.schedule.schedule import Schedule
@@ -206,7 +207,7 @@ def share_behind(share: float, at: int, until: int, depth: int) -> float | None:
 
 def early(model: Shape) -> int:
     """Where tokens are chosen early on: layer 2 of 32 in a model of this depth, or the first that its family allows."""
-    return max(round(2 * model.depth / 32), model.first_withdrawal, 1)
+    return max(layer_of(2, model.depth), model.first_withdrawal, 1)
 
 
 def fit_share(build: Callable[[float], Made], model: Shape, share: float) -> Made | None:

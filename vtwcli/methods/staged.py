@@ -8,9 +8,10 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from vtwcli.methods.method import Candidate, Grid, Method, Shape, fit_share
+from vtwcli.methods.published import layer_of
 from vtwcli.schedule.schedule import Keep, Schedule
 
-PUBLISHED_DEPTH, PUBLISHED_VISUAL = 32, 576
+PUBLISHED_VISUAL = 576
 
 
 def _listed(value: Any) -> Any:
@@ -87,7 +88,7 @@ class Staged(Method):
         if "layers" in self.model_fields_set:
             return self
         least = max(self.least, model.first_withdrawal)
-        layers = [max(round(at * model.depth / PUBLISHED_DEPTH), least) for at in self.layers]
+        layers = [max(layer_of(at, model.depth), least) for at in self.layers]
         name, given = ("ratios", self.shares()) if self.counts is None else ("counts", self.counts)
         amounts = given * len(layers) if len(given) == 1 else given
         stages = {at: amount for at, amount in zip(layers, amounts, strict=True) if at < model.depth}

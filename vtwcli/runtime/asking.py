@@ -52,15 +52,20 @@ def row_weights(
     Raises:
         PruningError: an attention that is not understood.
     """
-    one = copy.copy(module)  # the weights are shared; the configuration is its own: no other thread sees it
-    one.config = copy.copy(module.config)
-    one.config._attn_implementation = "eager"
-    one.training = False
-    one.__dict__.pop("forward", None)  # as wrapped by accelerate it would run the original
-    weights = attend(one, given, index, mask, keys, values)[1]
+    weights = attend(running_as(module, "eager"), given, index, mask, keys, values)[1]
     if weights is None:
         raise strange("the eager attention of this model returns no weights")
     return weights
+
+
+def running_as(module: Any, kind: str) -> Any:
+    """An attention module of its own that runs another attention implementation, in inference."""
+    one = copy.copy(module)  # the weights are shared; the configuration is its own: no other thread sees it
+    one.config = copy.copy(module.config)
+    one.config._attn_implementation = kind
+    one.training = False
+    one.__dict__.pop("forward", None)  # as wrapped by accelerate it would run the original
+    return one
 
 
 def attend(

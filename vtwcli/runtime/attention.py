@@ -10,7 +10,7 @@ import torch
 from vtwcli.runtime.asking import attend, check_weights, not_compiled, row_weights
 from vtwcli.runtime.cache import Columns
 from vtwcli.runtime.contract import attention_kind, strange
-from vtwcli.runtime.masks import sunk
+from vtwcli.runtime.masks import additive, sunk
 from vtwcli.runtime.ranking import Sight, key_sizes, look
 from vtwcli.runtime.rows import TEXT, Rows, Tensor, compact, take
 from vtwcli.runtime.scores import last_row_numbers, placed, self_cross
@@ -59,15 +59,15 @@ def _leave_attention(
         output = (room.scatter(1, place, part)[:, :-1], *output[1:])
     if tap.probes:
         check_weights(module)
-        call = tap.call
+        call, sight = tap.call, _sight(module, given, tap)
         with torch.no_grad():
             if call.visual is not None:
                 for number, action in call.plan.asks_in(tap.layer).items():
-                    call.scores[number] = look(call, _sight(module, given, tap), action.select)
+                    call.scores[number] = look(call, sight, action.select)
                 if any(a.needs == KEYED for a in call.plan.by_states(tap.layer + 1).values()):
-                    call.sizes = key_sizes(call, _sight(module, given, tap))
+                    call.sizes = key_sizes(call, sight)
             if call.visual is None or call.plan.asks_last(tap.layer):
-                call.probe = _probe(module, given, tap)
+                call.probe = _probe(module, given, tap, sight)
     return output
 
 
@@ -112,7 +112,7 @@ def _sight(module: Any, given: dict[str, Any], tap: Tap) -> Sight:
     return Sight(module, given, tap.rows, columns, tap.keys, tap.values, tap.past, tap.given)
 
 
-def _probe(module: Any, given: dict[str, Any], tap: Tap) -> dict[str, Tensor]:
+def _probe(module: Any, given: dict[str, Any], tap: Tap, sight: Sight) -> dict[str, Tensor]:
     """Scores of the chunk's tokens [B, S], from the last row of each sample."""
     call = tap.call
     assert tap.keys is not None and tap.values is not None
@@ -124,17 +124,15 @@ def _probe(module: Any, given: dict[str, Any], tap: Tap) -> dict[str, Tensor]:
         rows = torch.arange(len(last), device=mask.device)[:, None]
         mask = mask.expand(len(last), *mask.shape[1:])[rows, :, last.to(mask.device)].transpose(1, 2)
     if mask is not None and mask.dtype == torch.bool:
-        like = given["hidden_states"]
-        mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, torch.finfo(like.dtype).min)
+        mask = additive(mask, given["hidden_states"].dtype)
     weights = row_weights(module, given, last, mask, tap.keys, tap.values)
     numbers = last_row_numbers(weights[:, :, 0], tap.values)
     if call.plan.needs_all(tap.layer):
         numbers["self_cross"] = _self_cross(module, given, tap)
     if call.visual is None:
-        assert tap.columns is not None
-        call.entry_numbers = spread(numbers, tap.columns, tap.past + call.shape[1])
+        call.entry_numbers = spread(numbers, sight.columns, tap.past + call.shape[1])
         return {}
-    device, position = call.last.device, _sight(module, given, tap).columns.position
+    device, position = call.last.device, sight.columns.position
     return {
         name: placed(x.to(device), position.to(device), tap.past, call.shape[1])
         for name, x in numbers.items()
@@ -154,7 +152,7 @@ def _self_cross(module: Any, given: dict[str, Any], tap: Tap) -> Tensor:
         causal = torch.ones(tall, wide, dtype=torch.bool, device=device).tril(wide - tall)[None, None]
         mask = causal if mask is None else causal & mask[:, None, None, :].bool()
     if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
+        mask = additive(mask, hidden.dtype)
     step = max(1, _CHUNK_WEIGHTS // (batch * wide * getattr(module.config, "num_attention_heads", 1)))
     parts = [slice(at, min(at + step, tall)) for at in range(0, tall, step)]
     found = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))

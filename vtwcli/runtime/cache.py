@@ -29,7 +29,7 @@ class Columns:
         ragged: whether some position is -1.
         visual: whether some kind may be visual.
         absent: positions of tokens that left in front of the model, so that later ones have lower position ids,
-            [B, M], -1 behind them; None: there are none.
+            [B, M], -1: none; or None.
         gone: indices of tokens whose positions those behind them have taken over, -1: none, [B, G]; or None.
     """
 

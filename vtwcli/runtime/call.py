@@ -222,7 +222,7 @@ class Call:
             self.present = torch.where(starts[:, None], stays, self.present)
             if action.positions == "compact":
                 gone, missing = self.gone, self.visual & ~self.present
-                if self.front is not None and self.front.absent is not None:
+                if self.front is not None and self.front.left is not None:
                     missing &= self.front.stays  # whose positions are those of the shorter prompt already
                 gone = torch.zeros_like(missing) if gone is None else gone
                 self.gone = torch.where(starts[:, None], missing, gone)
@@ -315,16 +315,13 @@ class Call:
             position = (index + past).masked_fill(~rows.key.to(device), -1)
             kind = self.kinds(rows, device)
             ragged, visual = rows.ragged, self.visual is not None
-            absent = None if self.front is None else self.front.absent
-            if absent is not None:
-                absent = (absent + past).masked_fill(absent < 0, -1).to(device)
             if old is not None:
                 position = torch.cat([old.position, position], 1)
                 kind = torch.cat([old.kind, kind], 1)
                 ragged, visual = ragged or old.ragged, visual or old.visual
-                parts = [x for x in (old.absent, absent) if x is not None]
-                absent = torch.cat(parts, 1) if parts else None
-            gone = None if old is None else old.gone
+            absent, gone = (None, None) if old is None else (old.absent, old.gone)
+            if self.front is not None and self.front.left is not None:
+                absent = gone_at(self.front.left.to(device), past, absent)
             if rows.gone is not None:
                 gone = gone_at(rows.gone.to(device), past, gone)
             # the memo holds what its keys are the ids of, so that no other object gets them

@@ -11,6 +11,7 @@ from vtwcli.runtime.call import Call
 from vtwcli.runtime.contract import PruningError, given_cache, strange
 from vtwcli.runtime.picture import Front, Picked, Picture
 from vtwcli.runtime.plan import Plan
+from vtwcli.runtime.positions import lower, lowering
 from vtwcli.runtime.rows import Tensor, compact
 from vtwcli.runtime.selectors import SELECTORS
 from vtwcli.runtime.tower import Look, Tower
@@ -96,9 +97,8 @@ def _choose(call: Call, tower: Tower, looks: Sequence[Look], embeds: Tensor, fla
             embeds[row, where[slots]] = (rows if flat else rows[order.to(rows.device)]).to(embeds.dtype)
             stays[row, where[chosen]] = True
             kept[-1].append((chosen if flat else slots).tolist())
-    absent = _absent(visual & ~stays) if flat else None
-    device = call.visual.device
-    call.front = Front(stays.to(device), kept, None if absent is None else absent.to(device))
+    stays = stays.to(call.visual.device)
+    call.front = Front(stays, kept, call.visual & ~stays if flat else None)
     return embeds
 
 
@@ -156,14 +156,6 @@ def _unseen(total: Any, seen: Any) -> PruningError:
     )
 
 
-def _absent(gone: Tensor) -> Tensor:
-    """Places of the marked tokens, [B, M], -1 behind them."""
-    most = int(gone.sum(1).max())
-    place = torch.arange(gone.shape[1], device=gone.device).expand_as(gone)
-    order = (~gone).int().argsort(dim=1, stable=True)[:, :most]
-    return place.gather(1, order).masked_fill(~gone.gather(1, order), -1)
-
-
 def _lower(call: Call, given: dict[str, Any]) -> None:
     """Give tokens the position ids that they have in the shorter prompt."""
     cache, hidden = given_cache(given), given["inputs_embeds"]
@@ -172,19 +164,14 @@ def _lower(call: Call, given: dict[str, Any]) -> None:
     layers = getattr(cache, "layers", None) or [None]
     columns, past = getattr(layers[0], "columns", None), 0 if cache is None else cache.get_seq_length()
     device, length = hidden.device, hidden.shape[1]
-    less = torch.zeros(hidden.shape[:2], dtype=torch.long, device=device)
     before = None if columns is None else columns.absent
-    if before is not None:
-        less = less + (before >= 0).sum(1)[:, None].to(device)
-    if call.front is not None and call.front.absent is not None:
-        gone = (call.visual & ~call.front.stays).long().to(device)  # type: ignore[operator]
-        less = less + gone.cumsum(1) - gone
-    if not bool(less.any()):
+    by = lowering(None if call.front is None else call.front.left, before)
+    if by is None or not bool(by.any()):
         return
     ids = given.get("position_ids")
     if ids is None:
         ids = torch.arange(past, past + length, device=device)[None]
-    given["position_ids"] = ids.to(device) - less
+    given["position_ids"] = lower(ids.to(device), by)
     if given.get("attention_mask") is None:  # gaps in the ids are not borders between packed sequences
         given["attention_mask"] = torch.ones(hidden.shape[0], past + length, dtype=torch.long, device=device)
 

@@ -184,6 +184,11 @@ def gathered(
     return mask.masked_fill(~allowed, lowest)
 
 
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of attention so that only ``allowed`` columns are read, of the same shape."""
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
 def rows_mask(
     given: Tensor | None, rows: Rows, columns: Columns, past: int, length: int, like: Tensor
 ) -> Tensor:

@@ -80,10 +80,10 @@ class Front:
     Attributes:
         stays: the visual tokens that do, [B, S].
         kept: the tokens that each of a sample's images keeps, counted within the image from 0, as their rows stand.
-        absent: positions in the chunk of the tokens that left, [B, M], -1 behind them; None where the others keep
-            their position ids.
+        left: the visual tokens that do not, whose places those behind them take over, [B, S]; None where the others
+            keep their position ids.
     """
 
     stays: Tensor
     kept: list[list[list[int]]]
-    absent: Tensor | None
+    left: Tensor | None

@@ -107,7 +107,7 @@ def traced(call: Call) -> Trace:
             tokens = [token for token in call.kept[i][row].tolist() if token != NOBODY] if kept else None
             front = call.front if action.select is plan.front and kept else None
             images = None if front is None else front.kept[row]
-            positions = None if front is None else "original" if front.absent is None else "compact"
+            positions = None if front is None else "original" if front.left is None else "compact"
             actions.append(
                 ActionTrace(action.action, start if start >= 0 else None, tokens, images, positions)
             )

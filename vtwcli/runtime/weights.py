@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from vtwcli.runtime.asking import running_as
 from vtwcli.runtime.contract import PruningError
+from vtwcli.runtime.masks import additive
 from vtwcli.runtime.rows import Tensor
 
 _KIND = "vtw_tower"  # the attention that looks
@@ -28,11 +29,7 @@ def looked_at(module: Any, args: tuple, kwargs: dict[str, Any], cls: bool, recei
     from transformers import AttentionInterface
 
     AttentionInterface.register(_KIND, _summarised)
-    one = copy.copy(module)  # the weights are shared; the configuration is its own: no other thread sees it
-    one.config = copy.copy(module.config)
-    one.config._attn_implementation = _KIND
-    one.training = False
-    one.__dict__.pop("forward", None)  # as wrapped by accelerate it would run the original
+    one = running_as(module, _KIND)
     found: list[Chunk] = []
     one.__dict__["vtw_wants"] = (cls, received, found)
     one.forward(*args, **kwargs)
@@ -59,8 +56,7 @@ def _summarised(
     if attention_mask is not None and attention_mask.ndim == 2:
         attention_mask = attention_mask[:, None, None, :].bool()
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        low = torch.finfo(wide).min
-        attention_mask = torch.zeros_like(attention_mask, dtype=wide).masked_fill(~attention_mask, low)
+        attention_mask = additive(attention_mask, wide)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     def weights(rows: slice) -> Tensor:

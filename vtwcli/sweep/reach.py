@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtwcli.errors import VtwError
+from vtwcli.runtime.masks import additive
 
 
 def as_bool(mask: Tensor | None) -> Tensor | None:
@@ -31,9 +32,7 @@ def as_bool(mask: Tensor | None) -> Tensor | None:
 
 def explicit(allowed: Tensor, eager: bool, dtype: torch.dtype) -> Tensor:
     """A bool mask in the form that the attention implementation takes; eager attention adds it to the scores."""
-    if not eager:
-        return allowed
-    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
+    return additive(allowed, dtype) if eager else allowed
 
 
 def readable(mask: Tensor | None, rows: Tensor, length: int) -> Tensor:
