@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Iterable
 from importlib import import_module
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -16,8 +16,12 @@ from vtwcli.errors import NotFoundError, VtwError
 from vtwcli.io import console
 from vtwcli.machine import threads
 
+_WRONG_USE = typer.BadParameter.__mro__[1]  # what typer raises for options that it cannot read
+_SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
 # subcommand -> its file in ``vtwcli.commands``, in the order of the help page
 COMMANDS = {
+    "demo": "demo",
     "calibrate": "calibrate",
     "analyze": "analyze",
     "budget": "budget",
@@ -64,15 +68,23 @@ def main() -> None:
         app = build([name for name in sys.argv[1:2] if name in COMMANDS] or COMMANDS)
         # what is imported here lives to the end: a tenth of a help page went into looking it over
         gc.freeze()
-        app()
+        code = app(standalone_mode=False)  # what is wrong with the options is told like everything else
+        sys.exit(code if isinstance(code, int) else 0)
     except SystemExit as ended:
+        if stopped:
+            _tell_stopped(stopped[0])
         if not ended.code and console.settings.unwritten is not None:
             _end_unwritten(console.settings.unwritten)
         raise
     except (Exception, KeyboardInterrupt) as error:
         # a library's own tidying may fail under the signal and put its error in the signal's place
-        if stopped:
-            sys.exit(128 + stopped[0])
+        if stopped or isinstance(error, KeyboardInterrupt):
+            number = stopped[0] if stopped else signal.SIGINT
+            _tell_stopped(number)
+            sys.exit(128 + number)
+        if isinstance(error, _WRONG_USE):
+            _tell_wrong_use(error)
+            sys.exit(error.exit_code)
         if isinstance(error, VtwError):
             console.error(error.message, error.hint)
             sys.exit(error.exit_code)
@@ -92,6 +104,26 @@ def main() -> None:
             sys.exit(NotFoundError.exit_code)
         console.error(f"unexpected failure: {name}: {' '.join(str(error).split())}", "--verbose shows where")
         sys.exit(1)
+
+
+def _tell_stopped(number: int) -> None:
+    """Say that a signal ended the work, what is left of it, and how to go on."""
+    kept = console.settings.kept
+    console.note(_SIGNALS[number] + (f"; {kept()}" if kept is not None else ""))
+
+
+def _tell_wrong_use(error: Any) -> None:
+    """Options that typer refuses, in one line as every other error."""
+    context, parameter = error.ctx, getattr(error, "param", None)
+    said, name = error.format_message().rstrip("."), ""
+    if not said:  # no arguments at all: the help page is shown already
+        return
+    if isinstance(error, typer.BadParameter) and parameter is not None and error.message:
+        said, name = error.message.rstrip("."), f"{parameter.opts[0]}: "
+    console.error(
+        f"{name}{said[:1].lower()}{said[1:]}",
+        None if context is None else f"{context.command_path} --help shows what there is",
+    )
 
 
 def _end_unwritten(error: OSError) -> NoReturn:

@@ -57,6 +57,7 @@ def command(**given: Any) -> None:
     from vtwcli.recipe.schedules import schedules_of
     from vtwcli.results.reading import read_calibration, read_evaluation
 
+    check_target(output, given["force"], inputs_here(given, base, where, ()))
     paths = [given[name] for name in ("schedule", "calibration") if given[name] is not None]
     named = schedules_of({**given, "schedule": paths}, base, where)
     if len(named) != 1:
@@ -67,7 +68,6 @@ def command(**given: Any) -> None:
         raise UsageError(
             "--push-to-hub goes with --format hf only", "upload ONNX graphs with: hf upload REPO DIR"
         )
-    check_target(output, given["force"], inputs_here(given, base, where, ()))
     from vtwcli.export.formats import export
 
     manifest = export(

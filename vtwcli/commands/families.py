@@ -28,14 +28,13 @@ def command(**given: Any) -> None:
     if given["json"]:
         console.result_text(document(rows))
         return
-    from rich.table import Table
+    from vtwcli.report.tables import fitting_columns, terminal_table
 
-    view = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("family", "example", "withdraw", "sweep", "analyze", "tower", "onnx"):
-        view.add_column(name, overflow="fold")
-    for row in rows:
-        view.add_row(*(row[str(column.header)] for column in view.columns))
-    console.result(view)
+    header = ("family", "example", "withdraw", "sweep", "analyze", "tower", "onnx")
+    shown = fitting_columns(header, rows, ["example"], console.stdout().width)
+    console.result(terminal_table(shown, [[row[name] for name in shown] for row in rows], left=shown))
+    if "example" not in shown:
+        console.result("\nA wider terminal, and --json, name an example of each.")
     for note in dict.fromkeys(row["notes"] for row in rows if row["notes"]):
         console.result(
             "\n" + ", ".join(row["family"] for row in rows if row["notes"] == note) + f":\n  {note}"

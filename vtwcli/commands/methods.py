@@ -64,15 +64,14 @@ def _list(as_json: bool) -> None:
     if as_json:
         console.result_text(document(rows))
         return
-    from rich.table import Table
+    from vtwcli.report.tables import fitting_columns, terminal_table
 
-    view = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("method", "name", "paper", "chooses", "needs", "onnx", "calibrate"):
-        view.add_column(column, overflow="fold", no_wrap=column in ("method", "paper"))
-    for row in rows:
-        view.add_row(*(row[str(column.header)] for column in view.columns))
-    console.result(view)
-    console.result("\nvtw methods METHOD shows its rule, parameters and schedule.")
+    header = ("method", "name", "paper", "chooses", "needs", "onnx", "calibrate")
+    spare = ["paper", "calibrate", "needs", "chooses"]
+    shown = fitting_columns(header, rows, spare, console.stdout().width)
+    console.result(terminal_table(shown, [[row[name] for name in shown] for row in rows], left=shown))
+    more = "" if len(shown) == len(header) else "; a wider terminal and --json show more columns"
+    console.result(f"\nvtw methods METHOD shows its rule, parameters and schedule{more}.")
 
 
 def _view(found: dict[str, Any]) -> Group:

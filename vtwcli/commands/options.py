@@ -15,6 +15,7 @@ from vtwcli.errors import UsageError
 from vtwcli.io import console
 from vtwcli.io.files import document, present
 from vtwcli.io.outputs import Inputs, Outputs, inputs_of
+from vtwcli.models.names import directory_of
 from vtwcli.recipe.recipe import ModelSection, Recipe
 from vtwcli.recipe.settings import section_of
 from vtwcli.results.document import Files
@@ -28,6 +29,8 @@ def begin(given: dict[str, Any]) -> None:
 
     console.settings.quiet = given["quiet"] or not distributed.is_main()
     console.settings.verbose = given["verbose"]
+    hint = ": --resume would have kept finished samples" if given.get("resume", True) is None else ""
+    console.settings.kept = lambda: f"nothing half-made is left{hint}"
 
 
 def recipe_of(given: dict[str, Any], method: str | None = None) -> Recipe:
@@ -49,12 +52,22 @@ def model_of(given: dict[str, Any], recipe: Recipe) -> ModelSection:
     if given.get("model") is None and "name" not in recipe.model.model_fields_set:
         raise UsageError("no model given", "name a directory, a Hub id or demo, or a recipe that does")
     section: ModelSection = section_of(ModelSection, {**given, "name": given.get("model")}, recipe.model)
+    directory_of(section.name)  # what is not there is said before torch is imported
     return section
 
 
 def data_of(given: dict[str, Any], recipe: Recipe) -> list[DataSpec]:
-    """The data sources of ``--data``, or those of the recipe."""
-    return [DataSpec.parse(text) for text in given.get("data") or ()] or list(recipe.data)
+    """The data sources of ``--data``, or those of the recipe.
+
+    Raises:
+        NotFoundError: one is on this machine by its name, and is not there.
+    """
+    from vtwcli.data.sources import place
+
+    specs = [DataSpec.parse(text) for text in given.get("data") or ()] or list(recipe.data)
+    for spec in specs:
+        place(spec)
+    return specs
 
 
 def output_paths(given: dict[str, Any], model: str, files: Files) -> Outputs:
@@ -118,6 +131,11 @@ def state_beside(result: Path | None, resume: bool) -> Path | None:
         return None
     state = result.with_suffix(".partial.jsonl")
     present(state.with_name(f".{state.name}.{0:03}"))  # a name that no file can have
+    console.settings.kept = lambda: (
+        f"finished samples are kept in {state}: the same command goes on from them"
+        if state.exists()
+        else "no sample was finished"
+    )
     return state
 
 
@@ -132,10 +150,8 @@ def show(
         console.result_text(document(result))
     else:
         console.result(view(result))
-    _tell_written(outputs)
-
-
-def _tell_written(outputs: Outputs) -> None:
     paths = [str(path) for path in outputs.values() if path and path.exists()]
     if paths:
         console.note("wrote " + ", ".join(paths))
+    elif as_json:
+        console.note("no files written: --json without --output only prints")

@@ -68,6 +68,9 @@ def command(**given: Any) -> None:
         return
     console.note(plan_view(work))
     with alone(work):
+        console.settings.kept = lambda: (
+            f"finished steps are kept in {folder}: the same command goes on from them"
+        )
         try:
             found = execute(work)
         except BaseException:

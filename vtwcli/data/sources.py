@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vtwcli.data.drawing import Drawing, ranges, sample_content
 from vtwcli.data.images import decode_image
@@ -202,21 +202,47 @@ def _read(spec: DataSpec, name: str, drawing: Drawing, skip_bad: bool, check: Ch
     }
 
 
-def _open(spec: DataSpec, drawing: Drawing) -> Rows:
-    """Open the rows of a source, wherever they are."""
+def place(spec: DataSpec) -> Literal["demo", "local", "task", "hub"]:
+    """Where a source's rows are; nothing is opened.
+
+    Raises:
+        UsageError: a path where none belongs.
+        NotFoundError: there is nothing of that name.
+    """
     if spec.source == "demo":
-        return _demo(spec, drawing)
-    row = TASKS.get(spec.source)
+        return "demo"
+    row, path = TASKS.get(spec.source), Path(spec.path or spec.source).expanduser()
     if spec.path is not None and row is None:
         raise UsageError(
             f"data source {spec.source!r}: path is for built-in tasks", "use the path as the source"
         )
-    config = spec.config or (row.config if row else None)
-    default = row.split if row else None
-    path = Path(spec.path or spec.source).expanduser()
     if spec.path is not None or (row is None and path.exists()):
         if spec.revision is not None:
             raise UsageError(f"data source {spec.source!r}: a local path has no revision")
+        return "local"
+    if row is not None:
+        return "task"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec.source) and path.suffix.lower() not in SUFFIXES:
+        return "hub"
+    known = ("demo", *TASKS)
+    close = nearest(spec.source, known)
+    raise NotFoundError(
+        f"data source {spec.source!r}: no such file, directory or built-in task",
+        f"did you mean {close!r}?"
+        if close
+        else f"built-in: {', '.join(known)}; a Hub data set is OWNER/NAME",
+    )
+
+
+def _open(spec: DataSpec, drawing: Drawing) -> Rows:
+    """Open the rows of a source, wherever they are."""
+    where, row = place(spec), TASKS.get(spec.source)
+    if where == "demo":
+        return _demo(spec, drawing)
+    config = spec.config or (row.config if row else None)
+    default = row.split if row else None
+    if where == "local":
+        path = Path(spec.path or spec.source).expanduser()
         rows = open_local(path, config, spec.split, default)
         if row and row.join and path.is_dir():
             images = open_local(path, row.join.config, rows.record["split"], None)
@@ -229,16 +255,7 @@ def _open(spec: DataSpec, drawing: Drawing) -> Rows:
             images = open_hub(read["repository"], row.join.config, read["split"], None, read["revision"])
             rows = joined(rows, images, row.join.key, row.join.id)
         return rows
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec.source) and path.suffix.lower() not in SUFFIXES:
-        return open_hub(spec.source, config, spec.split, None, spec.revision)
-    known = ("demo", *TASKS)
-    close = nearest(spec.source, known)
-    raise NotFoundError(
-        f"data source {spec.source!r}: no such file, directory or built-in task",
-        f"did you mean {close!r}?"
-        if close
-        else f"built-in: {', '.join(known)}; a Hub data set is OWNER/NAME",
-    )
+    return open_hub(spec.source, config, spec.split, None, spec.revision)
 
 
 def _demo(spec: DataSpec, drawing: Drawing) -> Rows:

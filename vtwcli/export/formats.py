@@ -100,9 +100,13 @@ def verify(
         UsageError: some code in the directory is not this tool's, and is not trusted; then nothing of it ran.
     """
     from vtwcli import ort
+    from vtwcli.export.directory.manifest import read_manifest
 
+    graphs = ort.is_export(directory)
+    if not graphs:
+        read_manifest(directory)  # says what is missing before torch is imported
     sample = sample_of(image)
-    if ort.is_export(directory):
+    if graphs:
         from vtwcli.export.onnx.verify import verify_onnx
 
         return verify_onnx(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _PLAIN_INTERVAL_S = 15.0
+_EARLY_S = 3.0  # after which a first line says how long the work will take
 _LONGEST = 2000  # characters of a message
 _NO_TERMINAL_WIDTH = 400  # characters; tables of a log or a pipe keep all their columns
 ESCAPE = "vtwcli.escape"
@@ -92,7 +93,10 @@ def result(renderable: Any) -> None:
     console = stdout()
     with console.capture() as drawn:  # rich would end the program where nobody reads on
         console.print(renderable)
-    _to_stdout(lambda: sys.stdout.write(drawn.get()))
+    shown = drawn.get()
+    if not sys.stdout.isatty():  # the blanks that fill a table's last column
+        shown = "\n".join(map(str.rstrip, shown.split("\n")))
+    _to_stdout(lambda: sys.stdout.write(shown))
 
 
 def result_text(text: str) -> None:
@@ -184,18 +188,21 @@ class Task:
         self._bar = bar
         self._id = bar.add_task(description, total=total) if bar is not None else None
         self._started = self._last = time.monotonic()
+        self._interval = _EARLY_S
 
     def advance(self, n: int = 1) -> None:
         """Count ``n`` more units as done."""
         self.done += n
         if self._bar is not None and self._id is not None:
             self._bar.advance(self._id, n)
-        elif not settings.quiet and time.monotonic() - self._last > _PLAIN_INTERVAL_S:
-            self._last = time.monotonic()
+        elif not settings.quiet and time.monotonic() - self._last > self._interval:
+            self._last, self._interval = time.monotonic(), _PLAIN_INTERVAL_S
             left = ""
             if self.total and self.done:
                 seconds = (self._last - self._started) * (self.total - self.done) / self.done
                 left = f", about {seconds:.0f} s left"
+            if self.done == self.total:
+                return
             note(f"{self.description}: {self.done}/{self.total or '?'}{left}, {_memory()}")
 
     def update(self, text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 
@@ -19,11 +19,13 @@ class Settings:
         quiet: no progress and no words but warnings and errors.
         verbose: more of them, and those of the libraries.
         unwritten: why not all results came out on stdout.
+        kept: says what is left if the work is interrupted now, and how to go on.
     """
 
     quiet = False
     verbose = False
     unwritten: OSError | None = None
+    kept: Callable[[], str] | None = None
 
 
 settings = Settings()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from vtwcli.errors import NotFoundError, first_line
-from vtwcli.io import console, files
+from vtwcli.io import console
 from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.models.broken_torchvision import hide_if_broken
 from vtwcli.models.checkpoint import COMPANIONS, Checkpoint
 from vtwcli.models.config import read_config
 from vtwcli.models.jsonfiles import check_sizes
+from vtwcli.models.names import directory_of
 
 _CONFIG_FILES = [*COMPANIONS, "README.md"]
 
@@ -46,40 +46,12 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
 
 def _locate(name: str, patterns: list[str]) -> tuple[Path, str | None]:
     """The local directory of a model with the files of ``patterns``, and the Hub commit if it has one."""
-    if name == "demo":
-        from vtwcli.io.files import demo_model
-
-        return demo_model(), None
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        _check_regular(path)
-        return path.resolve(), None
-    if path.is_file():
-        raise NotFoundError(f"{name!r} is a file; a model is a directory", f"try {str(path.parent)!r}")
+    folder = directory_of(name)
+    if folder is not None:
+        return folder, None
     repo, _, revision = name.partition("@")
-    if not name or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo, re.ASCII) or name.startswith((".", "~")):
-        raise NotFoundError(
-            f"there is no directory {name!r}",
-            "a model is a local directory, a Hub id such as llava-hf/llava-1.5-7b-hf, or demo",
-        )
     folder = _snapshot(name, repo, revision or None, patterns)
     return folder, folder.name
-
-
-def _check_regular(folder: Path) -> None:
-    """Refuse a directory with a pipe or a device in it, for which a library that opens it would wait.
-
-    Raises:
-        NotFoundError: names it.
-    """
-    try:
-        for file in [*folder.iterdir(), *folder.glob("*/*.jinja")]:
-            if file.exists():  # a link that leads nowhere is for whoever needs it to complain about
-                files.regular(file)
-    except files.IrregularError as error:
-        raise NotFoundError(f"{file}: cannot be read: {error}") from None
-    except OSError as error:
-        raise NotFoundError(f"{folder}: cannot be read: {error.strerror}") from None
 
 
 def _fetch_weights(checkpoint: Checkpoint) -> None:

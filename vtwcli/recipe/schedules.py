@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,5 +89,28 @@ def schedules_of(
     if parameters and not any(section.method == "visipruner" for section in named):
         option = "--" + next(iter(parameters)).replace("_", "-")
         raise UsageError(f"{option} is a parameter of VisiPruner", "add --method visipruner")
-    found = [schedule_of(section, model) for section in named]
-    return [one for one in found if one is not None]
+    found = [(section, one) for section in named if (one := schedule_of(section, model)) is not None]
+    if found and model is not None:
+        _check_depth(found, model)
+    return [one for _, one in found]
+
+
+def _check_depth(found: Sequence[tuple[ScheduleSection, tuple[str, Schedule]]], model: ModelSection) -> None:
+    """Hold schedules against the model before its weights are read; the option or file is named that is wrong."""
+    shape = shape_of(model)
+    for section, (_, schedule) in found:
+        try:
+            schedule.check_depth(shape.depth, shape.first_withdrawal)
+        except UsageError as error:
+            if section.layer is not None:
+                at = f"--layer: {section.layer}"
+                if section.layer > shape.depth:
+                    raise UsageError(
+                        f"{at}, but {model.name} has {shape.depth} layers (0..{shape.depth - 1})"
+                    ) from None
+                raise UsageError(
+                    f"{at}, but {model.name} still adds vision in layers 0..{shape.first_withdrawal - 1}",
+                    error.hint,
+                ) from None
+            origin = section.file or f"--method {section.method}"
+            raise UsageError(f"{origin}: {error.message}", error.hint) from None

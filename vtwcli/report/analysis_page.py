@@ -5,9 +5,8 @@ The page has the words, plots and tables, and images under heat maps of what is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from vtwcli.io import files
 from vtwcli.io.outputs import Outputs
 from vtwcli.report import pages
 from vtwcli.report.analysis import HEADER, PLOTS, STAGES, explanation, plot, rows, sentences, stage_of
-from vtwcli.report.plots import draw, save_figure
+from vtwcli.report.plots import save_figure
 from vtwcli.report.tables import html_table
 from vtwcli.results.analysis import AnalysisDocument, SampleMap
 from vtwcli.schedule.schedule import Schedule
@@ -142,7 +141,7 @@ def page(analysis: Analysis) -> str:
     body = [
         f"<h1>{pages.text(title)}</h1>",
         "<ul>" + "".join(f"<li>{pages.text(line)}</li>" for line in sentences(result)) + "</ul>",
-        *(_picture(partial(plot, result, name), name) for name in PLOTS),
+        *(pages.picture(partial(plot, result, name), name) for name in PLOTS),
         "<h2>By layer</h2>",
         html_table(HEADER, rows(result)),
         f"<p>{pages.text(explanation(result))}</p>",
@@ -189,7 +188,9 @@ def _article(analysis: Analysis, number: int, shown: SampleMap | None) -> str:
     parts = [pages.facts(facts)]
     for i, image in enumerate(analysis.samples[number].images):
         if shown is not None:
-            parts.append(_picture(partial(heat_map, result, shown, image, i), f"heat maps of image {i + 1}"))
+            parts.append(
+                pages.picture(partial(heat_map, result, shown, image, i), f"heat maps of image {i + 1}")
+            )
     if row["lens"]:
         header = ["layer", *(f"{i + 1}." for i in range(len(row["lens"][0])))]
         lens = [
@@ -212,19 +213,10 @@ def _span(part: Sequence[int]) -> str:
     return "-" if behind <= first else str(first) if behind == first + 1 else f"{first}-{behind - 1}"
 
 
-def _picture(make: Callable[[], Any], words: str) -> str:
-    buffer = BytesIO()
-    try:
-        draw(make(), buffer, format="png", dpi=120, metadata={"Software": None})
-    except Exception as error:  # drawing raises whatever data leads it to; the page has more to say
-        return f"<p>{pages.text(words)}: this picture cannot be drawn ({type(error).__name__})</p>"
-    return f'<img alt="{pages.text(words)}" src="{pages.png_uri(buffer.getvalue())}">'
-
-
 _STYLE = """
-th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
+th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid light-dark(#ddd, #444) }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left }
 img { max-width: 100%; height: auto; display: block; margin: 1rem 0 }
-article { padding: .8rem 0; border-bottom: 1px solid #ddd }
-pre { background: #f6f6f6; padding: .8rem; overflow-x: auto }
+article { padding: .8rem 0; border-bottom: 1px solid light-dark(#ddd, #444) }
+pre { background: light-dark(#f6f6f6, #262626); padding: .8rem; overflow-x: auto }
 """

@@ -72,8 +72,7 @@ def calibration_sentence(result: Calibration) -> str:
     ratio = cost["flops_ratio"][cost["convention"]]
     return (
         f"K = {k} of {layers} layers ({rule}{spread}): prefill FLOPs {ratio:.1%} of full "
-        f"({cost['convention']}, {cost['visual_tokens']:.0f} visual + {cost['text_tokens']:.0f} text tokens), "
-        f"KV cache {cost['kv_ratio']:.1%}.{promise}"
+        f"{candidates.at_tokens(cost)}, KV cache {cost['kv_ratio']:.1%}.{promise}"
     )
 
 

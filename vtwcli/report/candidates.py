@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtwcli.judge.flops import DEFAULT_CONVENTION
 from vtwcli.methods import METHODS
 from vtwcli.report.budget import COLUMNS, cells, flops
 from vtwcli.report.guarantee import promise_words, rule_words
@@ -64,9 +66,16 @@ def searched_sentence(result: SearchedCalibration) -> str:
         found = ", ".join(f"{name} {_said(value)}" for name, value in result["parameters"].items())
     return (
         f"{METHODS[result['method']].title} with {found} ({rule}): {closeness}; "
-        f"prefill FLOPs {flops(result, row):.1%} of full ({cost['convention']}, {cost['visual_tokens']:.0f} visual + "
-        f"{cost['text_tokens']:.0f} text tokens), KV cache {row['kv_ratio']:.1%}.{promise}"
+        f"prefill FLOPs {flops(result, row):.1%} of full {at_tokens(cost)}, "
+        f"KV cache {row['kv_ratio']:.1%}.{promise}"
     )
+
+
+def at_tokens(cost: Mapping[str, Any]) -> str:
+    """At which numbers of tokens work was counted, and how where it is not the usual way."""
+    convention = cost["convention"]
+    counted = "" if convention == DEFAULT_CONVENTION else f" (counted as {convention})"
+    return f"at {cost['visual_tokens']:.0f} visual + {cost['text_tokens']:.0f} text tokens{counted}"
 
 
 def _said(value: Any) -> str:

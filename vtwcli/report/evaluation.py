@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vtwcli.data.sample import Sample
 
 _MOST_SAMPLES = 60  # differing answers that the HTML report shows for each schedule
+_LEAST_SPAN = 0.02  # of the axis of scores
 _LEAST_KL = 1e-9  # a schedule that changes nothing has a place on the log scale too
 
 
@@ -175,6 +176,7 @@ def markdown(result: Evaluation) -> str:
 
     parts = [
         f"## {text.markdown(result['model']['name'])}: full against pruned",
+        *(text.paragraph(words) for words in verdicts(result)),
         *(markdown_table(*one) for one in tables(result)),
         *(text.paragraph(words) for words in sentences(result)),
     ]
@@ -201,7 +203,31 @@ def write_evaluation(
         new.view("plot", lambda path: plot_quality(result, path))
 
 
+def verdicts(result: Evaluation) -> list[str]:
+    """One sentence a schedule: what it changes and what it saves."""
+    found = []
+    for name, one in result["schedules"].items():
+        drop, worst = one["worst_difference"], one["worst_task"]
+        if drop is None:
+            change = "no task has reference answers"
+        elif drop >= 0:
+            change = "no task's score falls"
+        else:
+            change = f"the score of {worst} changes most, by {drop:+.3f}"
+        share = one["cost"]["flops_ratio"][one["cost"]["convention"]]
+        found.append(
+            f"{name}: {change}; {one['exact_sequences']:.1%} of the answers are the full model's to the token, mean "
+            f"KL {one['kl_answer']:.2g} nats; prefill FLOPs {share:.1%}, KV cache {one['cost']['kv_ratio']:.1%}."
+        )
+    return found
+
+
 def plot_quality(result: Evaluation, path: Path) -> None:
+    """Write ``quality_figure``; the format follows the suffix of ``path`` (png, svg, pdf)."""
+    save_figure(quality_figure(result), path)
+
+
+def quality_figure(result: Evaluation) -> Any:
     """Quality against cost, one point a schedule: the worst task's change, and KL, over the share of prefill FLOPs.
 
     The first panel is left out where no sample has a reference answer.
@@ -228,8 +254,12 @@ def plot_quality(result: Evaluation, path: Path) -> None:
     axes[-1].set_xlabel("prefill FLOPs, % of the full model")
     for axis in axes:
         axis.margins(0.12)
+    if judged:
+        low, high = axes[0].get_ylim()
+        if high - low < _LEAST_SPAN:  # nothing changes: an axis in 1e-17 would look as if something did
+            axes[0].set_ylim(-_LEAST_SPAN / 2, _LEAST_SPAN / 2)
     axes[0].set_title(f"{result['model']['name']}: quality against cost", fontsize=11, loc="left")
-    save_figure(figure, path)
+    return figure
 
 
 def html_report(result: Evaluation, samples: Sequence[Sample]) -> str:
@@ -238,8 +268,11 @@ def html_report(result: Evaluation, samples: Sequence[Sample]) -> str:
     Args:
         samples: the evaluated samples in the result's order, for their images.
     """
+    title = f"{result['model']['name']}: full against pruned"
     body = [
-        f"<h1>{pages.text(result['model']['name'])}: full against pruned</h1>",
+        f"<h1>{pages.text(title)}</h1>",
+        "<ul>" + "".join(f"<li>{pages.text(words)}</li>" for words in verdicts(result)) + "</ul>",
+        pages.picture(lambda: quality_figure(result), "quality against cost"),
         *(html_table(*one) for one in tables(result)),
         *(f"<p>{pages.text(words)}</p>" for words in sentences(result)),
     ]
@@ -276,8 +309,9 @@ def _data_uri(image: Any) -> str:
 
 
 _STYLE = """
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid light-dark(#ddd, #444) }
 th:first-child, td:first-child { text-align: left }
-article { display: flex; gap: 1rem; padding: .8rem 0; border-bottom: 1px solid #ddd; align-items: start }
-img { width: 168px; image-rendering: auto; border: 1px solid #ddd }
+article { display: flex; flex-wrap: wrap; gap: 1rem; padding: .8rem 0; align-items: start;
+  border-bottom: 1px solid light-dark(#ddd, #444) }
+article img { width: 168px; image-rendering: auto; border: 1px solid light-dark(#ddd, #444) }
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vtwcli.io.text import markdown
@@ -51,6 +51,25 @@ def terminal_table(
     return drawn
 
 
+def fitting_columns(
+    header: Sequence[str], rows: Sequence[Mapping[str, str]], spare: Iterable[str], width: int
+) -> list[str]:
+    """The columns that a terminal has room for without breaking a cell.
+
+    Args:
+        rows: cells by column.
+        spare: columns that may go, the first of them first.
+        width: characters of a line.
+    """
+    wide = {name: max(len(name), *(len(row[name]) for row in rows)) + 2 for name in header}
+    kept = list(header)
+    for name in spare:
+        if sum(wide[one] for one in kept) - 2 <= width:
+            break
+        kept.remove(name)
+    return kept
+
+
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
     """A table in Markdown; with ``numbers`` the columns behind the first are to the right."""
     lines = [[markdown(cell) for cell in line] for line in (header, *rows)]
@@ -64,4 +83,5 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     def cells(tag: str, values: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{pages.text(value)}</{tag}>" for value in values) + "</tr>"
 
-    return f"<table>{cells('th', header)}{''.join(cells('td', row) for row in rows)}</table>"
+    lines = cells("th", header) + "".join(cells("td", row) for row in rows)
+    return f'<div class="wide"><table>{lines}</table></div>'
