@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from vtwcli import __version__
 from vtwcli.commands.flags import fields, flag, flags
 from vtwcli.io.section import Section
+from vtwcli.report.tables import fitting_columns
 
 ESCAPE = "\x1b"
 
@@ -37,6 +38,7 @@ COMMANDS = [
     "analyze",
     "budget",
     "calibrate",
+    "demo",
     "docs",
     "env",
     "eval",
@@ -152,7 +154,17 @@ def test_version():
             ["calibrate", "--recipe", "none.yaml"],
             "error: none.yaml: cannot read the recipe: No such file or directory",
         ),
-        (["calibrate", "demo", "--etaa", "1"], "No such option: --etaa"),
+        (
+            ["calibrate", "demo", "--etaa", "1"],
+            "error: no such option: --etaa (Possible options: --data, --eta, --set)\n",
+        ),
+        (["calibrate", "demo", "--eta", "x"], "error: --eta: input should be a valid number"),
+        (["verify"], "error: missing argument 'DIR'\n"),
+        (["calibrat"], "error: no such command 'calibrat'"),
+        (["verify", "a", "b"], "error: got unexpected extra argument"),
+        (["eval", "demo", "--layer", "99"], "error: --layer: 99, but demo has 12 layers (0..11)\n"),
+        (["export", "demo", "--layer", "13", "-o", "x"], "error: --layer: 13, but demo has 12 layers"),
+        (["demo", "--task", "poem"], "error: --task: 'poem' is not a task of the demo\n  one of colour"),
     ],
 )
 def test_wrong_use_is_exit_2_and_one_clear_line(args, message, tmp_path):
@@ -162,6 +174,79 @@ def test_wrong_use_is_exit_2_and_one_clear_line(args, message, tmp_path):
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_schedule_beyond_the_model_is_named_by_its_file(tmp_path):
+    (tmp_path / "deep.yaml").write_text("format_version: 1\nactions: [{action: withdraw, at: 40}]\n")
+    done = vtw("eval", "demo", "--schedule", "deep.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "error: deep.yaml: schedule action 1 (withdraw): at is 40, but the model has 12" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["verify", "."],
+        ["calibrate", "./nothing"],
+        ["calibrate", "demo", "--data", "./nothing.jsonl"],
+        ["eval", "nothing/at/all", "--layer", "3"],
+    ],
+)
+def test_what_is_not_there_is_said_without_torch(command, tmp_path):
+    code = (
+        "import sys\n"
+        f"sys.argv = ['vtw', *{command!r}]\n"
+        "from vtwcli.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n"
+        "    assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr.startswith("error: ")
+
+
+def test_json_says_that_no_file_was_written(tmp_path):
+    done = vtw("calibrate", "demo", "--limit", "1", "--bootstrap", "0", "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["format"] == "vtw-calibration"
+    assert done.stderr.endswith("no files written: --json without --output only prints\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_blanks_at_the_end_of_lines_in_a_pipe():
+    lines = vtw("methods").stdout.splitlines()
+    assert len(lines) > 30 and all(line == line.rstrip() for line in lines)
+
+
+def test_a_narrow_terminal_breaks_no_cell():
+    rows = [{"a": "x" * 10, "b": "y" * 20, "c": "z" * 10}]
+    assert fitting_columns("abc", rows, "bc", 44) == ["a", "b", "c"]
+    assert fitting_columns("abc", rows, "bc", 43) == ["a", "c"]
+    assert fitting_columns("abc", rows, "bc", 21) == ["a"]
+    assert fitting_columns("abc", rows, "bc", 5) == ["a"]  # what may not go stays
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["calibrate", "demo", "-o", "k.json"], "nothing half-made is left: --resume would have kept"),
+        (["calibrate", "demo", "-o", "k.json", "--resume"], "no sample was finished"),
+        (["analyze", "demo", "-o", "a.json"], "nothing half-made is left\n"),
+    ],
+)
+def test_an_interrupt_says_what_is_left(command, words, tmp_path):
+    code = (
+        "import sys, os, signal\n"
+        f"sys.argv = ['vtw', *{command!r}]\n"
+        "import vtwcli.models.loading as loading\n"
+        "loading._load_weights = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
+        "from vtwcli.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert f"interrupted; {words}" in done.stderr
+    assert not {path.name for path in tmp_path.iterdir()} - {"k.partial.jsonl"}
 
 
 def test_missing_model_is_exit_4(tmp_path):

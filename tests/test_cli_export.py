@@ -243,7 +243,7 @@ def test_an_early_interrupt_shows_no_traceback(monkeypatch, capfd):
     process = in_child("families")
     process.join(60)
     assert process.exitcode == 130
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == "interrupted\n"
 
 
 def test_a_second_signal_waits_for_the_tidying(tiny_dir, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vtwcli.data.scenes import DEFAULT_TASKS, Example, examples
@@ -143,7 +144,13 @@ def draw_asked(asked: Asked, k: int, path: Path) -> None:
     left.imshow(asked.example.image)
     left.set(xticks=[], yticks=[])
     left.set_title(asked.example.question, fontsize=10, loc="left")
-    left.set_xlabel(f"full: {asked.answers[0]}\npruned: {asked.answers[1]}", fontsize=9, loc="left")
+    words = [
+        line
+        for who, said in zip(("full", "pruned"), asked.answers, strict=True)
+        for line in wrap(f"{who}: {said}", 48)
+    ]
+    for number, line in enumerate(words):
+        left.text(0, -0.07 - 0.07 * number, line, fontsize=9, transform=left.transAxes)
     layers = range(len(asked.entries[0]))
     right.bar([d - 0.2 for d in layers], asked.entries[0], 0.4, color=GREY, label="full")
     right.bar([d + 0.2 for d in layers], asked.entries[1], 0.4, color=BLUE, label=f"withdrawn at {k}")
@@ -153,7 +160,7 @@ def draw_asked(asked: Asked, k: int, path: Path) -> None:
     right.spines[["top", "right"]].set_visible(False)
     share = sum(asked.entries[1]) / sum(asked.entries[0])
     right.set_title(f"the cache holds {share:.0%}", fontsize=10, loc="left")
-    right.legend(frameon=False, fontsize=9, loc="lower left")
+    right.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     save_figure(figure, path)
 
 

@@ -14,6 +14,8 @@ Examples:
   vtw demo
 
   vtw demo --task count --limit 5 --output tour
+
+Its first step alone:  vtw calibrate demo
 """
 
 
