@@ -125,6 +125,10 @@ def test_env_tells_what_is_installed_against_what_was_tested():
     assert f"transformers     {here}" in done.stdout
     assert f"tested with transformers {', '.join(report['tested']['transformers'])}" in done.stdout
     assert report["among_tested"] is (here in report["tested"]["transformers"])
+    machine = report["machine"]
+    assert 0 < machine["memory"]["available"] <= machine["memory"]["total"]
+    assert machine["switches"]["HF_HUB_OFFLINE"] == "1" and "HF_HUB_OFFLINE=1" in done.stdout
+    assert f"hub cache: {machine['caches']['hub']}" in done.stdout and "CUDA: " in done.stdout
     assert ("is not among the releases" in done.stderr) is not report["among_tested"]
 
 

@@ -6,7 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vtwcli.commands.flags import DATA, MODEL, OUTPUT, PRINTED, SETTINGS, WHERE_STREAMED, fields, flag, flags
+from vtwcli.commands.flags import (
+    DATA,
+    MODEL,
+    OUTPUT,
+    PRINTED,
+    SETTINGS,
+    TRACK,
+    WHERE_STREAMED,
+    fields,
+    flag,
+    flags,
+)
 from vtwcli.commands.options import begin, data_of, inputs_here, model_of, output_paths, recipe_of, show
 from vtwcli.io.files import present
 from vtwcli.recipe.recipe import AnalyzeSection
@@ -32,6 +43,7 @@ Examples:
     WHERE_STREAMED,
     OUTPUT,
     flag("svg", bool, "Plots as SVG, not PNG.", panel="Output"),
+    TRACK,
     PRINTED,
 )
 def command(**given: Any) -> None:
@@ -64,5 +76,5 @@ def command(**given: Any) -> None:
         from vtwcli.report.analysis_page import write_analysis
 
         write_analysis(analysis, outputs)
-        show(analysis.result, analysis_view, outputs, given["json"])
+        show(analysis.result, analysis_view, outputs, given)
     finish()

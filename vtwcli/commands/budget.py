@@ -5,7 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vtwcli.commands.flags import DATA, MODEL, OUTPUT, PRINTED, SETTINGS, WHERE_STREAMED, fields, flag, flags
+from vtwcli.commands.flags import (
+    DATA,
+    MODEL,
+    OUTPUT,
+    PRINTED,
+    SETTINGS,
+    TRACK,
+    WHERE_STREAMED,
+    fields,
+    flag,
+    flags,
+)
 from vtwcli.commands.options import begin, data_of, inputs_here, model_of, output_paths, recipe_of, show
 from vtwcli.errors import GateError
 from vtwcli.recipe.recipe import BudgetSection
@@ -31,6 +42,7 @@ Examples:
     WHERE_STREAMED,
     OUTPUT,
     flag("plot", Path, "Picture, png, svg or pdf.", metavar="FILE", panel="Output"),
+    TRACK,
     PRINTED,
 )
 def command(**given: Any) -> None:
@@ -59,7 +71,7 @@ def command(**given: Any) -> None:
     result = budget(where, specs, options, base.schedule)
     if is_main():
         write_budget(result, outputs)
-        show(result, budget_view, outputs, given["json"])
+        show(result, budget_view, outputs, given)
     finish()
     if (missed := shortfall(result)) and is_main():
         raise GateError(missed, "a larger --max-flops, or smaller --ratios")

@@ -5,7 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vtwcli.commands.flags import DATA, MODEL, OUTPUT, PRINTED, SETTINGS, WHERE_STREAMED, fields, flag, flags
+from vtwcli.commands.flags import (
+    DATA,
+    MODEL,
+    OUTPUT,
+    PRINTED,
+    SETTINGS,
+    TRACK,
+    WHERE_STREAMED,
+    fields,
+    flag,
+    flags,
+)
 from vtwcli.commands.options import (
     begin,
     data_of,
@@ -44,6 +55,7 @@ Examples:
     WHERE_STREAMED,
     OUTPUT,
     flag("plot", Path, "Curve picture, png or svg.", metavar="FILE", panel="Output"),
+    TRACK,
     PRINTED,
 )
 def command(**given: Any) -> None:
@@ -71,7 +83,7 @@ def command(**given: Any) -> None:
     result = calibrate(where, specs, options, state=state, rule=base.schedule)
     if is_main():
         write_calibration(result, outputs)
-        show(result, calibration_view, outputs, given["json"])
+        show(result, calibration_view, outputs, given)
     finish()
     if result["schedule"] is None and is_main():
         larger = "--risk" if options.policy == "guarantee" else "--eta"

@@ -6,7 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vtwcli.commands.flags import DATA, MODEL, OUTPUT, PRINTED, RULE, SETTINGS, WHERE, fields, flag, flags
+from vtwcli.commands.flags import (
+    DATA,
+    MODEL,
+    OUTPUT,
+    PRINTED,
+    RULE,
+    SETTINGS,
+    TRACK,
+    WHERE,
+    fields,
+    flag,
+    flags,
+)
 from vtwcli.commands.options import (
     begin,
     data_of,
@@ -71,6 +83,7 @@ Examples:
         metavar="FILE",
         panel="Output",
     ),
+    TRACK,
     PRINTED,
 )
 def command(**given: Any) -> None:
@@ -116,7 +129,7 @@ def command(**given: Any) -> None:
     )
     if is_main():
         write_evaluation(result, samples, outputs, None if lines is None else "".join(lines))
-        show(result, evaluation_view, outputs, given["json"])
+        show(result, evaluation_view, outputs, given)
     finish()
     failed = [gate for gate in result["gates"] if not gate["passed"]]
     if failed and is_main():

@@ -135,6 +135,13 @@ WHERE_STREAMED = fields(ModelSection, "device", "dtype", "attn", "stream", "trus
 RULE = fields(ScheduleSection, "method", *Rule.model_fields)
 OUTPUT = flag("output", Path, "Result file.", "-o", metavar="PATH", panel="Output")
 JSON = flag("json", bool, "Print the result as JSON on stdout.", panel="Output")
+TRACK = flag(
+    "track",
+    str,
+    "Log the result as a run of trackio, wandb or tensorboard too, if installed.",
+    metavar="TRACKER",
+    panel="Output",
+)
 FORCE = flag("force", bool, "Replace what vtw wrote before.", panel="Output")
 WORDS = [
     flag("quiet", bool, "No progress, no notes.", "-q", panel="Output"),

@@ -6,15 +6,16 @@ flags that a command does not have may be missing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import UsageError
 from vtwcli.io import console
 from vtwcli.io.files import document, present
 from vtwcli.io.outputs import Inputs, Outputs, inputs_of
+from vtwcli.io.track import check_tracker, track
 from vtwcli.models.names import directory_of
 from vtwcli.recipe.recipe import ModelSection, Recipe
 from vtwcli.recipe.settings import section_of
@@ -29,6 +30,8 @@ def begin(given: dict[str, Any]) -> None:
 
     console.settings.quiet = given["quiet"] or not distributed.is_main()
     console.settings.verbose = given["verbose"]
+    if given.get("track") is not None:
+        check_tracker(given["track"])
     hint = ": --resume would have kept finished samples" if given.get("resume", True) is None else ""
     console.settings.kept = lambda: f"nothing half-made is left{hint}"
 
@@ -143,9 +146,14 @@ def show(
     result: T,
     view: Callable[[T], Any],
     outputs: Outputs,
-    as_json: bool,
+    given: dict[str, Any],
 ) -> None:
-    """Print a result that is written already: the document, or what ``view`` makes of it; then name the files."""
+    """Print a result that is written already: the document, or what ``view`` makes of it; then name the files.
+
+    Args:
+        given: ``json``, and ``track`` where the result goes to a tracker too.
+    """
+    as_json = given["json"]
     if as_json:
         console.result_text(document(result))
     else:
@@ -155,3 +163,5 @@ def show(
         console.note("wrote " + ", ".join(paths))
     elif as_json:
         console.note("no files written: --json without --output only prints")
+    if given.get("track") is not None:
+        track(given["track"], cast(Mapping[str, Any], result))

@@ -1,4 +1,4 @@
-"""What is installed against what this version was tested with and asks for; nothing heavy is imported."""
+"""What is installed against what this version was tested with and asks for."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ def environment() -> dict[str, Any]:
     Returns:
         ``vtwcli``, ``python``, ``platform``; ``libraries``: by name ``installed`` (None: it is not) and ``wanted``
         (the bounds that this package declares, None where it declares none); ``tested``: releases of transformers,
-        and ``among_tested``: whether the installed one is one of them.
+        and ``among_tested``: whether the installed one is one of them; ``machine``: as ``here.machine`` has it.
     """
+    from vtwcli.machine.here import machine
+
     wanted = _wanted()
     libraries = {
         name: {"installed": installed(name), "wanted": wanted.get(name)} for name in LIBRARIES
@@ -44,6 +46,7 @@ def environment() -> dict[str, Any]:
         "libraries": libraries,
         "tested": {"transformers": tested()},
         "among_tested": libraries["transformers"]["installed"] in tested(),
+        "machine": machine(),
     }
 
 
