@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli import vtw
-from vtwcli.methods.method import Answers, Shape
+from vtwcli.methods.method import Answers, Shape, Trial
 from vtwcli.methods.stages import Stages
 from vtwcli.recipe.recipe import Recipe
 
@@ -27,6 +27,53 @@ def test_what_is_tried():
     assert len(set(names)) == len(names)
     assert {"frozen none, K=5", "frozen 2-4, K=5", "frozen 1,3-4, K=5", "frozen 1,4, K=5"} <= set(names)
     assert all(one.parameters["withdraw"] >= 3 for one in Stages.candidates(Shape(6, 3), found, {}))
+
+
+def _grow(harm, cost, shape, limit=1.0):
+    """What is chosen where ``harm(frozen, k)`` tells what a candidate does, and in how many passes it is found."""
+    depth = shape.depth
+    curves = [harm((), k) for k in range(depth)] + [harm((d,), depth - 1) for d in range(depth)]
+    made = Stages.candidates(shape, Answers(curves, {"one": curves}, [], limit, False), {})
+    tried, passes = [], 0
+    while made:
+        passes += 1
+        for one in made:
+            frozen, k = one.parameters["layers"], one.parameters["withdraw"]
+            done = harm(frozen, k)
+            tried.append(Trial(one, done, cost(frozen, k), done <= limit))
+        made = Stages.further(shape, tried)
+    names = [one.candidate.name for one in tried]
+    assert len(set(names)) == len(names)
+    best = min((one for one in tried if one.holds), key=lambda one: one.cost, default=None)
+    return best and best.candidate.name, passes, len(tried)
+
+
+def test_the_frozen_set_grows_by_what_layers_do_together():
+    """Alone 5 and 6 do least, but not both; 0, 2, 3 do more, and all hold with one of them."""
+    alone = [0.2, 9, 0.25, 0.3, 9, 0.01, 0.02, *[0.0] * 17]
+
+    def harm(frozen, k):
+        return sum(alone[d] for d in frozen) + 9 * ({5, 6} <= set(frozen)) + (9 if k < 20 else 0.1)
+
+    def cost(frozen, k):
+        return k - 0.8 * len(frozen)
+
+    chosen, passes, count = _grow(harm, cost, Shape(24))
+    assert chosen == "frozen 0,2-3,6-19, K=20"
+    assert passes <= 6 and count <= 120
+
+
+def test_withdrawal_comes_earlier_where_the_frozen_set_holds_there():
+    """The sweep's levels do not name layer 9, and what comes before 6 is not allowed."""
+
+    def harm(frozen, k):
+        return 0.001 if k >= 9 else 0.9 if k >= 6 else 2
+
+    assert _grow(
+        lambda frozen, k: harm(frozen, k) if k != 6 else 2, lambda f, k: k - 0.8 * len(f), Shape(12)
+    )[0] == ("frozen 0-6, K=7")
+    assert _grow(harm, lambda frozen, k: k - 0.8 * len(frozen), Shape(12, 8))[0] == "frozen 0-7, K=8"
+    assert _grow(lambda frozen, k: 5.0, lambda frozen, k: 1.0, Shape(12))[0] is None
 
 
 def test_the_demo_is_as_safe_at_two_thirds_of_the_work(tmp_path, monkeypatch):
