@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vtwcli.measure.candidates import Tried, flops_of
+from vtwcli.measure.candidates import Tried, compared, flops_of
 from vtwcli.measure.promised import losses_of
+from vtwcli.measure.study import Study
+from vtwcli.methods import METHODS
 from vtwcli.methods.method import Candidate, Trial
 from vtwcli.recipe.recipe import CalibrateSection
 from vtwcli.results.calibration import SearchedRow
@@ -52,22 +54,33 @@ def choice(rows: Sequence[SearchedRow], options: CalibrateSection) -> SearchedRo
     return min(good, key=lambda row: (flops_of(row), row["kl"]), default=None)
 
 
-def trials(
-    candidates: Sequence[Candidate], rows: Sequence[SearchedRow], found: Tried, options: CalibrateSection
-) -> list[Trial]:
-    """What came of candidates so far, for their method to go on from.
+def grown(
+    study: Study[CalibrateSection], candidates: list[Candidate], found: Tried, longest: int
+) -> tuple[list[Candidate], Tried]:
+    """Candidates with all that their method makes of what came of them, pass by pass.
 
-    Under ``guarantee`` those hold whose loss on these samples is at most the risk in every task; of the metric, which
-    would have to be answered for, those whose KL stays at or under eta.
+    Under ``guarantee`` it goes on from those whose loss on these samples is at most the risk in every task; of the
+    metric, which would have to be answered for, from those whose KL stays at or under eta.
+
+    Args:
+        found: what came of them.
+        longest: answer, in tokens.
     """
-    best = choice(rows, options) if options.policy == "budget" else None
-    made = []
-    for number, (candidate, row) in enumerate(zip(candidates, rows, strict=True)):
-        holds = row["accepted"]
-        if options.policy == "budget":
-            holds = best is None or row["kl"] < best["kl"]
-        elif options.policy == "guarantee" and options.loss != "metric":
-            lost = losses_of(options.loss, found.kl(number), found.agreement(number), options.eta)
-            holds = max(found.by_task(lost).values()) <= options.risk
-        made.append(Trial(candidate, harm(row, options), flops_of(row), holds))
-    return made
+    options, method = study.options, METHODS[study.options.method]
+    while True:
+        tried, _ = compared(candidates, found, study.text)
+        rows = [judged(row, found.kl(number), options) for number, row in enumerate(tried)]
+        best = choice(rows, options) if options.policy == "budget" else None
+        trials = []
+        for number, (candidate, row) in enumerate(zip(candidates, rows, strict=True)):
+            holds = row["accepted"]
+            if options.policy == "budget":
+                holds = best is None or row["kl"] < best["kl"]
+            elif options.policy == "guarantee" and options.loss != "metric":
+                lost = losses_of(options.loss, found.kl(number), found.agreement(number), options.eta)
+                holds = max(found.by_task(lost).values()) <= options.risk
+            trials.append(Trial(candidate, harm(row, options), flops_of(row), holds))
+        more = method.further(study.shape, trials)
+        if not more:
+            return candidates, found
+        candidates, found = [*candidates, *more], found.with_(study.try_(more, longest))

@@ -18,7 +18,7 @@ from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io import console
 from vtwcli.machine import distributed
-from vtwcli.measure.accepted import choice, judged, trials
+from vtwcli.measure.accepted import choice, grown, judged
 from vtwcli.measure.candidates import compared, flops_of, token_counts
 from vtwcli.measure.guaranteed import of_candidates
 from vtwcli.measure.many import walked
@@ -91,12 +91,9 @@ def search(
     candidates = method.candidates(study.shape, answers, rule)
     longest = 1 if options.positions == "first" else options.max_new_tokens
     found = ordering.try_(candidates, longest)
+    candidates, found = grown(ordering, candidates, found, longest)
     tried, front = compared(candidates, found, study.text)
     rows = [judged(row, found.kl(number), options) for number, row in enumerate(tried)]
-    while more := method.further(study.shape, trials(candidates, rows, found, options)):
-        candidates, found = [*candidates, *more], found.with_(ordering.try_(more, longest))
-        tried, front = compared(candidates, found, study.text)
-        rows = [judged(row, found.kl(number), options) for number, row in enumerate(tried)]
     counts, promised = found.counts, None
     if promise is not None:
         by_name = {one.name: one for one in candidates}

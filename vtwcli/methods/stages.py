@@ -87,9 +87,18 @@ class Stages(Method):
         depth = model.depth
         worst = [max(one) for one in zip(*found.by_task.values(), strict=True)]
         curve = worst if found.worst_task else found.kl
-        least = sorted(range(depth), key=lambda layer: (curve[depth + layer], -layer))
+        least = _least(curve[depth:])
         leaves = _leaving(curve[:depth], found.eta, max(1, model.first_withdrawal))
         return _candidates((layers, k) for k in leaves for layers in _sets(least, k))
+
+    @classmethod
+    def before(cls, k: int, alone: Sequence[float]) -> list[Candidate]:
+        """Withdrawal at ``k`` by itself, and behind frozen layers.
+
+        Args:
+            alone: KL of freezing each layer alone, [L] nats.
+        """
+        return _candidates((layers, k) for layers in _sets(_least(alone), k))
 
     @classmethod
     def further(cls, model: Shape, tried: Sequence[Trial]) -> list[Candidate]:
@@ -111,6 +120,11 @@ class Stages(Method):
             pairs += [(frozen, e) for e in range(first, k)]
         known = {one.candidate.name for one in tried}
         return [one for one in _candidates(pairs) if one.name not in known]
+
+
+def _least(alone: Sequence[float]) -> list[int]:
+    """Layers by what freezing each alone costs, the least first; of equal ones the deeper."""
+    return sorted(range(len(alone)), key=lambda layer: (alone[layer], -layer))
 
 
 def _sets(least: Sequence[int], k: int) -> list[Sequence[int]]:
