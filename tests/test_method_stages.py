@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 
 from tests.cli import vtw
+from vtwcli.budget import budget
+from vtwcli.calibrate import calibrate
+from vtwcli.data.spec import DataSpec
 from vtwcli.methods.method import Answers, Shape, Trial
 from vtwcli.methods.stages import Stages
-from vtwcli.recipe.recipe import Recipe
+from vtwcli.recipe.recipe import BudgetSection, CalibrateSection, ModelSection, Recipe
+from vtwcli.report.candidates import searched_sentence
 
 
 def test_frozen_layers_lie_in_front_of_withdrawal():
@@ -88,3 +92,37 @@ def test_the_demo_is_as_safe_at_two_thirds_of_the_work(tmp_path, monkeypatch):
     assert both["policy"] == plain["policy"]
     assert row["flops_ratio"]["flops"] <= 0.65 * plain["cost"]["flops_ratio"]["flops"]
     assert both["parameters"] == row["parameters"]
+
+
+def test_a_guarantee_tests_candidates_on_samples_that_did_not_make_them(tiny_dir, data):
+    """With a loss that nothing exceeds the front holds to its cheapest, every layer frozen and left at once."""
+    given = {"policy": "guarantee", "risk": 0.8, "confidence": 0.8, "loss": "kl", "eta": 1000.0}
+    options = CalibrateSection(**given, limit=3, max_new_tokens=3, method="stages")
+    found = calibrate(ModelSection(name=str(tiny_dir)), [DataSpec(source=str(data))], options)
+    said = found["guarantee"]
+    assert [one["candidate"] for one in said["tested"]] == found["pareto"][::-1]
+    assert found["chosen"] == found["pareto"][0]
+    assert found["parameters"] == {"layers": [0], "withdraw": 1}
+    assert found["schedule"]["actions"] == [
+        {"at": 0, "until": 1, "action": "freeze"},
+        {"at": 1, "action": "withdraw"},
+    ]
+    assert "Promised with 80 % confidence" in searched_sentence(found)
+    alone = [row for row in found["candidates"] if row["accepted"] and row["parameters"]["layers"] == []]
+    assert ("withdrawal alone" in searched_sentence(found)) == bool(alone)
+
+
+def test_a_comparison_has_them(tiny_dir, data):
+    found = budget(
+        ModelSection(name=str(tiny_dir)),
+        [DataSpec(source=str(data))],
+        BudgetSection(methods=("vtw", "stages"), limit=1, max_new_tokens=2),
+    )
+    rows = {row["name"]: row for row in found["candidates"]}
+    same = [
+        (row, rows[f"K={row['parameters']['withdraw']}"])
+        for row in rows.values()
+        if row["method"] == "stages"
+    ]
+    assert same and all(both["flops_ratio"]["flops"] < plain["flops_ratio"]["flops"] for both, plain in same)
+    assert all(both["kv_ratio"] == plain["kv_ratio"] for both, plain in same)
