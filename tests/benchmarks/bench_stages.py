@@ -97,13 +97,9 @@ def timed(options: argparse.Namespace) -> None:
     inputs = shapes.inputs(PREFIX, options.suffix, dtype)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     first, k = depth // 4, 3 * depth // 4
-    both = Stages(layers=range(first, k), withdraw=k)
-    schedules = {
-        "full": None,
-        f"withdrawal, K = {k}": Schedule.withdraw_at(k),
-        both.label(): both.schedule(),
-        f"frozen {first}-{depth - 1}": Stages(layers=range(first, depth - 1), withdraw=depth - 1).schedule(),
-    }
+    some = [Stages(layers=range(first, end), withdraw=end) for end in (k, depth - 1)]
+    schedules = {"full": None, f"withdrawal, K = {k}": Schedule.withdraw_at(k)}
+    schedules |= {one.label(): one.schedule() for one in some}
     seconds: dict[str, list[float]] = {name: [] for name in schedules}
     for number in range(options.repeat + 1):
         for name, schedule in schedules.items():
