@@ -316,10 +316,13 @@ def _propose(study: Study[AnalyzeSection], result: AnalysisDocument) -> None:
     """Look for frozen layers in front of the deep stage that withdrawal may be put behind, measured together."""
     k, update = result["stages"]["deep"][0], result["measures"].get("layer_update")
     result["schedules"]["stages"] = None
-    if update is None or not 0 < k < result["num_layers"]:
+    if study.streamed or update is None or not 0 < k < result["num_layers"]:
         return
     tried = Stages.before(k, [x for x in update["mean"] if x is not None])
-    found = study.try_(tried, 1 if study.options.positions == "first" else study.options.max_new_tokens)
+    try:
+        found = study.try_(tried, 1 if study.options.positions == "first" else study.options.max_new_tokens)
+    except UsageError:  # nothing can be frozen in this model
+        return
     rows = [described(one, number, found, study.text) for number, one in enumerate(tried)]
     [plain] = [row for row in rows if not row["parameters"]["layers"]]
     good = [row for row in rows if row["worst_kl"] <= study.options.eta]

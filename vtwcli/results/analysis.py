@@ -110,7 +110,7 @@ class Proposed(TypedDict):
     """VisiPruner's rule behind the shallow layers; None where they leave no room for it."""
     stages: NotRequired[dict[str, Any] | None]
     """Visual tokens are frozen in some layers and then withdrawn, at less than withdrawal alone takes; None where no
-    such schedule stays at or under eta in every task, or the layers' updates were not measured."""
+    such schedule stays at or under eta in every task, the layers' updates were not measured, or layers are streamed."""
 
 
 class Together(TypedDict):
