@@ -154,7 +154,7 @@ def _mine(
             part = [samples[place] for place in places]
             batch = encode_batch(loaded, part)
             told = [heard[place, max_new_tokens] for place in places if (place, max_new_tokens) in heard]
-            columns = {}
+            columns: dict[int, list[Answer]] = {}
             if many is not None and not free and alone == 0 and len(told) == len(part):
                 columns = many.along(part, batch, told, bar)
             if len(columns) == len(candidates):
@@ -167,7 +167,7 @@ def _mine(
             for c, one in enumerate(candidates):
                 if c in columns and not free:
                     continue
-                known = columns.get(c)
+                along = columns.get(c)
                 try:
                     if c not in refused:
                         columns[c] = schedule_answers(
@@ -178,7 +178,7 @@ def _mine(
                             full,
                             max_new_tokens,
                             free=free,
-                            along=known,
+                            along=along,
                         )
                 except UsageError as error:
                     refused[c] = error.message

@@ -114,6 +114,7 @@ class Stages(Method):
             frozen = set(held[k].candidate.parameters["layers"])
             if len(leading) < LEADING and not any(_cut(frozen, e) == other for e, other in leading.items()):
                 leading[k] = frozen
+        pairs: list[tuple[Iterable[int], int]]
         pairs = [(layers, k) for k, frozen in leading.items() for layers in _grown(frozen, k, tried)]
         for k, frozen in list(leading.items())[:1]:
             first = max(1, model.first_withdrawal, 1 + _too_early(frozen, tried))
@@ -175,7 +176,7 @@ def _leaving(curve: Sequence[float], eta: float, least: int) -> list[int]:
     return sorted(found)
 
 
-def _candidates(pairs: Iterable[tuple[Sequence[int], int]]) -> list[Candidate]:
+def _candidates(pairs: Iterable[tuple[Iterable[int], int]]) -> list[Candidate]:
     """A candidate for each pair of frozen layers, cut to those in front, and layer to withdraw at; each once."""
     found = {}
     for layers, k in pairs:
