@@ -16,8 +16,8 @@ from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io.outputs import Outputs
 from vtwcli.judge.flops import CONVENTIONS, TextShape, prefill_cost
 from vtwcli.measure import many
+from vtwcli.measure.accepted import accepted, choice
 from vtwcli.measure.candidates import pareto
-from vtwcli.measure.search import accepted, choice
 from vtwcli.methods.method import Answers, Shape
 from vtwcli.methods.visipruner import shallow_boundary
 from vtwcli.models.generation import generate_answers

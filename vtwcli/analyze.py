@@ -24,10 +24,12 @@ from vtwcli.io import console
 from vtwcli.judge import stages
 from vtwcli.judge.kl import is_distribution, not_finite
 from vtwcli.machine import distributed
+from vtwcli.measure.candidates import described, flops_of
 from vtwcli.measure.many import walked
 from vtwcli.measure.profile import Profile, interventions, map_of, profile_of
 from vtwcli.measure.study import Study
 from vtwcli.methods import visipruner
+from vtwcli.methods.stages import Stages
 from vtwcli.recipe.recipe import AnalyzeSection, CalibrateSection, ModelSection
 from vtwcli.results.analysis import (
     FORMAT,
@@ -38,6 +40,7 @@ from vtwcli.results.analysis import (
     Spread,
 )
 from vtwcli.results.calibration import VtwCalibration
+from vtwcli.schedule.schedule import Schedule
 from vtwcli.sweep.probes import LastRowProbe
 from vtwcli.sweep.sweep import sweep
 
@@ -130,6 +133,7 @@ def analyze(
 
     profiles = distributed.gathered(work)
     result, samples = _result(study, profiles, layers)
+    _propose(study, result)
     both = None
     if calibration is not None:
         both = assemble(study, [one.calibration for one in profiles], calibration)
@@ -306,6 +310,29 @@ def _result(
         **study.origin(options.seed),
     }
     return result, samples
+
+
+def _propose(study: Study[AnalyzeSection], result: AnalysisDocument) -> None:
+    """Look for frozen layers in front of the deep stage that withdrawal may be put behind, measured together."""
+    k, update = result["stages"]["deep"][0], result["measures"].get("layer_update")
+    result["schedules"]["stages"] = None
+    if study.streamed or update is None or not 0 < k < result["num_layers"]:
+        return
+    tried = Stages.before(k, [x for x in update["mean"] if x is not None])
+    try:
+        found = study.try_(tried, 1 if study.options.positions == "first" else study.options.max_new_tokens)
+    except UsageError:  # nothing can be frozen in this model
+        return
+    rows = [described(one, number, found, study.text) for number, one in enumerate(tried)]
+    [plain] = [row for row in rows if not row["parameters"]["layers"]]
+    good = [row for row in rows if row["worst_kl"] <= study.options.eta]
+    best = min(good, key=flops_of, default=plain)
+    if best is not plain:
+        found_by = study.provenance(eta=study.options.eta, positions=study.options.positions)
+        schedule = Schedule.from_dict(best["schedule"])
+        provenance = {**schedule.provenance, **found_by}
+        result["schedules"]["stages"] = schedule.model_copy(update={"provenance": provenance}).to_dict()
+        result["together"] = {"stages": best, "withdrawal": plain}
 
 
 def _ranges(found: stages.Stages) -> Ranges:

@@ -205,8 +205,16 @@ def _costs(shape: TextShape, measured: Sequence[Measured], depth: int) -> list[C
     """Cost of the prompts' prefill with withdrawal at k = 0..L relative to the full model's, over all samples."""
     counts = [(one.prefix + one.suffix, one.visual) for one in measured]
 
-    def total(k: int, convention: Convention) -> int:
-        return sum(prefill_cost(shape, tokens_with_withdrawal(depth, t, v, k), convention) for t, v in counts)
+    def total(k: int, convention: Convention, frozen: bool = False) -> int:
+        return sum(
+            prefill_cost(
+                shape,
+                tokens_with_withdrawal(depth, t, v, k),
+                convention,
+                tokens_with_withdrawal(depth, 0, v, k) if frozen else None,
+            )
+            for t, v in counts
+        )
 
     def entries(k: int) -> int:
         return sum(sum(tokens_with_withdrawal(depth, t, v, k)) for t, v in counts)
@@ -218,6 +226,7 @@ def _costs(shape: TextShape, measured: Sequence[Measured], depth: int) -> list[C
             "text_tokens": sum(t for t, _ in counts) / len(counts),
             "flops_ratio": {name: total(k, name) / total(depth, name) for name in CONVENTIONS},
             "kv_ratio": entries(k) / entries(depth),
+            "frozen_ratio": {name: total(k, name, True) / total(depth, name) for name in CONVENTIONS},
         }
         for k in range(depth + 1)
     ]

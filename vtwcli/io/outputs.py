@@ -35,6 +35,7 @@ _KINDS = {
     "schedule": "schedule",
     "static": "schedule",
     "dynamic": "schedule",
+    "stages": "schedule",
     "plot": "picture",
     "kl": "picture",
     "attention": "picture",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -67,6 +67,11 @@ class Tried:
         """Each sample's share of answer positions whose most likely token is the full model's, [S]."""
         return np.array([np.mean(answer.agree) for answer in self.rows[candidate]])
 
+    def with_(self, other: Tried) -> Tried:
+        """These candidates and others behind them, on the same samples."""
+        refused = {len(self.rows) + c: why for c, why in other.refused.items()}
+        return replace(self, rows=[*self.rows, *other.rows], refused=self.refused | refused)
+
     def by_task(self, values: NDArray[np.float64]) -> dict[str, float]:
         """Mean of values [S] by task, in order of appearance."""
         names = np.array(self.tasks)
@@ -83,6 +88,7 @@ def tried(
     *,
     free: bool = False,
     lenient: bool = False,
+    known: dict[tuple[int, int], Answer] | None = None,
 ) -> Tried:
     """Force every candidate along the full model's own greedy answers; with several processes each takes its share.
 
@@ -93,12 +99,13 @@ def tried(
         source: the model as layers, so that one pass over them serves all candidates; None: the runtime executes
             them one by one, as it does those that a pass does not know. Streamed layers cannot generate: there the
             samples' references are the answers.
+        known: this process's full answers by place and ``max_new_tokens``, to be used again; those found are added.
 
     Raises:
         NotFoundError: no sample has a visual token.
         UsageError: a candidate that cannot be executed on this model, or, if ``lenient``, none that can.
     """
-    work = partial(_mine, loaded, source, candidates, samples, max_new_tokens, batches, free)
+    work = partial(_mine, loaded, source, candidates, samples, max_new_tokens, batches, free, known)
     found = distributed.gathered(work)
     refused = {c: row[1 + c] for row in found for c in range(len(candidates)) if isinstance(row[1 + c], str)}
     if refused and (not lenient or len(refused) == len(candidates)):
@@ -124,6 +131,7 @@ def _mine(
     max_new_tokens: int,
     batches: Sequence[Sequence[int]],
     free: bool,
+    known: dict[tuple[int, int], Answer] | None,
 ) -> dict[int, list[Any]]:
     """By place of this process's samples: the full model's answer, then each candidate's, or why it has none."""
     mine = [places for _, places in distributed.share(batches)]
@@ -141,15 +149,25 @@ def _mine(
             return dict(zip(flat, rows, strict=True))
         done: dict[int, list[Any]] = {}
         refused: dict[int, str] = {}
+        heard = {} if known is None else known
         for places in mine:
             part = [samples[place] for place in places]
             batch = encode_batch(loaded, part)
+            told = [heard[place, max_new_tokens] for place in places if (place, max_new_tokens) in heard]
+            columns: dict[int, list[Answer]] = {}
+            if many is not None and not free and alone == 0 and len(told) == len(part):
+                columns = many.along(part, batch, told, bar)
+            if len(columns) == len(candidates):
+                for b, place in enumerate(places):
+                    done[place] = [told[b], *(columns[c][b] for c in range(len(candidates)))]
+                continue
             full = full_answers(loaded, batch, max_new_tokens, [sample.id for sample in part])
+            heard |= {(p, max_new_tokens): one for p, one in zip(places, full.answers, strict=True)}
             columns = {} if many is None else many.along(part, batch, full.answers, bar)
             for c, one in enumerate(candidates):
                 if c in columns and not free:
                     continue
-                known = columns.get(c)
+                along = columns.get(c)
                 try:
                     if c not in refused:
                         columns[c] = schedule_answers(
@@ -160,7 +178,7 @@ def _mine(
                             full,
                             max_new_tokens,
                             free=free,
-                            along=known,
+                            along=along,
                         )
                 except UsageError as error:
                     refused[c] = error.message

@@ -12,13 +12,13 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from vtwcli.data.sample import Sample
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io import console
 from vtwcli.machine import distributed
+from vtwcli.measure.accepted import choice, grown, judged
 from vtwcli.measure.candidates import compared, flops_of, token_counts
 from vtwcli.measure.guaranteed import of_candidates
 from vtwcli.measure.many import walked
@@ -31,10 +31,8 @@ from vtwcli.results.calibration import (
     FORMAT,
     FORMAT_VERSION,
     SearchedCalibration,
-    SearchedRow,
     with_own_keys,
 )
-from vtwcli.results.comparison import ComparedRow
 from vtwcli.sweep.lost import LostProbe
 from vtwcli.sweep.probes import LastRowProbe
 from vtwcli.sweep.sweep import sweep
@@ -93,6 +91,7 @@ def search(
     candidates = method.candidates(study.shape, answers, rule)
     longest = 1 if options.positions == "first" else options.max_new_tokens
     found = ordering.try_(candidates, longest)
+    candidates, found = grown(ordering, candidates, found, longest)
     tried, front = compared(candidates, found, study.text)
     rows = [judged(row, found.kl(number), options) for number, row in enumerate(tried)]
     counts, promised = found.counts, None
@@ -214,34 +213,3 @@ def answered(seen: Sequence[Seen], samples: Sequence[Sample], options: Calibrate
         worst_task=options.policy in ("worst-task", "guarantee"),
         lost=np.mean([one["lost"] for one in seen if one["visual"]], axis=0).tolist(),
     )
-
-
-def judged(row: ComparedRow, kl: NDArray[np.float64], options: CalibrateSection) -> SearchedRow:
-    """A candidate's row with what the policy says of it.
-
-    Args:
-        kl: of each sample, [S] nats.
-    """
-    quantile = float(np.quantile(kl, options.quantile))
-    found: SearchedRow = {**row, "quantile_kl": quantile, "accepted": False}
-    found["accepted"] = accepted(found, options)
-    return found
-
-
-def accepted(row: SearchedRow, options: CalibrateSection) -> bool:
-    """Whether a candidate's row satisfies the policy."""
-    if options.policy == "budget":
-        cost = row["kv_ratio"] if options.budget_of == "kv" else flops_of(row)
-        return cost <= options.budget
-    if options.policy == "agreement":
-        return row["agreement"] >= options.agreement
-    kl = {"worst-task": row["worst_kl"], "quantile": row["quantile_kl"]}.get(options.policy, row["kl"])
-    return kl <= options.eta
-
-
-def choice(rows: Sequence[SearchedRow], options: CalibrateSection) -> SearchedRow | None:
-    """The cheapest accepted row, of equals the closest; under ``budget`` the closest, of equals the cheapest."""
-    good = [row for row in rows if row["accepted"]]
-    if options.policy == "budget":
-        return min(good, key=lambda row: (row["kl"], flops_of(row)), default=None)
-    return min(good, key=lambda row: (flops_of(row), row["kl"]), default=None)

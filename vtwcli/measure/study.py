@@ -21,7 +21,7 @@ from vtwcli.io import console
 from vtwcli.judge import policies
 from vtwcli.judge.flops import TextShape
 from vtwcli.machine import distributed
-from vtwcli.measure.answers import reference_answers
+from vtwcli.measure.answers import Answer, reference_answers
 from vtwcli.measure.batches import by_length
 from vtwcli.measure.candidates import Tried, tried
 from vtwcli.measure.samples import SampleOptions, check_model, load_model, read_samples, swept
@@ -92,6 +92,7 @@ class Study(Generic[Options]):
     streamed: bool
     timing: dict[str, float] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter)
+    _full: dict[tuple[int, int], Answer] = field(default_factory=dict, init=False)
 
     @classmethod
     def open(cls, model: ModelSection, data: Sequence[DataSpec], options: Given) -> Study[Given]:
@@ -266,6 +267,7 @@ class Study(Generic[Options]):
                 batches,
                 free=free,
                 lenient=lenient,
+                known=self._full,
             )
 
     def provenance(self, **found: Any) -> dict[str, Any]:

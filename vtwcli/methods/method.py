@@ -64,6 +64,23 @@ class Candidate:
     parameters: dict[str, Any] = field(default_factory=dict)
 
 
+class Trial(NamedTuple):
+    """What came of a candidate.
+
+    Attributes:
+        candidate: what was tried.
+        harm: KL of its worst task, or of all samples together where the policy asks for that.
+        cost: its prefill's operations, of the full model's.
+        holds: whether the policy lets one go further from here: it is accepted; of a budget, it is closer to the full
+            model than the best one within.
+    """
+
+    candidate: Candidate
+    harm: float
+    cost: float
+    holds: bool
+
+
 class Style(NamedTuple):
     """How a method's candidates are drawn: a colour, matplotlib's marker, and the words of the legend."""
 
@@ -189,6 +206,11 @@ class Method(Section):
     @classmethod
     def candidates(cls, model: Shape, found: Answers, base: Mapping[str, Any]) -> list[Candidate]:
         """What a calibration tries, given the sweep's answers; ``base`` as for ``compared``."""
+        return []
+
+    @classmethod
+    def further(cls, model: Shape, tried: Sequence[Trial]) -> list[Candidate]:
+        """What a calibration tries next, given what came of all before; none ends it."""
         return []
 
 

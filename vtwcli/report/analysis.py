@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from vtwcli.judge.flops import DEFAULT_CONVENTION
 from vtwcli.report.plots import BLUE, GREEN, GREY, ORANGE, new_figure
 from vtwcli.report.tables import terminal_table
-from vtwcli.results.analysis import AnalysisDocument, Quartiles, Spread, Stage
+from vtwcli.results.analysis import AnalysisDocument, Quartiles, Spread, Stage, Together
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -51,7 +52,22 @@ def sentences(result: AnalysisDocument) -> list[str]:
     text += where(rule["exit"], "no visual token")
     if rule["kept"]["quartiles"]:
         text += f"; {rule['kept']['quartiles'][1]:g} critical tokens in the median sample"
-    return [*lines, text + "."]
+    lines.append(text + ".")
+    if "together" in result:
+        lines.append(_together(result, result["together"]))
+    return lines
+
+
+def _together(result: AnalysisDocument, rows: Together) -> str:
+    """The schedule that is proposed in place of plain withdrawal, and what to do with it."""
+    both, plain = rows["stages"], rows["withdrawal"]
+    model = result["model"]["name"]
+    return (
+        f"Proposed, {both['name']}: visual tokens not updated in these layers, withdrawn at K: FLOPs "
+        f"{both['flops_ratio'][DEFAULT_CONVENTION]:.1%} of full, withdrawal alone "
+        f"{plain['flops_ratio'][DEFAULT_CONVENTION]:.1%}; worst task {both['worst_kl']:.2g} nats. "
+        f"vtw calibrate {model} --method stages looks for more of them and other K."
+    )
 
 
 HEADER = ["layer", "stage", "vision", "entropy", "critical", "alone", "up to", "from", "update"]

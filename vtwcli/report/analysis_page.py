@@ -32,8 +32,8 @@ def write_analysis(analysis: Analysis, outputs: Outputs) -> None:
     """Write a profile with all that goes beside it, all or nothing.
 
     Args:
-        outputs: where ``result``, ``page``, the plots (names of ``plots``) and the ``static`` and ``dynamic``
-            schedules go; None leaves one out. A plot's format follows its suffix (png, svg, pdf).
+        outputs: where ``result``, ``page``, the plots (names of ``plots``) and the ``static``, ``dynamic``
+            and ``stages`` schedules go; None leaves one out. A plot's format follows its suffix (png, svg, pdf).
     """
     result = analysis.result
     with outputs.publish() as new:
@@ -155,7 +155,7 @@ def page(analysis: Analysis) -> str:
         ),
     ]
     for words, schedule in (
-        ("Proposed schedule", result["schedules"]["static"]),
+        ("Proposed schedule", result["schedules"].get("stages") or result["schedules"]["static"]),
         ("The same by each sample's own contributions", result["schedules"]["dynamic"]),
     ):
         if schedule:

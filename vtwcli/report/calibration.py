@@ -53,7 +53,7 @@ def calibration_view(result: Calibration) -> Group:
     scale = "log scale, | is eta"
     header = ["layer", "mean KL (nats)", scale, "top-1", ""]
     table = terminal_table(header, rows, left=[scale, ""], styles=styles, wrap=True)
-    return Group(table, Text(""), Text(calibration_sentence(result)), *_task_lines(result))
+    return Group(table, Text(""), Text(calibration_sentence(result)), *_more_lines(result))
 
 
 def calibration_sentence(result: Calibration) -> str:
@@ -76,16 +76,24 @@ def calibration_sentence(result: Calibration) -> str:
     )
 
 
-def _task_lines(result: VtwCalibration) -> list[Any]:
+def _more_lines(result: VtwCalibration) -> list[Any]:
+    """K of each task, and what may be saved in front of K."""
     from rich.text import Text
 
-    if len(result["tasks"]) < 2:
-        return []
-    parts = [
-        f"{task} {'none' if row['withdrawal_layer'] is None else row['withdrawal_layer']}"
-        for task, row in result["tasks"].items()
-    ]
-    return [Text("By task (sustained): " + ", ".join(parts))]
+    lines, cost = [], result["cost"]
+    if len(result["tasks"]) > 1:
+        parts = [
+            f"{task} {'none' if row['withdrawal_layer'] is None else row['withdrawal_layer']}"
+            for task, row in result["tasks"].items()
+        ]
+        lines.append("By task (sustained): " + ", ".join(parts))
+    if result["withdrawal_layer"] and "frozen_ratio" in cost:
+        least = cost["frozen_ratio"][cost["convention"]]
+        lines.append(
+            f"Freezing visual tokens in layers before K may save more, down to {least:.1%} at best: "
+            f"vtw calibrate {result['model']['name']} --method stages"
+        )
+    return [Text(line) for line in lines]
 
 
 def _bar(value: float, values: list[float], eta: float) -> str:

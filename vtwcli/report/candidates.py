@@ -67,7 +67,7 @@ def searched_sentence(result: SearchedCalibration) -> str:
     return (
         f"{METHODS[result['method']].title} with {found} ({rule}): {closeness}; "
         f"prefill FLOPs {flops(result, row):.1%} of full {at_tokens(cost)}, "
-        f"KV cache {row['kv_ratio']:.1%}.{promise}"
+        f"KV cache {row['kv_ratio']:.1%}{_alone(result, row)}.{promise}"
     )
 
 
@@ -76,6 +76,16 @@ def at_tokens(cost: Mapping[str, Any]) -> str:
     convention = cost["convention"]
     counted = "" if convention == DEFAULT_CONVENTION else f" (counted as {convention})"
     return f"at {cost['visual_tokens']:.0f} visual + {cost['text_tokens']:.0f} text tokens{counted}"
+
+
+def _alone(result: SearchedCalibration, chosen: SearchedRow) -> str:
+    """Of layers that are frozen and then left, what the best withdrawal of the same candidates takes by itself."""
+    plain = [row for row in result["candidates"] if row["accepted"] and row["parameters"].get("layers") == []]
+    best = min(plain, key=lambda row: flops(result, row), default=chosen)
+    if best is chosen:
+        return ""
+    k = best["parameters"]["withdraw"]
+    return f"; withdrawal alone, K = {k}: FLOPs {flops(result, best):.1%}, KV cache {best['kv_ratio']:.1%}"
 
 
 def _said(value: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Final, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
+from vtwcli.results.comparison import TriedRow
 from vtwcli.results.document import Files, ModelRecord, Origin, SweepRun
 
 FORMAT: Final = "vtw-analysis"
@@ -21,6 +22,7 @@ ANALYSIS = Files(
         "page": ".html",
         "static": ".static.yaml",
         "dynamic": ".dynamic.yaml",
+        "stages": ".stages.yaml",
         "kl": ".kl.png",
         "attention": ".attention.png",
         "tokens": ".tokens.png",
@@ -106,6 +108,17 @@ class Proposed(TypedDict):
     """Text does not read vision in the shallow layers, and there is none in the deep ones."""
     dynamic: dict[str, Any] | None
     """VisiPruner's rule behind the shallow layers; None where they leave no room for it."""
+    stages: NotRequired[dict[str, Any] | None]
+    """Visual tokens are frozen in some layers and then withdrawn, at less than withdrawal alone takes; None where no
+    such schedule stays at or under eta in every task, the layers' updates were not measured, or layers are streamed."""
+
+
+class Together(TypedDict):
+    """What frozen layers and withdrawal behind them cost, measured as one."""
+
+    stages: TriedRow
+    withdrawal: TriedRow
+    """Withdrawal at the same layer by itself."""
 
 
 class AnalyzedSample(TypedDict):
@@ -175,6 +188,8 @@ class AnalysisDocument(Origin):
     stages: StagesRecord
     visipruner: Rule
     schedules: Proposed
+    together: NotRequired[Together]
+    """Of the proposed ``stages``."""
     measures: dict[str, Measure]
     """By names of ``analyze.MEASURES``."""
     samples: list[AnalyzedSample]

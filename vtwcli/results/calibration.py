@@ -79,6 +79,9 @@ class Cost(TokenCounts):
     """By convention."""
     kv_ratio: float
     """Entries of the KV cache."""
+    frozen_ratio: NotRequired[Unchecked[dict[str, float]]]
+    """By convention, ``flops_ratio`` if visual tokens were not updated in any layer in front of K: what freezing can
+    come to at most."""
 
 
 class SearchedSample(TypedDict):
