@@ -12,6 +12,7 @@ from vtwcli.data import metrics
 from vtwcli.errors import UsageError
 from vtwcli.judge.guarantee import Losses, Promise, walk
 from vtwcli.machine import distributed
+from vtwcli.measure.candidates import Tried
 from vtwcli.measure.promised import counted, distinct, losses_of, population
 from vtwcli.methods.method import Candidate
 from vtwcli.models.generation import generate_batches
@@ -66,14 +67,19 @@ def of_layers(
 
 
 def of_candidates(
-    study: Study[CalibrateSection], promise: Promise, ordered: Sequence[Candidate], longest: int
+    study: Study[CalibrateSection],
+    promise: Promise,
+    ordered: Sequence[Candidate],
+    longest: int,
+    found: Tried | None = None,
 ) -> Guarantee:
     """What is promised of candidates, the safest first, as other samples than the study's ordered them.
 
     Args:
         longest: answer, in tokens.
+        found: what came of them on the study's samples, where that is known.
     """
-    options, found = study.options, study.try_(ordered, longest)
+    options, found = study.options, found or study.try_(ordered, longest)
     losses: Callable[[int], Losses]
     if options.loss == "metric":
         dropped, seen = metric_drop(study), {sample.id for sample in found.samples}
