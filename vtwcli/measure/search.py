@@ -100,7 +100,7 @@ def search(
     counts, promised = found.counts, None
     if promise is not None:
         by_name = {one.name: one for one in candidates}
-        ordered = [by_name[name] for name in reversed(front)]
+        ordered = method.safest_first([by_name[name] for name in front])
         beside = Beside.run(testing, ordered, longest) if beside else None
         promised = of_candidates(testing, promise, ordered, longest, beside.found if beside else None)
         promised["ordered_on"] = {task: one["samples"] for task, one in counts.items()}

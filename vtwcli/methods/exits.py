@@ -137,12 +137,26 @@ class Exit(Method):
             cost = kl[np.arange(len(at)), at]
             scored.append((float(at.mean()), max(float(cost[group].mean()) for group in groups), rule))
         front, best = [], float("inf")
-        for _, cost, rule in sorted(scored, key=lambda one: one[:2]):
-            if cost < best:
+        for _, worst, rule in sorted(scored, key=lambda one: one[:2]):
+            if worst < best:
                 varied = {name: getattr(rule, name) for name in cls.searched}
                 front.append(Candidate(rule._name(), "exit", rule.schedule(), varied))
-                best = cost
+                best = worst
         return front
+
+    @classmethod
+    def safest_first(cls, front: Sequence[Candidate]) -> list[Candidate]:
+        """By the earliest layer at which a sample may leave, the last first; of equals the dearest.
+
+        A rule under which no sample left early need not be safe: some other sample may. Whoever leaves at a late layer
+        loses little.
+        """
+
+        def earliest(one: Candidate) -> int:
+            after = one.parameters["after"]
+            return one.parameters["exit_layers"] + (0 if after is None else after + 1)
+
+        return sorted(super().safest_first(front), key=earliest, reverse=True)
 
 
 def label_of(kl: Sequence[float], eta: float, least: int = 0) -> int:

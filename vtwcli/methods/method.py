@@ -211,6 +211,11 @@ class Method(Section):
         """What a calibration tries, given the sweep's answers; ``base`` as for ``compared``."""
         return []
 
+    @classmethod
+    def safest_first(cls, front: Sequence[Candidate]) -> list[Candidate]:
+        """The order in which a guarantee tests the candidates of a front, given the cheapest first."""
+        return list(reversed(front))
+
 
 Made = TypeVar("Made", bound=Method)
 _MANY, _LEAST = 10_000, 1e-4  # tokens of a prompt, so that rounding plays no part; the smallest setting
