@@ -39,9 +39,6 @@ def of_layers(
         kl: mean over an answer's positions, by sample and withdrawal layer, nats, [S, L].
         agree: share of positions whose most likely token is the full model's, [S, L].
         seeing: whether a sample has visual tokens; others do not count, [S].
-
-    Raises:
-        UsageError: the metric of streamed layers, which cannot answer.
     """
     options, samples = study.options, study.samples
     places = [place for place in distinct(samples) if seeing[place]]
@@ -102,10 +99,8 @@ def metric_drop(study: Study[CalibrateSection]) -> Callable[[str, Schedule], Los
     """How much each sample's score drops when a schedule answers in place of the full model, gains counted as 0, [S].
 
     Raises:
-        UsageError: layers are streamed, so nothing can be generated; or a schedule that this model cannot execute.
+        UsageError: a schedule that this model cannot execute.
     """
-    if study.streamed:
-        raise UsageError("--loss metric: layers are streamed and cannot answer", "choose another --loss")
     loaded, samples, longest = study.loaded, study.samples, study.options.max_new_tokens
     parts = study.batches(longest)
 

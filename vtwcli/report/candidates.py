@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vtwcli.methods import METHODS
 from vtwcli.report import exits
 from vtwcli.report.budget import COLUMNS, cells, flops
-from vtwcli.report.guarantee import promise_words, rule_words
+from vtwcli.report.guarantee import brief, promise_words, rule_words
 from vtwcli.report.plots import BLUE, GREEN, ORANGE, save_figure
 from vtwcli.report.tables import terminal_table
 from vtwcli.results.calibration import SearchedCalibration, SearchedRow
@@ -158,6 +158,15 @@ def _plot_candidates(result: SearchedCalibration, right: Any, floor: float) -> N
     if result["chosen"]:
         row = next(row for row in rows if row["name"] == result["chosen"])
         at = (100 * flops(result, row), max(row["kl"], floor))
-        right.plot(*at, "o", mfc="none", mec=GREEN, mew=2, ms=12, ls="", label=f"chosen: {row['name']}")
+        right.plot(
+            *at,
+            "o",
+            mfc="none",
+            mec=GREEN,
+            mew=2,
+            ms=12,
+            ls="",
+            label=f"chosen: {row['name']}{brief(result)}",
+        )
     right.set_xlabel(f"prefill FLOPs, % of the full model ({result['cost']['convention']})")
     right.set_title("candidates", fontsize=10, loc="left")

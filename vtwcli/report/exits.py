@@ -56,6 +56,7 @@ def plot(result: SearchedCalibration, axis: Any) -> None:
     depth, fixed = len(exits["leave"]) - 1, exits["fixed"]
     layers = range(depth + 1)
     percent = [[100 * share for share in exits[key]] for key in ("labels", "leave")]
+    axis.set_axisbelow(True)
     axis.bar(layers, percent[0], width=0.9, color=BLUE, alpha=0.25, label="own KL stays under eta")
     axis.bar(layers, percent[1], width=0.5, color=GREEN, label="leave")
     if fixed is not None:
