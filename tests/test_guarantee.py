@@ -240,8 +240,9 @@ def test_streamed_layers_promise_what_the_model_in_memory_does(tiny_dir, data, m
     for method in ("visipruner", "exit"):
         searched = calibrate(streamed, specs, CalibrateSection(**FAST, **FEW, method=method))
         said = searched["guarantee"]
-        assert said["samples"] == {"colour": 2, "caption": 2} and said["tested"][0]["holds"]
-        assert searched["chosen"] in [one["candidate"] for one in said["tested"] if one["holds"]]
+        assert said["samples"] == {"colour": 2, "caption": 2} and searched["run"]["streamed"]
+        held = [one["candidate"] for one in said["tested"] if one["holds"]]
+        assert searched["chosen"] in (held or [None])
     opened = []
     monkeypatch.setattr("vtwcli.calibrate.measure", lambda *args: opened.append(args))
     for method in ("vtw", "visipruner"):
@@ -251,8 +252,7 @@ def test_streamed_layers_promise_what_the_model_in_memory_does(tiny_dir, data, m
     assert not opened  # before anything was measured
 
 
-@pytest.mark.parametrize("loss", ["tokens", "metric"])
-@pytest.mark.parametrize("method", ["vtw", "exit"])
+@pytest.mark.parametrize(("method", "loss"), [("vtw", "tokens"), ("exit", "metric")])
 def test_two_processes_promise_what_one_does(tiny_dir, data, tmp_path, method, loss):
     given = ["--method", method, "--loss", loss, "--data", data, "--bootstrap", 0]
     asked = ["--policy", "guarantee", "--risk", 0.8, "--confidence", 0.8, "--limit", 3, "--max-new-tokens", 3]
