@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.cli import launch
 from vtwcli.calibrate import calibrate
 from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
@@ -17,6 +18,7 @@ from vtwcli.judge import gates
 from vtwcli.judge.guarantee import Promise, chosen, walk
 from vtwcli.measure.promised import distinct, halved
 from vtwcli.recipe.recipe import CalibrateSection, GatesSection, ModelSection
+from vtwcli.report.guarantee import promise_words
 
 FAST = {"limit": 3, "max_new_tokens": 3, "bootstrap": 0}
 FEW = {"policy": "guarantee", "risk": 0.8, "confidence": 0.8}  # one sample of a task, if it loses nothing
@@ -224,6 +226,49 @@ def test_too_few_samples_are_refused_before_the_model_is_loaded(vtw, tiny_dir, d
     assert code == 2 and "the gate risk (risk 0.05, confidence 0.95) needs at least 59" in err
 
 
+def test_streamed_layers_promise_what_the_model_in_memory_does(tiny_dir, data, monkeypatch):
+    """Of K and of candidates, along reference answers, which the sentence says."""
+    specs, streamed = [DataSpec(source=str(data))], ModelSection(name=str(tiny_dir), stream=True)
+    found = calibrate(streamed, specs, CalibrateSection(**FAST, **FEW))
+    plain = run(tiny_dir, data, **FEW, answers="reference")
+    assert found["run"]["streamed"] and found["withdrawal_layer"] == plain["withdrawal_layer"] is not None
+    for one, other in zip(found["guarantee"]["tested"], plain["guarantee"]["tested"], strict=True):
+        assert {**one, "p_value": 0} == {**other, "p_value": 0}
+        assert one["p_value"] == pytest.approx(other["p_value"])
+    for words in (promise_words(found), promise_words(plain)):
+        assert "at most 80 % of an answer's tokens change along the reference answers" in words
+    for method in ("visipruner", "exit"):
+        searched = calibrate(streamed, specs, CalibrateSection(**FAST, **FEW, method=method))
+        said = searched["guarantee"]
+        assert said["samples"] == {"colour": 2, "caption": 2} and searched["run"]["streamed"]
+        held = [one["candidate"] for one in said["tested"] if one["holds"]]
+        assert searched["chosen"] in (held or [None])
+    opened = []
+    monkeypatch.setattr("vtwcli.calibrate.measure", lambda *args: opened.append(args))
+    for method in ("vtw", "visipruner"):
+        asked = CalibrateSection(**FAST, **FEW, loss="metric", method=method)
+        with pytest.raises(UsageError, match="layers are streamed and cannot answer"):
+            calibrate(streamed, specs, asked)
+    assert not opened  # before anything was measured
+
+
+@pytest.mark.parametrize(("method", "loss"), [("vtw", "tokens"), ("exit", "metric")])
+def test_two_processes_promise_what_one_does(tiny_dir, data, tmp_path, method, loss):
+    given = ["--method", method, "--loss", loss, "--data", data, "--bootstrap", 0]
+    asked = ["--policy", "guarantee", "--risk", 0.8, "--confidence", 0.8, "--limit", 3, "--max-new-tokens", 3]
+    args = ["calibrate", tiny_dir, *given, *asked, "--output", "two.json"]
+    ended = launch(tmp_path, *map(str, args))
+    assert [process.returncode for process, _, _ in ended] == [0, 0], ended
+    assert "Promised with 80 % confidence" in " ".join(ended[0][1].split()) and ended[1][1] == ""
+    two, one = (
+        json.loads((tmp_path / "two.json").read_text()),
+        run(tiny_dir, data, **FEW, method=method, loss=loss),
+    )
+    assert two["run"]["processes"] == 2
+    for name in ("guarantee", "schedule", "exits"):
+        assert json.dumps(two.get(name)) == json.dumps(one.get(name))
+
+
 def test_the_metric_must_judge_each_sample(data):
     from vtwcli.measure.promised import check_samples
 
@@ -244,6 +289,8 @@ def test_view_and_files_say_what_is_promised(vtw, tiny_dir, data, tmp_path):
         3,
         "--policy",
         "guarantee",
+        "--plot",
+        "k.svg",
     )
     code, out, err = vtw(*args, "--risk", 0.9, "--confidence", 0.5, "--output", "k.json")
     assert code == 0, err
@@ -255,8 +302,9 @@ def test_view_and_files_say_what_is_promised(vtw, tiny_dir, data, tmp_path):
         "from 3 distinct samples a task (hoeffding-bentkus test). Not promised: anything of a single" in words
     )
     assert "95 % interval" not in words
+    assert "(risk 0.9 with 50 % confidence)" in Path("k.svg").read_text()
     code, out, err = vtw(
-        *args, "--risk", 0.3, "--confidence", 0.6, "--loss", "kl", "--eta", 1e-9, "-o", "n.json"
+        *args, "--risk", 0.3, "--confidence", 0.6, "--loss", "kl", "--eta", 1e-9, "-o", "n.json", "--force"
     )
     assert code == 3
     assert "No layer qualifies (policy guarantee, risk 0.3" in err and "The safest candidate" in err
@@ -301,6 +349,7 @@ def test_a_recipe_proves_its_schedule_and_is_refused_with_too_few_samples(vtw, t
         "calibrate: {limit: 2, max_new_tokens: 2, policy: guarantee, risk: 0.99, confidence: 0.5, bootstrap: 0}",
         "eval: {limit: 2, max_new_tokens: 2, timing: false}",
         "gates: {risk: 0.95, confidence: 0.5}",
+        "export: {format: hf}",
         "output: out",
     ]
     Path("r.yaml").write_text("\n".join(lines))
@@ -309,7 +358,11 @@ def test_a_recipe_proves_its_schedule_and_is_refused_with_too_few_samples(vtw, t
     run = json.loads(Path("out/run.json").read_text())
     [gate] = run["gates"]
     assert gate["gate"] == "risk" and gate["passed"]
-    assert "Promised with 50 % confidence" in Path("out/summary.md").read_text().replace("\\", "")
+    for page in ("out/summary.md", "out/model/README.md"):
+        words = Path(page).read_text().replace("\\", "")
+        assert (
+            "Promised with 50 % confidence" in words and "Not promised: anything of a single input" in words
+        )
     Path("s.yaml").write_text("\n".join(lines).replace("risk: 0.95, confidence: 0.5", "risk: 0.05"))
     code, _, err = vtw("recipe", "check", "s.yaml")
     assert code == 2

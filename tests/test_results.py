@@ -21,6 +21,7 @@ from vtwcli.schedule.schedule import Schedule
 KINDS = {
     "calibration": calibration.VtwCalibration,
     "searched": calibration.SearchedCalibration,
+    "leaving": calibration.SearchedCalibration,
     "guaranteed": calibration.VtwCalibration,
     "guaranteed search": calibration.SearchedCalibration,
     "analysis": analysis.AnalysisDocument,
@@ -39,6 +40,7 @@ def written(tiny_dir, data):
     made = {
         "calibration": calibrate(model, mix, CalibrateSection(**short, bootstrap=20, eta=1000)),
         "searched": calibrate(model, mix, CalibrateSection(**short, method="visipruner", eta=1000)),
+        "leaving": calibrate(model, mix, CalibrateSection(**short, method="exit", eta=1000)),
         "analysis": analyze(model, mix, AnalyzeSection(**short, eta=1000)).result,
         "guaranteed": calibrate(model, mix, CalibrateSection(**short, **PROMISED)),
         "guaranteed search": calibrate(
@@ -95,13 +97,14 @@ def test_documents_are_what_their_types_say(written, name):
     absent = set()
     told(written[name], KINDS[name], name, absent)
     # of some models, of other methods, of the metric POPE, of measures that are a KL, of timing with enough rounds
-    timed = {"speed_up", "decode_speed_up", "batches_left_out", "parameters", "findings"}
+    timed = {"speed_up", "decode_speed_up", "batches_left_out", "parameters", "findings", "exits"}
+    visipruner = {"shallow_mid_layer", "layer_threshold", "tokens_threshold", "boundary"}
     # of promises, some of each kind of method
     proved = {"guarantee", "losses", "layer", "candidate", "ordered_on"}
     # of a comparison at equal cost
     equal = {"tokens", "scores", "left_out"}
     known = {"template_date", "precision", "recall", "f1", "yes_ratio", "positions"}
-    assert absent <= known | timed | proved | equal
+    assert absent <= known | timed | visipruner | proved | equal
 
 
 def test_a_document_says_its_kind_and_no_other_method_than_its_own(written):

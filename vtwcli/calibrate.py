@@ -121,17 +121,7 @@ def assemble(
     least = study.least(options.min_layer)
 
     def rule(policy: Policy) -> policies.Rule:
-        kv = options.budget_of == "kv"
-        relative = [one["kv_ratio"] if kv else one["flops_ratio"][DEFAULT_CONVENTION] for one in costs]
-        return policies.Rule(
-            policy,
-            options.eta,
-            least,
-            options.quantile,
-            options.agreement,
-            options.budget,
-            tuple(relative[:depth]),
-        )
+        return policies.rule_of(options, least, costs[:depth], policy)
 
     chosen = rule(options.policy)
     promise, promised = promise_of(options), None

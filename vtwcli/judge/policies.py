@@ -28,8 +28,10 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from vtwcli.judge.flops import DEFAULT_CONVENTION
 from vtwcli.judge.statistics import enough
-from vtwcli.recipe.recipe import Policy
+from vtwcli.recipe.recipe import CalibrateSection, Policy
+from vtwcli.results.document import Relative
 
 Curves = NDArray[np.float64]
 OF_CURVES: tuple[Policy, ...] = tuple(name for name in get_args(Policy) if name != "guarantee")
@@ -57,6 +59,28 @@ class Rule:
     agreement: float = 0.98
     budget: float = 1.0
     cost: tuple[float, ...] = ()
+
+
+def rule_of(
+    options: CalibrateSection, least: int, cost: Sequence[Relative], policy: Policy | None = None
+) -> Rule:
+    """The rule of a calibration, or another policy with what its options say.
+
+    Args:
+        least: the first candidate.
+        cost: of withdrawal at each layer.
+    """
+    kv = options.budget_of == "kv"
+    relative = [one["kv_ratio"] if kv else one["flops_ratio"][DEFAULT_CONVENTION] for one in cost]
+    return Rule(
+        policy or options.policy,
+        options.eta,
+        least,
+        options.quantile,
+        options.agreement,
+        options.budget,
+        tuple(relative),
+    )
 
 
 def choose(rule: Rule, kl: Curves, agree: Curves, tasks: Sequence[str]) -> int | None:

@@ -12,6 +12,7 @@ from vtwcli.data import metrics
 from vtwcli.errors import UsageError
 from vtwcli.judge.guarantee import Losses, Promise, walk
 from vtwcli.machine import distributed
+from vtwcli.measure.candidates import Tried
 from vtwcli.measure.promised import counted, distinct, losses_of, population
 from vtwcli.methods.method import Candidate
 from vtwcli.models.generation import generate_batches
@@ -38,9 +39,6 @@ def of_layers(
         kl: mean over an answer's positions, by sample and withdrawal layer, nats, [S, L].
         agree: share of positions whose most likely token is the full model's, [S, L].
         seeing: whether a sample has visual tokens; others do not count, [S].
-
-    Raises:
-        UsageError: the metric of streamed layers, which cannot answer.
     """
     options, samples = study.options, study.samples
     places = [place for place in distinct(samples) if seeing[place]]
@@ -66,14 +64,19 @@ def of_layers(
 
 
 def of_candidates(
-    study: Study[CalibrateSection], promise: Promise, ordered: Sequence[Candidate], longest: int
+    study: Study[CalibrateSection],
+    promise: Promise,
+    ordered: Sequence[Candidate],
+    longest: int,
+    found: Tried | None = None,
 ) -> Guarantee:
     """What is promised of candidates, the safest first, as other samples than the study's ordered them.
 
     Args:
         longest: answer, in tokens.
+        found: what came of them on the study's samples, where that is known.
     """
-    options, found = study.options, study.try_(ordered, longest)
+    options, found = study.options, found or study.try_(ordered, longest)
     losses: Callable[[int], Losses]
     if options.loss == "metric":
         dropped, seen = metric_drop(study), {sample.id for sample in found.samples}
@@ -96,10 +99,8 @@ def metric_drop(study: Study[CalibrateSection]) -> Callable[[str, Schedule], Los
     """How much each sample's score drops when a schedule answers in place of the full model, gains counted as 0, [S].
 
     Raises:
-        UsageError: layers are streamed, so nothing can be generated; or a schedule that this model cannot execute.
+        UsageError: a schedule that this model cannot execute.
     """
-    if study.streamed:
-        raise UsageError("--loss metric: layers are streamed and cannot answer", "choose another --loss")
     loaded, samples, longest = study.loaded, study.samples, study.options.max_new_tokens
     parts = study.batches(longest)
 

@@ -57,6 +57,16 @@ def check_samples(mix: DataMix, options: Any) -> None:
     check_enough(mix, promise, "the policy guarantee", halves=options.method != "vtw")
 
 
+def check_loss(options: Any, streamed: bool) -> None:
+    """Refuse the loss ``metric`` of a promise where layers are streamed, which cannot answer.
+
+    Raises:
+        UsageError: names the option.
+    """
+    if streamed and getattr(options, "policy", None) == "guarantee" and options.loss == "metric":
+        raise UsageError("--loss metric: layers are streamed and cannot answer", "choose another --loss")
+
+
 def check_enough(mix: DataMix, promise: Promise, asking: str, *, halves: bool = False) -> None:
     """Refuse too few samples before a model is loaded.
 

@@ -20,12 +20,13 @@ from vtwcli.io import console
 from vtwcli.machine import distributed
 from vtwcli.measure.accepted import choice, grown, judged
 from vtwcli.measure.candidates import compared, flops_of, token_counts
+from vtwcli.measure.exits import Beside
 from vtwcli.measure.guaranteed import of_candidates
 from vtwcli.measure.many import walked
 from vtwcli.measure.promised import halved, promise_of
 from vtwcli.measure.study import STREAMED, Study
 from vtwcli.methods import METHODS
-from vtwcli.methods.method import Answers, Method
+from vtwcli.methods.method import Alone, Answers, Candidate, Method
 from vtwcli.recipe.recipe import CalibrateSection, ModelSection
 from vtwcli.results.calibration import (
     FORMAT,
@@ -83,21 +84,24 @@ def search(
     if study.streamed:
         console.note(STREAMED)
     mix = study.mix
-    promise, ordering, testing = promise_of(options), study, study
+    promise, ordering, testing, ordered = promise_of(options), study, study, list[Candidate]()
     if promise is not None:  # what makes and orders the candidates must not test them
         ordering, testing = map(study.of, halved(mix.samples, options.seed))
     seen = measured(ordering, method)
     answers = answered(seen, ordering.samples, options)
     candidates = method.candidates(study.shape, answers, rule)
     longest = 1 if options.positions == "first" else options.max_new_tokens
-    found = ordering.try_(candidates, longest)
+    beside = Beside.run(ordering, candidates, longest) if method.leaves_alone else None
+    found = beside.found if beside else ordering.try_(candidates, longest)
     candidates, found = grown(ordering, candidates, found, longest)
     tried, front = compared(candidates, found, study.text)
     rows = [judged(row, found.kl(number), options) for number, row in enumerate(tried)]
     counts, promised = found.counts, None
     if promise is not None:
         by_name = {one.name: one for one in candidates}
-        promised = of_candidates(testing, promise, [by_name[name] for name in reversed(front)], longest)
+        ordered = method.safest_first([by_name[name] for name in front])
+        beside = Beside.run(testing, ordered, longest) if beside else None
+        promised = of_candidates(testing, promise, ordered, longest, beside.found if beside else None)
         promised["ordered_on"] = {task: one["samples"] for task, one in counts.items()}
         held = {one["candidate"] for one in promised["tested"] if one["holds"]}
         rows = [{**row, "accepted": row["name"] in held} for row in rows]
@@ -145,6 +149,9 @@ def search(
     }
     if promised is not None:
         document["guarantee"] = promised
+    if beside and chosen is not None:
+        names = [one.name for one in (candidates if promise is None else ordered)]
+        document["exits"] = beside.exits(names.index(chosen["name"]), promise, longest)
     parameters = {} if chosen is None else chosen["parameters"]
     searched = {name: parameters.get(name) for name in method.searched}
     findings = method.findings(answers)
@@ -161,12 +168,14 @@ class Seen(TypedDict):
         kl: of every intervention asked for, mean over positions or that of the first, nats.
         sizes: the 0, 1, .., 100 % quantiles of ||c_i||_2 over visual tokens and layers of the full model.
         lost: of each layer, see ``sweep.lost``; empty where nobody asks.
+        read: the share of the last row's attention that goes to visual tokens in each layer.
     """
 
     visual: int
     kl: list[float]
     sizes: list[float]
     lost: list[list[float]]
+    read: list[float]
 
 
 def measured(study: Study[CalibrateSection], method: type[Method]) -> list[Seen]:
@@ -189,6 +198,7 @@ def measured(study: Study[CalibrateSection], method: type[Method]) -> list[Seen]
                         "kl": (outcome.kl[:, 0] if method.at_prompt else outcome.kl.mean(1)).tolist(),
                         "sizes": np.quantile(sizes, np.linspace(0, 1, 101)).tolist() if len(sizes) else [],
                         "lost": [layer.tolist() for layer in losses.found[number, 0]],
+                        "read": [float(row.attention.sum()) for row in probe.found[number, 0]],
                     }
         return done
 
@@ -212,4 +222,9 @@ def answered(seen: Sequence[Seen], samples: Sequence[Sample], options: Calibrate
         eta=options.eta,
         worst_task=options.policy in ("worst-task", "guarantee"),
         lost=np.mean([one["lost"] for one in seen if one["visual"]], axis=0).tolist(),
+        samples=[
+            Alone(sample.task, one["kl"], one["read"])
+            for one, sample in zip(seen, samples, strict=True)
+            if one["visual"]
+        ],
     )

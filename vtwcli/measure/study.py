@@ -24,6 +24,7 @@ from vtwcli.machine import distributed
 from vtwcli.measure.answers import Answer, reference_answers
 from vtwcli.measure.batches import by_length
 from vtwcli.measure.candidates import Tried, tried
+from vtwcli.measure.promised import check_loss
 from vtwcli.measure.samples import SampleOptions, check_model, load_model, read_samples, swept
 from vtwcli.measure.streamed import streamed_answers
 from vtwcli.methods.method import Candidate, Shape
@@ -120,8 +121,9 @@ class Study(Generic[Options]):
         """Refuse options that contradict the model.
 
         Raises:
-            UsageError: no candidate layer is left.
+            UsageError: no candidate layer is left, or streamed layers are to answer.
         """
+        check_loss(self.options, self.streamed)
         options, depth = self.options, self.source.depth
         if options.min_layer is not None and options.min_layer >= depth:
             raise UsageError(

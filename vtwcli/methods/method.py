@@ -107,6 +107,21 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Alone:
+    """What the sweep and the full model's last row said of one sample with vision.
+
+    Attributes:
+        task: its task.
+        kl: for each intervention asked for, nats.
+        read: the share of the last row's attention that goes to visual tokens, mean over heads, [L].
+    """
+
+    task: str
+    kl: Sequence[float]
+    read: Sequence[float]
+
+
+@dataclass(frozen=True)
 class Answers:
     """What the sweep and the last row of the full model said to a method's questions, over samples with vision.
 
@@ -118,6 +133,7 @@ class Answers:
             the method asks for it; see ``sweep.lost``.
         eta: the KL threshold in nats.
         worst_task: whether the worst task's curve decides, and not the mean.
+        samples: each of them alone.
     """
 
     kl: Sequence[float]
@@ -126,6 +142,7 @@ class Answers:
     eta: float
     worst_task: bool
     lost: Sequence[Sequence[float]] = ()
+    samples: Sequence[Alone] = ()
 
 
 class Method(Section):
@@ -139,6 +156,8 @@ class Method(Section):
         searched: parameters that a calibration finds by running candidates; none where the sweep tells all.
         lost: whether it asks what attention loses.
         at_prompt: whether the sweep answers it at the prompt's last row alone, and not over the whole answer.
+        leaves_alone: whether each sample's visual tokens leave at a layer of its own, all at once; a calibration then
+            says where, beside the fixed layer of the same policy.
         guided: whether a second model chooses, named by the parameter ``guide``; a comparison takes it from ``base``.
         style: how it is drawn.
     """
@@ -150,6 +169,7 @@ class Method(Section):
     searched: ClassVar[tuple[str, ...]] = ()
     lost: ClassVar[bool] = False
     at_prompt: ClassVar[bool] = False
+    leaves_alone: ClassVar[bool] = False
     guided: ClassVar[bool] = False
     style: ClassVar[Style]
 
@@ -212,6 +232,11 @@ class Method(Section):
     def further(cls, model: Shape, tried: Sequence[Trial]) -> list[Candidate]:
         """What a calibration tries next, given what came of all before; none ends it."""
         return []
+
+    @classmethod
+    def safest_first(cls, front: Sequence[Candidate]) -> list[Candidate]:
+        """The order in which a guarantee tests the candidates of a front, given the cheapest first."""
+        return list(reversed(front))
 
 
 Made = TypeVar("Made", bound=Method)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vtwcli.io import files
 from vtwcli.io.outputs import Outputs
 from vtwcli.report import candidates
-from vtwcli.report.guarantee import promise_words, rule_words
+from vtwcli.report.guarantee import brief, promise_words, rule_words
 from vtwcli.report.plots import BLUE, GREEN, GREY, ORANGE, new_figure, save_figure
 from vtwcli.report.tables import terminal_table
 from vtwcli.results.calibration import Calibration, VtwCalibration, is_searched
@@ -153,9 +153,7 @@ def plot_calibration(result: Calibration, path: Path) -> None:
         label = f"K = {k}"
         if result["interval"]:
             label += f" (95 %: {result['interval'][0]}..{result['interval'][1]})"
-        if promised := result.get("guarantee"):
-            label += f" (risk {promised['risk']:g} with {100 * promised['confidence']:g} % confidence)"
-        axis.axvline(k, color=GREEN, lw=1.6, label=label)
+        axis.axvline(k, color=GREEN, lw=1.6, label=label + brief(result))
     axis.set_yscale("log")
     axis.set_ylim(bottom=floor)
     axis.set_xlabel("visual tokens withdrawn at layer")

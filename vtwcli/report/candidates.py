@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from vtwcli.judge.flops import DEFAULT_CONVENTION
 from vtwcli.methods import METHODS
+from vtwcli.report import exits
 from vtwcli.report.budget import COLUMNS, cells, flops
-from vtwcli.report.guarantee import promise_words, rule_words
+from vtwcli.report.guarantee import brief, promise_words, rule_words
 from vtwcli.report.plots import BLUE, GREEN, ORANGE, save_figure
 from vtwcli.report.tables import terminal_table
 from vtwcli.results.calibration import SearchedCalibration, SearchedRow
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Group, RenderableType
 
 
 def searched_view(result: SearchedCalibration) -> Group:
@@ -35,7 +36,8 @@ def searched_view(result: SearchedCalibration) -> Group:
     count = len(result["candidates"])
     legend = " (S boundary, cos and t thresholds)" if "boundary" in result else ""
     front = Text(f"The Pareto front of {count} candidates{legend}:")
-    return Group(*curve, front, table, Text(""), Text(searched_sentence(result)))
+    leaving: list[RenderableType] = [Text(""), exits.table(result["exits"])] if "exits" in result else []
+    return Group(*curve, front, table, *leaving, Text(""), Text(searched_sentence(result)))
 
 
 def _curve(result: SearchedCalibration) -> Any:
@@ -67,7 +69,7 @@ def searched_sentence(result: SearchedCalibration) -> str:
     return (
         f"{METHODS[result['method']].title} with {found} ({rule}): {closeness}; "
         f"prefill FLOPs {flops(result, row):.1%} of full {at_tokens(cost)}, "
-        f"KV cache {row['kv_ratio']:.1%}{_alone(result, row)}.{promise}"
+        f"KV cache {row['kv_ratio']:.1%}{_alone(result, row)}.{exits.sentence(result)}{promise}"
     )
 
 
@@ -96,16 +98,19 @@ def _said(value: Any) -> str:
 
 def plot_searched(result: SearchedCalibration, path: Path) -> None:
     """Every candidate's KL against its FLOPs; left of it, of VisiPruner the KL of muting layers 0..d with the
-    boundary, of ShortV and ``stages`` that of freezing each layer, with the choice's borders."""
+    boundary, of ShortV and ``stages`` that of freezing each layer, with the choice's borders, of an exit the share of
+    samples that leaves at each layer."""
     from matplotlib.figure import Figure
 
     findings, eta = result.get("findings", {}), result["eta"]
-    two = "boundary" in result or "contribution" in findings
+    two = "boundary" in result or "contribution" in findings or "exits" in result
     figure = Figure(figsize=(10 if two else 5.6, 4.6), layout="constrained")
     axes = figure.subplots(1, 2 if two else 1, squeeze=False)[0]
     floor = min(eta / 100, 1e-5)  # of what a logarithmic axis can show
     if "boundary" in result:
         _plot_boundary(result, axes[0], floor)
+    elif "exits" in result:
+        exits.plot(result, axes[0])
     elif two:
         layers = range(len(findings["contribution"]))
         axes[0].bar(
@@ -123,10 +128,14 @@ def plot_searched(result: SearchedCalibration, path: Path) -> None:
         axes[0].set_xlabel("visual tokens not updated in layer")
         axes[0].set_title("contribution of layers", fontsize=10, loc="left")
     _plot_candidates(result, axes[-1], floor)
-    for axis in axes:
-        axis.axhline(eta, color=ORANGE, ls="--", lw=1.2, label=f"eta = {eta:g}" if axis is axes[0] else None)
+    in_nats = axes[1:] if "exits" in result else axes
+    for axis in in_nats:
+        axis.axhline(
+            eta, color=ORANGE, ls="--", lw=1.2, label=f"eta = {eta:g}" if axis is in_nats[0] else None
+        )
         axis.set_yscale("log")
         axis.set_ylabel("KL(pruned ‖ full), nats")
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#DDDDDD", lw=0.5)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=8)
@@ -168,6 +177,15 @@ def _plot_candidates(result: SearchedCalibration, right: Any, floor: float) -> N
     if result["chosen"]:
         row = next(row for row in rows if row["name"] == result["chosen"])
         at = (100 * flops(result, row), max(row["kl"], floor))
-        right.plot(*at, "o", mfc="none", mec=GREEN, mew=2, ms=12, ls="", label=f"chosen: {row['name']}")
+        right.plot(
+            *at,
+            "o",
+            mfc="none",
+            mec=GREEN,
+            mew=2,
+            ms=12,
+            ls="",
+            label=f"chosen: {row['name']}{brief(result)}",
+        )
     right.set_xlabel(f"prefill FLOPs, % of the full model ({result['cost']['convention']})")
     right.set_title("candidates", fontsize=10, loc="left")

@@ -41,6 +41,14 @@ def promise_words(result: Calibration) -> str:
     )
 
 
+def brief(result: Calibration) -> str:
+    """The promise in a plot's legend, with a space in front; empty where there is none."""
+    promised = result.get("guarantee")
+    if promised is None:
+        return ""
+    return f" (risk {promised['risk']:g} with {100 * promised['confidence']:g} % confidence)"
+
+
 def _loss(result: Calibration, promised: Guarantee) -> str:
     risk = _percent(promised["risk"])
     first = result["positions"] == "first"

@@ -19,6 +19,7 @@ from vtwcli.results.document import (
     Files,
     ModelRecord,
     Origin,
+    Relative,
     SweepRun,
     TokenCounts,
     Unchecked,
@@ -72,13 +73,9 @@ class Agreement(TypedDict):
     """[S][L]."""
 
 
-class Cost(TokenCounts):
+class Cost(TokenCounts, Relative):
     """What K costs in the prompts' prefill, relative to the full model; 1 where there is no K."""
 
-    flops_ratio: dict[str, float]
-    """By convention."""
-    kv_ratio: float
-    """Entries of the KV cache."""
     frozen_ratio: NotRequired[Unchecked[dict[str, float]]]
     """By convention, ``flops_ratio`` if visual tokens were not updated in any layer in front of K: what freezing can
     come to at most."""
@@ -164,6 +161,52 @@ class Boundary(TypedDict):
     """The same for each task."""
 
 
+class Outcome(Relative):
+    """What a schedule does on some samples."""
+
+    kl: float
+    """Mean over samples, nats."""
+    worst_kl: float
+    """Of the worst task."""
+    agreement: float
+    """Share of positions whose most likely token is the full model's, mean over samples."""
+
+
+class FixedLayer(Outcome):
+    """Withdrawal at one layer for all samples."""
+
+    layer: Count
+
+
+class LeavingSample(TypedDict):
+    """A sample whose visual tokens leave at a layer of its own."""
+
+    id: str
+    task: str
+    layer: Count
+    """At which they leave; L where they never do."""
+    label: Count
+    """The first from which on its own KL stays at or under eta; L where that exceeds it even at the last."""
+
+
+class Exits(TypedDict):
+    """Where samples leave under the choice, beside the fixed layer of the same policy.
+
+    On the samples that the policy judged; of a promise, on those that tested it.
+    """
+
+    samples: list[LeavingSample]
+    leave: list[float]
+    """Share of samples that leave at each layer, and last of those that never do, [L + 1]."""
+    labels: list[float]
+    """The same of their labels, [L + 1]."""
+    mean_layer: float
+    """At which they leave, where never counts as L."""
+    chosen: Outcome
+    fixed: FixedLayer | None
+    """What the policy chooses among plain withdrawals on the same samples; None where none of these qualifies."""
+
+
 @with_config(STRICT)
 class SearchedCalibration(Origin):
     """The parameters of a method that are found by running candidates."""
@@ -202,6 +245,8 @@ class SearchedCalibration(Origin):
     """Of VisiPruner."""
     findings: NotRequired[Unchecked[dict[str, Any]]]
     """Of other methods: what the sweep told."""
+    exits: NotRequired[Unchecked[Exits]]
+    """Of an exit by attention, where a candidate qualifies."""
     candidates: Unchecked[list[SearchedRow]]
     pareto: Unchecked[list[str]]
     """Names of the front, the cheapest first."""

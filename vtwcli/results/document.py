@@ -53,6 +53,15 @@ class Files:
         return {key: self.name + suffix for key, suffix in {"result": ".json", **self.beside}.items()}
 
 
+class Relative(TypedDict):
+    """What a schedule costs in the prompts' prefill, relative to the full model."""
+
+    flops_ratio: dict[str, float]
+    """By convention."""
+    kv_ratio: float
+    """Entries of the KV cache."""
+
+
 class Dated(TypedDict):
     """Of a model whose chat template asks for today's date."""
 
