@@ -22,6 +22,7 @@ from vtwcli.schedule.schedule import Schedule
 if TYPE_CHECKING:
     from vtwcli.measure.study import Study
     from vtwcli.recipe.recipe import CalibrateSection
+    from vtwcli.recipe.search import SearchSection
 
 
 def of_layers(
@@ -66,7 +67,7 @@ def of_layers(
 
 
 def of_candidates(
-    study: Study[CalibrateSection], promise: Promise, ordered: Sequence[Candidate], longest: int
+    study: Study[CalibrateSection | SearchSection], promise: Promise, ordered: Sequence[Candidate], longest: int
 ) -> Guarantee:
     """What is promised of candidates, the safest first, as other samples than the study's ordered them.
 
@@ -92,7 +93,7 @@ def of_candidates(
     return _guarantee(study, promise, found.tasks, tested)
 
 
-def metric_drop(study: Study[CalibrateSection]) -> Callable[[str, Schedule], Losses]:
+def metric_drop(study: Study[CalibrateSection | SearchSection]) -> Callable[[str, Schedule], Losses]:
     """How much each sample's score drops when a schedule answers in place of the full model, gains counted as 0, [S].
 
     Raises:
@@ -131,7 +132,7 @@ def metric_drop(study: Study[CalibrateSection]) -> Callable[[str, Schedule], Los
 
 
 def _guarantee(
-    study: Study[CalibrateSection], promise: Promise, tasks: Sequence[str], tested: list[Tested]
+    study: Study[CalibrateSection | SearchSection], promise: Promise, tasks: Sequence[str], tested: list[Tested]
 ) -> Guarantee:
     return {
         "risk": promise.risk,
