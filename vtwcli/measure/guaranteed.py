@@ -67,7 +67,10 @@ def of_layers(
 
 
 def of_candidates(
-    study: Study[CalibrateSection | SearchSection], promise: Promise, ordered: Sequence[Candidate], longest: int
+    study: Study[CalibrateSection | SearchSection],
+    promise: Promise,
+    ordered: Sequence[Candidate],
+    longest: int,
 ) -> Guarantee:
     """What is promised of candidates, the safest first, as other samples than the study's ordered them.
 
@@ -132,7 +135,10 @@ def metric_drop(study: Study[CalibrateSection | SearchSection]) -> Callable[[str
 
 
 def _guarantee(
-    study: Study[CalibrateSection | SearchSection], promise: Promise, tasks: Sequence[str], tested: list[Tested]
+    study: Study[CalibrateSection | SearchSection],
+    promise: Promise,
+    tasks: Sequence[str],
+    tested: list[Tested],
 ) -> Guarantee:
     return {
         "risk": promise.risk,

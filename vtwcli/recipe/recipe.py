@@ -291,7 +291,8 @@ class Recipe(Section):
     """One file from model to verified artefact; every part has a default.
 
     A list under ``data`` holds data sources, each a mapping or the command line's short form. ``vtw run`` runs the
-    steps (``calibrate``, ``analyze``, ``budget``, ``search``, ``eval``, ``export``) whose sections are there, be they empty.
+    steps (``calibrate``, ``analyze``, ``budget``, ``search``, ``eval``, ``export``) whose sections are there, be they
+    empty.
     """
 
     model: ModelSection = ModelSection()

@@ -27,7 +27,10 @@ class SearchSection(Section):
         None, gt=0, description="goal: at most this mean KL in nats, in the worst task"
     )
     min_agreement: float | None = Field(
-        None, gt=0, le=1, description="goal: at least this share of tokens stays the most likely, in the worst task"
+        None,
+        gt=0,
+        le=1,
+        description="goal: at least this share of tokens stays the most likely, in the worst task",
     )
     methods: tuple[MethodName, ...] = Field(
         tuple(METHODS), min_length=1, description="whose schedules are tried beside combinations"

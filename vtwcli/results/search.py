@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
+from vtwcli.results.calibration import SearchedSample
 from vtwcli.results.comparison import BudgetRun, TaskCount, TriedRow
 from vtwcli.results.document import Count, Files, ModelRecord, Origin, TokenCounts
 from vtwcli.results.guarantee import Guarantee
@@ -91,6 +92,8 @@ class Search(Origin):
     """The smallest risk that the samples prove of the best with the confidence; None where it was not tested."""
     schedule: dict[str, Any] | None
     """The best, in canonical form."""
+    samples: list[SearchedSample]
+    """Of all three parts."""
     guarantee: NotRequired[Guarantee]
     """How the promise was tested; missing where nothing meets the goals."""
     run: NotRequired[BudgetRun]

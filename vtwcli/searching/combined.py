@@ -155,7 +155,9 @@ class Space:
             free = [layer for layer in ahead if layer not in one.frozen]
             still = [layer for layer in ahead if layer in one.frozen]
             if step > 0 and free:  # the harmless ones first, most of the time
-                return replace(one, frozen=(*one.frozen, free[min(len(free) - 1, int(random.geometric(0.6)) - 1)]))
+                return replace(
+                    one, frozen=(*one.frozen, free[min(len(free) - 1, int(random.geometric(0.6)) - 1)])
+                )
             gone = still[-min(len(still), int(random.geometric(0.6)))] if still else None
             return replace(one, frozen=tuple(layer for layer in one.frozen if layer != gone))
         if kind == "start" and one.frozen:

@@ -66,7 +66,9 @@ def spread(cost: Sequence[float], count: int) -> list[int]:
     The dearest class comes first.
     """
     of = classes(cost) if len(cost) else []
-    queues = [[place for place, mine in enumerate(of) if mine == one] for one in sorted(set(of), reverse=True)]
+    queues = [
+        [place for place, mine in enumerate(of) if mine == one] for one in sorted(set(of), reverse=True)
+    ]
     found: list[int] = []
     while queues and len(found) < count:
         for queue in queues:

@@ -109,9 +109,7 @@ class Methods:
     left_out: dict[str, list[str]]
 
 
-def of_methods(
-    names: Sequence[str], model: Shape, known: Known, rule: ScheduleSection, seed: int
-) -> Methods:
+def of_methods(names: Sequence[str], model: Shape, known: Known, rule: ScheduleSection, seed: int) -> Methods:
     """What methods are compared at, more finely than ``vtw budget`` compares, and at equal shares of tokens.
 
     Args:
@@ -119,7 +117,9 @@ def of_methods(
         rule: VisiPruner's parameters that are not varied, and the guide of methods that need one.
     """
     at = max(1, model.first_withdrawal)
-    layers = sorted({min(max(layer, at), model.depth - 1) for layer in (at, 2, model.depth // 4, model.depth // 2)})
+    layers = sorted(
+        {min(max(layer, at), model.depth - 1) for layer in (at, 2, model.depth // 4, model.depth // 2)}
+    )
     together: dict[str, Candidate] = {}
     alone: dict[str, Candidate] = {}
     left_out: dict[str, list[str]] = {}
@@ -208,9 +208,7 @@ def neighbours(
     return _spread(pool, costs, count, taken)
 
 
-def _spread(
-    pool: Mapping[str, Combination], costs: Costs, count: int, taken: set[str]
-) -> list[Candidate]:
+def _spread(pool: Mapping[str, Combination], costs: Costs, count: int, taken: set[str]) -> list[Candidate]:
     found = list(pool.values())
     chosen = spread([costs.main(one.schedule()) for one in found], count)
     taken |= {_key(found[place].schedule()) for place in chosen}
@@ -230,7 +228,7 @@ def _placed(one: Candidate, layer: int) -> Candidate:
     """A candidate of a grid, with the layer in its name where that is varied."""
     if one.parameters.get("layer") != layer or f"K={layer}" == one.name:
         return one
-    return Candidate(f"{one.name} at {layer}", one.method, one.schedule, one.parameters)
+    return Candidate(f"{one.name} (layer {layer})", one.method, one.schedule, one.parameters)
 
 
 def _named(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -1,4 +1,4 @@
-"""Trials: schedules measured on samples, unit by unit; what was measured before an interruption is not measured again."""
+"""Trials: schedules measured on samples, unit by unit; an interrupted search goes on from those that are done."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ class Trials:
             if one.name not in self.refused
         ]
         groups: dict[tuple[int, ...], list[Candidate]] = {}
-        for one, wanted in missing:
-            if wanted:
-                groups.setdefault(tuple(wanted), []).append(one)
+        for one, absent in missing:
+            if absent:
+                groups.setdefault(tuple(absent), []).append(one)
         for wanted, mine in groups.items():
             size = len(mine) if self.study.streamed else PACK
             packs = [mine[at : at + size] for at in range(0, len(mine), size)]
