@@ -15,6 +15,8 @@ FINALISTS = 12
 """About as many come through; they are what a choice is made from."""
 CLASSES = 8
 """Of cost; in each the better half goes on."""
+FEWEST = 3
+"""Samples of each task, where there are as many, on which anything is judged."""
 
 
 def rungs(trials: int, samples: int, finalists: int = FINALISTS) -> list[int]:
@@ -25,7 +27,9 @@ def rungs(trials: int, samples: int, finalists: int = FINALISTS) -> list[int]:
     halvings = 0
     while trials > finalists << halvings:
         halvings += 1
-    counts = [max(1, ceil(samples / 2 ** (halvings - rung))) for rung in range(halvings + 1)]
+    counts = [
+        max(min(FEWEST, samples), ceil(samples / 2 ** (halvings - rung))) for rung in range(halvings + 1)
+    ]
     return sorted(set(counts))
 
 

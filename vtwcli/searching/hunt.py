@@ -22,7 +22,7 @@ from vtwcli.searching.trials import Measured, Trials
 
 RUNTIME = 16
 """Schedules that only the runtime can run, one by one; they join near the end."""
-GENERATIONS = 3
+GENERATIONS = 5
 """Of neighbours of what is best so far."""
 _HOPELESS = 4  # times as far from the full model as the goal allows
 
@@ -65,18 +65,19 @@ class Hunt:
         Raises:
             GateError: names what the cheapest costs.
         """
-        depth, least = self.study.shape.depth, self.study.shape.first_withdrawal
-        floor = self.costs.of(Combination(depth, withdraw=max(1, least)).schedule())
-        nothing = [
-            one for one in self.methods.alone + self.methods.together if self.costs.within(one.schedule)
-        ]
+        depth = self.study.shape.depth
+        known = [one for one in self.methods.alone + self.methods.together if self.costs.within(one.schedule)]
+        # what may keep some tokens in front of layer 0 may keep none
+        first = 0 if known else max(1, self.study.shape.first_withdrawal)
+        floor = self.costs.of(Combination(depth, withdraw=first).schedule())
         assert floor is not None
         for name, most in self.costs.bound.items():
-            if floor[name] > most and not nothing:
+            if floor[name] > most:
                 what = {"flops": "prefill FLOPs", "kv": "KV cache"}[name]
+                where = f" behind layer {first - 1}" if first else ""
                 raise GateError(
-                    f"no schedule costs at most {100 * most:.3g}% of the full model's {what}; without any visual "
-                    f"token behind layer {max(1, least) - 1} it is {100 * floor[name]:.3g}%",
+                    f"no schedule costs at most {100 * most:.3g}% of the full model's {what}; without any visual token"
+                    f"{where} it is {100 * floor[name]:.3g}%",
                     f"a larger --max-{name}",
                 )
 
@@ -132,10 +133,10 @@ class Hunt:
         if ready:
             parts = space.space_of(shape, self.known, self._least_lost(still))
             left = total - len(probes)
-            some = spread([costs.main(one.schedule) for one in within], left // 2)
+            some = spread([costs.main(one.schedule) for one in within], left // 3)
             of_methods = [within[place] for place in some]
             taken |= space.taken_by(of_methods)
-            count = max(0, (left - len(of_methods)) // 2)
+            count = max(0, (left - len(of_methods)) // 3)
             new = of_methods + space.drawn(parts, costs, count, self._random, taken)
             for generation in range(GENERATIONS + 1):
                 found += new

@@ -11,6 +11,7 @@ import numpy as np
 from vtwcli.errors import UsageError
 from vtwcli.judge.flops import TextShape, prefill_cost
 from vtwcli.methods import METHODS
+from vtwcli.methods.in_front import InFront
 from vtwcli.methods.method import Candidate, Grid, Shape
 from vtwcli.models.families import Family
 from vtwcli.recipe.recipe import ScheduleSection
@@ -137,7 +138,13 @@ def of_methods(names: Sequence[str], model: Shape, known: Known, rule: ScheduleS
             if found is not None:
                 parameters = found.model_dump(mode="json", exclude_none=True)
                 tried.append(Candidate(f"{name} {share:.0%} of tokens", name, found.schedule(), parameters))
-        why = method.refused(model) or ("it needs a second model" if method.guided and not tried else None)
+        blind = known.streamed and issubclass(method, InFront)
+        why = "scores of the vision tower need the whole model when layers are streamed" if blind else None
+        why = (
+            why
+            or method.refused(model)
+            or ("it needs a second model" if method.guided and not tried else None)
+        )
         some = False
         for one in tried:
             try:
