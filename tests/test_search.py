@@ -1,5 +1,7 @@
 """The search for the best schedule within a goal: its bookkeeping, its three parts, its goals and its promise."""
 
+import io
+import itertools
 import json
 import math
 
@@ -106,7 +108,7 @@ def test_rungs_double_samples_and_halve_candidates():
         for samples in (1, 2, 7, 100):
             counts = rungs(trials, samples)
             assert counts[-1] == samples and counts == sorted(set(counts))
-            assert all(math.ceil(b / 2) <= a for a, b in zip(counts, counts[1:], strict=False))
+            assert all(math.ceil(b / 2) <= a for a, b in itertools.pairwise(counts))
 
 
 def test_spread_takes_from_all_classes():
@@ -323,7 +325,7 @@ def test_views(found, tmp_path):
     from rich.console import Console
 
     result = found(max_flops=0.93)
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))
+    console = Console(width=160, record=True, file=io.StringIO())
     console.print(report.search_view(result))
     text = console.export_text()
     assert all(name in text for name in result["pareto"]) and result["best"] in report.markdown(result)
@@ -370,7 +372,8 @@ def test_as_a_step_of_a_recipe(tiny_dir, tmp_path, monkeypatch, rows):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_text(
         f"model: {tiny_dir}\ndata: [{rows}]\n"
-        "search: {max_flops: 0.95, risk: 0.9, loss: kl, eta: 1000, limit: 5, max_new_tokens: 2, trials: 20, methods: [vtw, uniform]}\n"
+        "search: {max_flops: 0.95, risk: 0.9, loss: kl, eta: 1000, limit: 5, max_new_tokens: 2, trials: 20, "
+        "methods: [vtw, uniform]}\n"
         "eval: {limit: 9, max_new_tokens: 2, bootstrap: 0, timing: false}\nexport:\n"
     )
     assert vtw("recipe", "check", "r.yaml").out == "r.yaml: valid: search, eval, export\n"
