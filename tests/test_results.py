@@ -14,12 +14,9 @@ from vtwcli.data.spec import DataSpec
 from vtwcli.errors import UsageError
 from vtwcli.evaluate import evaluate
 from vtwcli.recipe.recipe import AnalyzeSection, BudgetSection, CalibrateSection, EvalSection, ModelSection
-from vtwcli.recipe.search import SearchSection
 from vtwcli.results import analysis, calibration, comparison, evaluation
-from vtwcli.results import search as search_results
 from vtwcli.results.reading import read_calibration, read_evaluation
 from vtwcli.schedule.schedule import Schedule
-from vtwcli.search import search
 
 KINDS = {
     "calibration": calibration.VtwCalibration,
@@ -29,7 +26,6 @@ KINDS = {
     "analysis": analysis.AnalysisDocument,
     "budget": comparison.Budget,
     "evaluation": evaluation.Evaluation,
-    "search": search_results.Search,
 }
 
 PROMISED = {"policy": "guarantee", "risk": 0.9, "confidence": 0.5}
@@ -49,11 +45,6 @@ def written(tiny_dir, data):
             model, mix, CalibrateSection(**short, **PROMISED, method="visipruner")
         ),
         "budget": budget(model, mix, BudgetSection(**short, max_flops=0.9)),
-        "search": search(
-            model,
-            mix,
-            SearchSection(limit=3, max_new_tokens=2, max_flops=0.95, risk=0.5, confidence=0.6, trials=8),
-        ),
         "evaluation": evaluate(
             model,
             [("a", Schedule.withdraw_at(3)), ("b", Schedule.withdraw_at(2))],

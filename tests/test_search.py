@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.cli import vtw
+from tests.test_results import told
 from vtwcli.data.spec import DataSpec
 from vtwcli.errors import GateError, UsageError
 from vtwcli.judge.guarantee import Promise
@@ -19,6 +20,7 @@ from vtwcli.recipe.recipe import ModelSection
 from vtwcli.recipe.search import SearchSection
 from vtwcli.report import search as report
 from vtwcli.results.resume import kept
+from vtwcli.results.search import Search
 from vtwcli.schedule.schedule import Schedule
 from vtwcli.search import search
 from vtwcli.searching import trials as trials_of
@@ -27,6 +29,7 @@ from vtwcli.searching.halving import CLASSES, better_half, classes, rungs, sprea
 from vtwcli.searching.parts import parts_of
 
 SHORT = {"limit": 9, "max_new_tokens": 2, "risk": 0.5, "trials": 24}
+SURE = ("--loss", "kl", "--eta", 1000)  # nothing counts as lost
 METHODS = ("vtw", "attention", "uniform", "stages", "vscan", "fitprune")
 
 
@@ -178,6 +181,12 @@ def test_numbers_are_those_of_the_samples_that_choose(found, tiny_dir, rows):
         assert row["worst_kl"] == pytest.approx(worst, rel=1e-3, abs=1e-7)
         assert row["worst_agreement"] == min(alone.by_task(alone.agreement(0)).values())
         assert row["worst_agreement"] <= row["agreement"] + 1e-9
+
+
+def test_the_document_is_what_its_type_says(found):
+    absent = set()
+    told(json.loads(json.dumps(found(max_flops=0.93))), Search, "search", absent)
+    assert absent <= {"template_date", "layer", "parameters", "findings"}
 
 
 def test_rungs_of_a_result(found):
@@ -344,7 +353,7 @@ def test_the_schedule_is_one_that_other_commands_take(tiny_dir, rows, tmp_path, 
     monkeypatch.chdir(tmp_path)
     done = vtw(
         *("budget", tiny_dir, "--search", "--max-flops", 0.95, "--methods", "vtw,uniform", "--trials", 20),
-        *("--data", rows, "--limit", 9, "--max-new-tokens", 2, "--risk", 0.9, "--output", "s.json"),
+        *("--data", rows, "--limit", 9, "--max-new-tokens", 2, "--risk", 0.9, *SURE, "--output", "s.json"),
     )
     assert done.code == 0, done.err
     assert "s.schedule.yaml" in done.err and (tmp_path / "s.png").is_file()
@@ -362,7 +371,7 @@ def test_json(tiny_dir, rows, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = vtw(
         *("budget", tiny_dir, "--search", "--max-flops", 0.95, "--methods", "vtw", "--trials", 12, "--json"),
-        *("--data", rows, "--limit", 9, "--max-new-tokens", 2, "--risk", 0.9),
+        *("--data", rows, "--limit", 9, "--max-new-tokens", 2, "--risk", 0.9, *SURE),
     )
     assert done.code == 0 and json.loads(done.out)["format"] == "vtw-search"
     assert not list(tmp_path.iterdir())

@@ -183,7 +183,7 @@ def _key(study: Study[SearchSection], rule: ScheduleSection) -> str:
     """What a kept search depends on."""
     loaded, options = study.loaded, study.options
     shaping: Mapping[str, Any] = options.model_dump(
-        mode="json", exclude={"risk", "confidence", "loss", "eta", "resume"}
+        mode="json", exclude={"risk", "confidence", "loss", "eta", "minutes", "resume"}
     )
     model = (loaded.name, loaded.revision, str(loaded.dtype), stamp(loaded.path))
     how = (loaded.device.type, study.streamed)

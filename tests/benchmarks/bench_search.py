@@ -17,8 +17,8 @@ from vtwcli.budget import candidates
 from vtwcli.data.spec import DataSpec
 from vtwcli.measure.candidates import compared, described, flops_of
 from vtwcli.measure.study import Study
-from vtwcli.models.inputs import encode
 from vtwcli.methods.method import Candidate
+from vtwcli.models.inputs import encode
 from vtwcli.recipe.recipe import BudgetSection, ModelSection
 from vtwcli.recipe.search import SearchSection
 from vtwcli.schedule.schedule import Schedule

@@ -218,7 +218,7 @@ class Hunt:
         found: list[Candidate] = []
         for turn in range(max(map(len, queues.values()), default=0)):
             found += [queue[turn] for queue in queues.values() if turn < len(queue)]
-        return found[:RUNTIME]
+        return found[: min(RUNTIME, max(1, self.options.trials // 8))]
 
     def _note(self, candidates: Sequence[Candidate]) -> None:
         self.rungs.append({"schedules": len(candidates), "samples": len(self._places)})
