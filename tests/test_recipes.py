@@ -53,7 +53,7 @@ def test_recipe_is_valid(path):
 def test_the_recipes_that_the_readme_names_are_there():
     assert {
         "demo", "ci", "guaranteed", "onnx-edge", "qwen2.5-vl-7b", "visipruner-llava-1.5-7b", "llava-1.5-7b-worst-task",
-        "llava-1.5-7b-paper", "llava-1.5-13b-paper", "llava-next-7b-paper",
+        "llava-1.5-7b-paper", "llava-1.5-13b-paper", "llava-next-7b-paper", "search",
     } == set(NAMES)  # fmt: skip
 
 

@@ -18,12 +18,14 @@ import typer
 from vtwcli.io.section import Section
 from vtwcli.methods.visipruner import Rule
 from vtwcli.recipe.recipe import GatesSection, ModelSection, ScheduleSection
+from vtwcli.recipe.search import SearchSection
 
 # where flags stand on a help page: those of a section, and fields of others by name
 _PANELS: dict[type[Section] | str, str] = {
     ModelSection: "Model",
     ScheduleSection: "Method",
     GatesSection: "Gates",
+    SearchSection: "Search",
     "limit": "Data",
     "skip_bad": "Data",
     "baseline": "Model",

@@ -41,7 +41,8 @@ Examples:
     PRINTED,
 )
 def command(**given: Any) -> None:
-    """Run the steps that a recipe has: calibrate, analyze, budget, eval, export.
+    """Run the steps that a recipe has: calibrate, analyze, budget, search, eval,
+    export.
 
     Steps whose inputs (section, model, data, tool, earlier steps) have not
     changed are kept, so an interrupted run continues. The export is made

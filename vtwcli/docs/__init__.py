@@ -10,6 +10,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 PAGES = (
     "policies",
+    "search",
     "analyze",
     "eval",
     "methods",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from vtwcli.data.sample import Sample
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io import console
+from vtwcli.io.console import Task
 from vtwcli.judge.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape
 from vtwcli.machine import distributed
 from vtwcli.measure.answers import (
@@ -89,6 +91,7 @@ def tried(
     free: bool = False,
     lenient: bool = False,
     known: dict[tuple[int, int], Answer] | None = None,
+    bar: Task | None = None,
 ) -> Tried:
     """Force every candidate along the full model's own greedy answers; with several processes each takes its share.
 
@@ -96,6 +99,7 @@ def tried(
         batches: places of the samples that are answered together, see ``measure.batches``.
         free: let every schedule answer by itself too; not where layers are streamed.
         lenient: go on without candidates that cannot be executed, see ``Tried.refused``.
+        bar: counts what is done, a layer of a sample or a schedule of a batch each; None: a bar of its own.
         source: the model as layers, so that one pass over them serves all candidates; None: the runtime executes
             them one by one, as it does those that a pass does not know. Streamed layers cannot generate: there the
             samples' references are the answers.
@@ -105,7 +109,7 @@ def tried(
         NotFoundError: no sample has a visual token.
         UsageError: a candidate that cannot be executed on this model, or, if ``lenient``, none that can.
     """
-    work = partial(_mine, loaded, source, candidates, samples, max_new_tokens, batches, free, known)
+    work = partial(_mine, loaded, source, candidates, samples, max_new_tokens, batches, free, known, bar)
     found = distributed.gathered(work)
     refused = {c: row[1 + c] for row in found for c in range(len(candidates)) if isinstance(row[1 + c], str)}
     if refused and (not lenient or len(refused) == len(candidates)):
@@ -132,6 +136,7 @@ def _mine(
     batches: Sequence[Sequence[int]],
     free: bool,
     known: dict[tuple[int, int], Answer] | None,
+    shown: Task | None,
 ) -> dict[int, list[Any]]:
     """By place of this process's samples: the full model's answer, then each candidate's, or why it has none."""
     mine = [places for _, places in distributed.share(batches)]
@@ -142,7 +147,8 @@ def _mine(
     alone = len(candidates) - (0 if free else len(plans))
     total = count * (depth if plans else 0) + len(mine) * alone
     words = f"{len(candidates)} schedules x {depth} layers x {count} samples"
-    with console.progress(words, total) as bar, plain_generation(loaded):
+    own = console.progress(words, total) if shown is None else nullcontext(shown)
+    with own as bar, plain_generation(loaded):
         if many is not None and many.source.together:
             flat = [place for part in mine for place in part]
             rows = many.along_references([samples[place] for place in flat], max_new_tokens, bar)
@@ -222,16 +228,23 @@ def flops_of(row: TriedRow) -> float:
     return row["flops_ratio"][DEFAULT_CONVENTION]
 
 
-def pareto(rows: Sequence[TriedRow]) -> list[str]:
+Row = TypeVar("Row", bound=TriedRow)
+
+
+def pareto(
+    rows: Sequence[Row],
+    cost: Callable[[Row], float] = flops_of,
+    far: Callable[[Row], float] = lambda row: row["kl"],
+) -> list[str]:
     """Names of the rows than which no other is both closer to the full model and cheaper, cheapest first.
 
-    Closeness is ``kl``, cost ``flops_of``; of equal rows the first counts.
+    Of equal rows the first counts.
     """
     front, best = [], float("inf")
-    for row in sorted(rows, key=lambda row: (flops_of(row), row["kl"])):
-        if row["kl"] < best:
+    for row in sorted(rows, key=lambda row: (cost(row), far(row))):
+        if far(row) < best:
             front.append(row["name"])
-            best = row["kl"]
+            best = far(row)
     return front
 
 

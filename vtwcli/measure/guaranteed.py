@@ -23,6 +23,7 @@ from vtwcli.schedule.schedule import Schedule
 if TYPE_CHECKING:
     from vtwcli.measure.study import Study
     from vtwcli.recipe.recipe import CalibrateSection
+    from vtwcli.recipe.search import SearchSection
 
 
 def of_layers(
@@ -64,7 +65,7 @@ def of_layers(
 
 
 def of_candidates(
-    study: Study[CalibrateSection],
+    study: Study[CalibrateSection | SearchSection],
     promise: Promise,
     ordered: Sequence[Candidate],
     longest: int,
@@ -95,7 +96,7 @@ def of_candidates(
     return _guarantee(study, promise, found.tasks, tested)
 
 
-def metric_drop(study: Study[CalibrateSection]) -> Callable[[str, Schedule], Losses]:
+def metric_drop(study: Study[CalibrateSection | SearchSection]) -> Callable[[str, Schedule], Losses]:
     """How much each sample's score drops when a schedule answers in place of the full model, gains counted as 0, [S].
 
     Raises:
@@ -132,7 +133,10 @@ def metric_drop(study: Study[CalibrateSection]) -> Callable[[str, Schedule], Los
 
 
 def _guarantee(
-    study: Study[CalibrateSection], promise: Promise, tasks: Sequence[str], tested: list[Tested]
+    study: Study[CalibrateSection | SearchSection],
+    promise: Promise,
+    tasks: Sequence[str],
+    tested: list[Tested],
 ) -> Guarantee:
     return {
         "risk": promise.risk,

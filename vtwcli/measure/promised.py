@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from vtwcli.data.sources import DataMix
     from vtwcli.measure.answers import Answer
     from vtwcli.recipe.recipe import CalibrateSection
+    from vtwcli.recipe.search import SearchSection
 
 
-def promise_of(options: CalibrateSection) -> Promise | None:
+def promise_of(options: CalibrateSection | SearchSection) -> Promise | None:
     """What a calibration is to promise; None where its policy is another one."""
     if options.policy != "guarantee":
         return None
@@ -54,7 +55,8 @@ def check_samples(mix: DataMix, options: Any) -> None:
                 "--loss metric: CIDEr judges all captions together, so no single one loses",
                 "choose another --loss",
             )
-    check_enough(mix, promise, "the policy guarantee", halves=options.method != "vtw")
+    asking = getattr(options, "asking", "the policy guarantee")
+    check_enough(mix, promise, asking, halves=options.method != "vtw")
 
 
 def check_loss(options: Any, streamed: bool) -> None:

@@ -14,11 +14,12 @@ from vtwcli.io.outputs import Inputs, check_holds_no_input
 from vtwcli.judge import gates
 from vtwcli.machine.distributed import is_main
 from vtwcli.pipeline.run import LOCK, RECIPE, RUN, SUMMARY, Outcome, Run, Step
+from vtwcli.pipeline.search import Search
 from vtwcli.recipe.recipe import Recipe
 from vtwcli.recipe.schedules import schedule_of
 from vtwcli.recipe.settings import load_recipe
 from vtwcli.results.analysis import ANALYSIS
-from vtwcli.results.calibration import CALIBRATION, Calibration
+from vtwcli.results.calibration import CALIBRATION, CalibratedOn, Calibration
 from vtwcli.results.comparison import BUDGET
 from vtwcli.results.evaluation import EVALUATION
 from vtwcli.schedule.schedule import Schedule
@@ -57,7 +58,8 @@ class Calibrate(Step):
         return Outcome(calibration_sentence(result), chosen)
 
     def judge(self, run: Run) -> str | None:
-        calibration = None if run.recipe.schedule.names_one else run.result(self.name)
+        named = run.recipe.schedule.names_one or "search" in run.recipe.model_fields_set
+        calibration = None if named else run.result(self.name)
         if calibration is None or calibration["schedule"] is not None:
             return None
         return run.records[self.name].words.rstrip(".")
@@ -122,7 +124,7 @@ class Evaluate(Step):
     """Judges the schedule on held-out samples; the recipe's gates are its limits."""
 
     name = "eval"
-    follows = ("calibrate",)
+    follows = ("calibrate", "search")
     kind = EVALUATION.format
     writes: ClassVar = EVALUATION.named()
     partial = "evaluation.partial.jsonl"
@@ -145,7 +147,7 @@ class Evaluate(Step):
             [named] if (named := _schedule(run)) else [],
             run.recipe.data,
             run.recipe.eval,
-            calibration=run.result("calibrate"),
+            calibration=_seen(run),
             promise=gates.promise_of(run.recipe.gates),
             state=run.folder / self.partial,
         )
@@ -188,16 +190,16 @@ class Export(Step):
     """Makes the pruned model aside, verifies it, and publishes it last."""
 
     name = "export"
-    follows = ("calibrate", "eval")
+    follows = ("calibrate", "search", "eval")
     writes: ClassVar = {"model": "model/manifest.json"}
     reads_data = False
 
     def lacks(self, recipe: Recipe) -> tuple[str, str] | None:
-        if "calibrate" in recipe.model_fields_set or recipe.schedule.names_one:
+        if {"calibrate", "search"} & recipe.model_fields_set or recipe.schedule.names_one:
             return None
         return (
             "export: there is no schedule for it",
-            "add the section calibrate, or schedule with file, layer or method",
+            "add the section calibrate or search, or schedule with file, layer or method",
         )
 
     def depends(self, recipe: Recipe, placed: Recipe) -> list[Any]:
@@ -217,7 +219,7 @@ class Export(Step):
                 named[1],
                 made,
                 options,
-                calibration=None if run.recipe.schedule.names_one else run.result("calibrate"),
+                calibration=run.result("calibrate") if _from_calibration(run) else None,
                 evaluation=run.result("eval"),
                 recipe=run.text,
             )
@@ -238,23 +240,36 @@ class Export(Step):
 
 
 STEPS: dict[str, Step] = {
-    step.name: step for step in (Calibrate(), Analyze(), Budget(), Evaluate(), Export())
+    step.name: step for step in (Calibrate(), Analyze(), Budget(), Search(), Evaluate(), Export())
 }
 """Every step by the name of its section, in the order in which they run."""
 
 
 def _schedule(run: Run) -> tuple[str, Schedule] | None:
-    """Name and schedule that the run evaluates and exports: the recipe's, else the calibration's.
+    """Name and schedule that the run evaluates and exports: the recipe's, else the search's, else the calibration's.
 
     None where there is neither; an exported directory carries its own.
     """
     if run.recipe.schedule.names_one:
         return schedule_of(run.recipe.schedule, run.recipe.model)
+    if (found := run.result("search")) is not None:
+        return found["best"], Schedule.from_dict(found["schedule"])
     calibration = run.result("calibrate")
     if calibration is None:
         return None
     k = calibration["withdrawal_layer"]
     return "calibrated" if k is None else f"K={k}", Schedule.from_dict(calibration["schedule"])
+
+
+def _from_calibration(run: Run) -> bool:
+    """Whether the schedule is the calibration's."""
+    return not run.recipe.schedule.names_one and run.result("search") is None
+
+
+def _seen(run: Run) -> CalibratedOn | None:
+    """The samples that had a say in the schedule, which an evaluation leaves out."""
+    found = [one for step in ("calibrate", "search") if (one := run.result(step)) is not None]
+    return {"samples": [sample for one in found for sample in one["samples"]]} if found else None
 
 
 def _named_actions(recipe: Recipe) -> list[Any]:
@@ -320,6 +335,7 @@ def _too_few(recipe: Recipe, wanted: Collection[str], name: str) -> list[UsageEr
     searched = recipe.calibrate.method != "vtw"
     proofs = {
         "calibrate": needed(promise_of(recipe.calibrate), searched),
+        "search": needed(promise_of(recipe.search), True),
         "eval": needed(gates.promise_of(recipe.gates)),
     }
     found = []

@@ -13,6 +13,7 @@ from vtwcli.recipe.recipe import (
     Recipe,
     ScheduleSection,
 )
+from vtwcli.recipe.search import SearchSection
 
 __all__ = [
     "STEPS",
@@ -26,4 +27,5 @@ __all__ = [
     "Policy",
     "Recipe",
     "ScheduleSection",
+    "SearchSection",
 ]

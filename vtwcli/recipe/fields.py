@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field
+
+from vtwcli.methods import METHODS
 
 BATCH_SIZE = "samples answered at once; by default 8, fewer where memory is short"
 Limit = Annotated[int, Field(ge=1, description="samples of each task")]
@@ -23,3 +25,8 @@ Answers = Annotated[
 ]
 SkipBad = Annotated[bool, Field(description="leave out rows that cannot be used, and count them")]
 Loss = Literal["tokens", "answer", "kl", "metric"]
+
+if TYPE_CHECKING:
+    MethodName: TypeAlias = str
+else:
+    MethodName = Literal[tuple(METHODS)]

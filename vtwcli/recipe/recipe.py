@@ -17,8 +17,9 @@ from vtwcli.methods.method import Method
 from vtwcli.methods.visipruner import Rule
 from vtwcli.recipe.analysis import AnalyzeSection
 from vtwcli.recipe.exports import ExportSection
-from vtwcli.recipe.fields import BATCH_SIZE, Answers, Limit, Loss, Positions, SkipBad
+from vtwcli.recipe.fields import BATCH_SIZE, Answers, Limit, Loss, MethodName, Positions, SkipBad
 from vtwcli.recipe.gates import GatesSection
+from vtwcli.recipe.search import SearchSection
 
 
 class ModelSection(Section):
@@ -121,10 +122,8 @@ class CalibrateSection(Section):
 
 
 if TYPE_CHECKING:
-    MethodName: TypeAlias = str
     Calibrated: TypeAlias = str
 else:
-    MethodName = Literal[tuple(METHODS)]
     Calibrated = Literal[tuple(name for name, one in METHODS.items() if one.finds)]
 
 
@@ -276,7 +275,7 @@ class EvalSection(Section):
         return tuple(value.split(",")) if isinstance(value, str) else value
 
 
-STEPS = ("calibrate", "analyze", "budget", "eval", "export")
+STEPS = ("calibrate", "analyze", "budget", "search", "eval", "export")
 """The sections that are steps of a run, in order; what each does stands in ``pipeline.steps``."""
 
 
@@ -292,7 +291,8 @@ class Recipe(Section):
     """One file from model to verified artefact; every part has a default.
 
     A list under ``data`` holds data sources, each a mapping or the command line's short form. ``vtw run`` runs the
-    steps (``calibrate``, ``analyze``, ``budget``, ``eval``, ``export``) whose sections are there, be they empty.
+    steps (``calibrate``, ``analyze``, ``budget``, ``search``, ``eval``, ``export``) whose sections are there, be they
+    empty.
     """
 
     model: ModelSection = ModelSection()
@@ -301,6 +301,7 @@ class Recipe(Section):
     analyze: AnalyzeSection = AnalyzeSection()
     schedule: ScheduleSection = ScheduleSection()
     budget: BudgetSection = BudgetSection()
+    search: SearchSection = SearchSection()
     eval: EvalSection = EvalSection()
     gates: GatesSection = GatesSection()
     export: ExportSection = ExportSection()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vtwcli.results.calibration import Calibration
 from vtwcli.results.guarantee import Guarantee, Tested
+from vtwcli.results.search import Search
 
 
 def rule_words(result: Calibration) -> str:
@@ -18,7 +19,7 @@ def rule_words(result: Calibration) -> str:
     )
 
 
-def promise_words(result: Calibration) -> str:
+def promise_words(result: Calibration | Search) -> str:
     """What is promised of the choice, over which inputs, and what is not; empty where nothing is.
 
     Where no candidate held, why the first did not.
@@ -34,7 +35,7 @@ def promise_words(result: Calibration) -> str:
     each, tasks = (" a task", f"each task ({names})") if len(counts) > 1 else ("", f"the task {names}")
     drawn = "; ".join(promised["population"])
     return (
-        f" Promised with {_percent(promised['confidence'])} confidence for {tasks}: {_loss(result, promised)}, on "
+        f" Promised with {percent(promised['confidence'])} confidence for {tasks}: {risk_words(result, promised)}, on "
         f"inputs drawn independently like the samples of {drawn}; from {many} distinct samples{each} "
         f"({promised['test']} test). Not promised: anything of a single input, of other kinds of input, or of how "
         "good the full model's answers are."
@@ -49,8 +50,9 @@ def brief(result: Calibration) -> str:
     return f" (risk {promised['risk']:g} with {100 * promised['confidence']:g} % confidence)"
 
 
-def _loss(result: Calibration, promised: Guarantee) -> str:
-    risk = _percent(promised["risk"])
+def risk_words(result: Calibration | Search, promised: Guarantee) -> str:
+    """What happens at most, by the loss that a promise is about."""
+    risk = percent(promised["risk"])
     first = result["positions"] == "first"
     forced = result["options"].get("answers")
     along = " along the reference answers" if forced == "reference" or _streamed(result) else ""
@@ -65,7 +67,7 @@ def _loss(result: Calibration, promised: Guarantee) -> str:
     return f"on average at most {risk} of an answer's tokens change{along}"
 
 
-def _streamed(result: Calibration) -> bool:
+def _streamed(result: Calibration | Search) -> bool:
     """Whether layers were streamed, which forces reference answers unless they were to be generated."""
     run = result.get("run")
     return bool(run and run.get("streamed")) and result["options"].get("answers") != "generated"
@@ -82,5 +84,6 @@ def _failed(promised: Guarantee) -> str:
     )
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share as a sentence says it."""
     return f"{100 * share:.6g} %"

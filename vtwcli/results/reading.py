@@ -10,8 +10,14 @@ from pydantic import AfterValidator, TypeAdapter
 from pydantic_core import SchemaValidator
 
 from vtwcli.io import documents
-from vtwcli.results import calibration, evaluation
-from vtwcli.results.calibration import Calibration, SearchedCalibration, VtwCalibration, is_searched
+from vtwcli.results import calibration, evaluation, search
+from vtwcli.results.calibration import (
+    CalibratedOn,
+    Calibration,
+    SearchedCalibration,
+    VtwCalibration,
+    is_searched,
+)
 from vtwcli.results.document import UNCHECKED
 from vtwcli.results.evaluation import Evaluation
 
@@ -27,13 +33,15 @@ def read_calibration(path: Path | None) -> Calibration | None:
     return _calibration(documents.read(path, "calibration result"), path)
 
 
-def calibration_in(path: Path) -> Calibration | None:
-    """The calibration result in a file that may as well hold a schedule; None if it does.
+def calibration_in(path: Path) -> Calibration | CalibratedOn | None:
+    """The result of a calibration or a search in a file that may as well hold a schedule; None if it does.
 
     Raises:
-        UsageError: unreadable, or a calibration result that is not valid.
+        UsageError: unreadable, or a result that is not valid.
     """
     node = documents.read(path, "schedule")
+    if isinstance(node, dict) and node.get("format") == search.FORMAT:
+        return cast(CalibratedOn, _checked(node, path, search.Search, "result of a search"))
     return _calibration(node, path) if isinstance(node, dict) and "format" in node else None
 
 

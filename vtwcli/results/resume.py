@@ -28,7 +28,9 @@ def stamp(folder: Path) -> list[tuple[str, int, int]]:
 
 
 @contextmanager
-def kept(state: Path | None, key: str, contents: Sequence[str]) -> Iterator[tuple[dict[int, Any], Store]]:
+def kept(
+    state: Path | None, key: str, contents: Sequence[str], what: str = "samples"
+) -> Iterator[tuple[dict[int, Any], Store]]:
     """Yield what an interrupted run finished, by place, and a function that keeps one more.
 
     Each process writes a file of its own, with one JSON line per sample behind a line with the key; a torn last line
@@ -40,6 +42,7 @@ def kept(state: Path | None, key: str, contents: Sequence[str]) -> Iterator[tupl
         state: names the files; None keeps nothing.
         key: see ``key_of``; of everything but the samples.
         contents: by place, a digest of what the sample's entry depends on.
+        what: what the places are called, if not samples.
     """
     if state is None:
         yield {}, lambda place, entry: None
@@ -61,7 +64,7 @@ def kept(state: Path | None, key: str, contents: Sequence[str]) -> Iterator[tupl
                 earlier |= set(entries)
     if earlier:
         done = sum(content in earlier for content in contents)
-        console.note(f"resuming: {done} samples are done already")
+        console.note(f"resuming: {done} {what} are done already")
     elif others:
         console.note("the interrupted run had other inputs; starting anew")
     files.write_text(mine, "\n".join([key, *(_line(*entry) for entry in known.items())]) + "\n")

@@ -247,7 +247,7 @@ class Schedule(Section):
 
     @classmethod
     def from_file(cls, path: Path) -> Schedule:
-        """Read a schedule from YAML or JSON, or out of a calibration result.
+        """Read a schedule from YAML or JSON, or out of the result of a calibration or a search.
 
         Raises:
             UsageError: with file, line, column and key.
@@ -260,7 +260,12 @@ class Schedule(Section):
                 f"{path}: nothing qualified in this calibration, so it has no schedule",
                 "calibrate with another policy or threshold, or name a layer",
             )
-        if isinstance(node, dict) and isinstance(node.get("schedule"), dict):  # a calibration result
+        if isinstance(node, dict) and node.get("format") == "vtw-search" and not node.get("schedule"):
+            raise UsageError(
+                f"{path}: nothing met the goals of this search, so it has no schedule",
+                "search with wider goals",
+            )
+        if isinstance(node, dict) and isinstance(node.get("schedule"), dict):  # of a calibration or a search
             node = node["schedule"]
         if isinstance(node, dict) and "schedule" in node and "actions" not in node:
             node["actions"] = node.pop("schedule")
