@@ -20,7 +20,11 @@ _NO_ENCODER = "its vision encoder has no export yet"
 _RESAMPLED = "its visual tokens are not of single patches, they each gather from the whole image"
 _BLOCKS = "its image tokens attend to each other in both directions, which the exported graphs do not"
 _CLASS_TOKENS = {"clip_vision_model", "internvl_vision"}  # vision towers that have one
-_ATTENTION = {"full_attention", "sliding_attention"}  # layer types that withdrawal is proved for
+_ATTENTION = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+}  # layer types that withdrawal is proved for
 
 
 @dataclass(frozen=True)
@@ -334,6 +338,18 @@ FAMILIES: dict[str, Family] = {
             no_onnx=_BLOCKS,
             no_tower="its visual tokens pool patches by attention",
             caveat=_FRAMES,
+        ),
+        Family(
+            "llama4",
+            "Llama 4",
+            "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+            "Llama4ForConditionalGeneration",
+            text_model="language_model.model",
+            head="language_model.lm_head",
+            vision=("vision_model", "multi_modal_projector"),
+            no_onnx=_NO_ENCODER,
+            no_tower="its vision tower turns patches by a table of its own, which is not looked into",
+            caveat="Chunks count original positions.",
         ),
         Family(
             "qwen3_5",
