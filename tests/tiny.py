@@ -419,7 +419,7 @@ GEMMA4_VISION = {name: value for name, value in vision(0).items() if name != "im
     "num_key_value_heads": 2,
     "head_dim": 8,
     "pooling_kernel_size": 2,
-    "position_embedding_size": 8,
+    "position_embedding_size": 64,
 }
 BOTH = {"video_token_id": VIDEO_ID}
 ANYRES = {"image_grid_pinpoints": [[8, 16], [16, 8], [16, 16]]}
