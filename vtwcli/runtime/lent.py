@@ -18,7 +18,7 @@ import torch
 from vtwcli.runtime.cache import NEVER, Columns, PrunedLayer
 from vtwcli.runtime.contract import LENT, PruningError, borrows, strange
 from vtwcli.runtime.plan import Plan
-from vtwcli.runtime.rows import Tensor
+from vtwcli.runtime.rows import Tensor, compact, take
 
 
 @dataclass(eq=False)
@@ -103,21 +103,32 @@ def borrowed(
         there = there & ((place < 0) | stays)
     if columns.until is not None:
         there = there & (columns.until > index)
-    if not bool((columns.position >= 0).eq(there).all()):
-        key = ("lent", lender)
-        kept = call.memo.get(key)
-        if kept is None or kept[0] is not columns or not torch.equal(kept[1], there):
-            position = columns.position.masked_fill(~there, -1)
-            kept = columns, there, replace(columns, position=position, ragged=True, picked=None)
-            call.memo[key] = kept
-        columns = kept[2]
     if tap is not None:
-        return columns, tap.keys, tap.values
-    try:
-        keys, values = kwargs[LENT][attention.layer_type]
-    except (KeyError, TypeError):
-        raise strange(f"layer {index} gets no keys of layer {lender}") from None
-    return columns, keys, values
+        keys, values = tap.keys, tap.values
+    else:
+        try:
+            keys, values = kwargs[LENT][attention.layer_type]
+        except (KeyError, TypeError):
+            raise strange(f"layer {index} gets no keys of layer {lender}") from None
+    if bool((columns.position >= 0).eq(there).all()):
+        return columns, keys, values
+    key = ("lent", lender)
+    kept = call.memo.get(key)
+    if kept is None or kept[0] is not columns or not torch.equal(kept[1], there):
+        # layers borrow the same in turn, so prompts leave out what is not read; steps of an answer are one row each,
+        # for which a mask is less work
+        rows = compact(there) if call.visual is not None else None
+        if rows is None:
+            position = columns.position.masked_fill(~there, -1)
+            kept = (
+                columns,
+                there,
+                (replace(columns, position=position, ragged=True, picked=None), keys, values),
+            )
+        else:
+            kept = columns, there, (columns.gather(rows), *(take(x, rows.index, 2) for x in (keys, values)))
+        call.memo[key] = kept
+    return kept[2]
 
 
 def remember(call: Any, found: Iterable[int]) -> None:
