@@ -119,7 +119,10 @@ def test_a_second_turn_and_a_cropped_cache_know_who_reads_which_entry():
     ],
 )
 def test_what_has_no_meaning_there_is_refused(actions, reason):
-    with pytest.raises(PruningError, match=reason), pruned(tiny_model(), schedule(*actions) | {"format_version": 2}):
+    with (
+        pytest.raises(PruningError, match=reason),
+        pruned(tiny_model(), schedule(*actions) | {"format_version": 2}),
+    ):
         pass
 
 

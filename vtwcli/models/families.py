@@ -18,6 +18,7 @@ _SEQUENTIAL = "its recurrent or convolutional layers carry visual tokens on in t
 _CROSS = "its text reads images by cross-attention, so there are no visual tokens in the text"
 _NO_ENCODER = "its vision encoder has no export yet"
 _RESAMPLED = "its visual tokens are not of single patches, they each gather from the whole image"
+_STREAMS = "by AltUp its layers hand on several streams for each token, which are not taken apart yet"
 _BLOCKS = "its image tokens attend to each other in both directions, which the exported graphs do not"
 _CLASS_TOKENS = {"clip_vision_model", "internvl_vision"}  # vision towers that have one
 _ATTENTION = {
@@ -378,6 +379,14 @@ FAMILIES: dict[str, Family] = {
             "LiquidAI/LFM2-VL-1.6B",
             "Lfm2VlForConditionalGeneration",
             **_refused(_SEQUENTIAL),
+        ),
+        Family(
+            "gemma3n",
+            "Gemma 3n",
+            "google/gemma-3n-E4B-it",
+            "Gemma3nForConditionalGeneration",
+            vision=("model.vision_tower", "model.embed_vision"),
+            **_refused(_STREAMS),
         ),
         Family(
             "mllama",
