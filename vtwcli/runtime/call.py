@@ -61,8 +61,7 @@ class Call:
         self.incoming: Tensor | None = None  # rows at a layer's entry, where some are merged
         self.gone: Tensor | None = None
         self.angles: list[Turned] = []
-        # of all entries by position, for what leaves during the answer
-        self.entry_numbers: dict[str, Tensor] = {}
+        self.entry_numbers: dict[str, Tensor] = {}  # of all entries by position, where some leave later
         self.left: Tensor | None = None
         self.tap: Any = None  # a ``Tap``, which knows this class
         self.loans: dict[int, Any] = {}  # by layer, a ``Loan``
@@ -243,8 +242,7 @@ class Call:
         index = self.index(before, place.device)
         place.scatter_(1, index, torch.arange(index.shape[1], device=place.device).expand_as(index))
         there, score = self.present & self.visual, self._measured(number, action)
-        said = {"rest": action.rest}
-        found = recycled(said, there, chosen, self.is_last, score, self.incoming, place)
+        found = recycled({"rest": action.rest}, there, chosen, self.is_last, score, self.incoming, place)
         named = torch.where(
             found.made >= 0, -1 - self.merged[:, None] - found.made, self.token.gather(1, found.origin)
         )

@@ -394,6 +394,7 @@ class Pruning:
             call.tap = tap = Tap(cache, call, index, runs, *at)
             kwargs[name] = tap
         if lent is not None:
+            assert attention is not None and columns is not None
             keys, values = lent
             kwargs[LENT] = {attention.layer_type: (keys, sunk(values, columns, base))}
             if tap is not None:

@@ -24,8 +24,9 @@ class Lent:
 
     def put(self, layer: nn.Module, entries: KeysValues) -> None:
         """Keep what a layer made, where later ones may borrow it."""
+        attention: Any = getattr(layer, "self_attn", None)
         if lends(layer):
-            self._of[layer.self_attn.layer_type] = entries  # type: ignore[union-attr]
+            self._of[attention.layer_type] = entries
 
     def get(self, layer: nn.Module) -> KeysValues | None:
         """What a layer borrows; None if it has keys and values of its own."""
@@ -76,7 +77,8 @@ def run(
     Args:
         own: keys and values of the rows where the layer borrows them, see ``Lent``.
     """
-    cache, attention = Cache(read), getattr(layer, "self_attn", None)
+    attention: Any = getattr(layer, "self_attn", None)
+    cache = Cache(read)
     if LENT in kwargs:
         kwargs = {**kwargs, LENT: {} if own is None else {attention.layer_type: cache.update(*own)}}
     out = layer(hidden, **{**kwargs, cache_argument(layer): cache})

@@ -205,14 +205,15 @@ class Trie(Stream):
         mask = _mask([pattern for _, pattern in chunk], sizes, reach)[None]
         some = [pattern.query for _, pattern in chunk if pattern.query is not None]
         running = slice(None) if not some else torch.cat([q + n for q, n in zip(some, starts, strict=False)])
-        lent = [state.lent.get(layer) for state, _ in chunk]
-        if lent[0] is not None:
-            joined.own = tuple(torch.cat(x, 2) for x in zip(*lent, strict=True))  # type: ignore[arg-type]
+        lent = [entries for state, _ in chunk if (entries := state.lent.get(layer)) is not None]
+        if lent:
+            own_keys, own_values = (torch.cat(x, 2) for x in zip(*lent, strict=True))
+            joined.own = own_keys, own_values
         elif some:
             joined.own = keys_values(layer, entry, self.arguments(d, rows, mask[:, :0]))
         out = entry[:, running]
         if out.shape[1]:
-            own = joined.own if lent[0] is not None else None
+            own = joined.own if lent else None
             out = run(layer, out, self.arguments(d, rows[:, running], mask), joined, own)
             self.check(out, torch.ones(out.shape[:2], dtype=torch.bool), d, ", with visual tokens changed,")
         if some and not last:  # frozen rows stay what they are
