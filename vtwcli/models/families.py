@@ -18,9 +18,14 @@ _SEQUENTIAL = "its recurrent or convolutional layers carry visual tokens on in t
 _CROSS = "its text reads images by cross-attention, so there are no visual tokens in the text"
 _NO_ENCODER = "its vision encoder has no export yet"
 _RESAMPLED = "its visual tokens are not of single patches, they each gather from the whole image"
+_STREAMS = "by AltUp its layers hand on several streams for each token, which are not taken apart yet"
 _BLOCKS = "its image tokens attend to each other in both directions, which the exported graphs do not"
 _CLASS_TOKENS = {"clip_vision_model", "internvl_vision"}  # vision towers that have one
-_ATTENTION = {"full_attention", "sliding_attention"}  # layer types that withdrawal is proved for
+_ATTENTION = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+}  # layer types that withdrawal is proved for
 
 
 @dataclass(frozen=True)
@@ -336,6 +341,31 @@ FAMILIES: dict[str, Family] = {
             caveat=_FRAMES,
         ),
         Family(
+            "gemma4",
+            "Gemma 4",
+            "google/gemma-4-E4B-it",
+            "Gemma4ForConditionalGeneration",
+            vision=("model.vision_tower", "model.embed_vision"),
+            placeholders=("image_token_id", "video_token_id"),
+            video=True,
+            no_onnx=_NO_ENCODER,
+            no_tower="its visual tokens pool patches by their positions, which is not looked into",
+            caveat=f"{_WINDOWS} Layers that share keys and values leave out those of withdrawn tokens.",
+            placeholder_apart=True,
+        ),
+        Family(
+            "llama4",
+            "Llama 4",
+            "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+            "Llama4ForConditionalGeneration",
+            text_model="language_model.model",
+            head="language_model.lm_head",
+            vision=("vision_model", "multi_modal_projector"),
+            no_onnx=_NO_ENCODER,
+            no_tower="its vision tower turns patches by a table of its own, which is not looked into",
+            caveat="Chunks count original positions.",
+        ),
+        Family(
             "qwen3_5",
             "Qwen3.5",
             "Qwen/Qwen3.5-27B",
@@ -349,6 +379,14 @@ FAMILIES: dict[str, Family] = {
             "LiquidAI/LFM2-VL-1.6B",
             "Lfm2VlForConditionalGeneration",
             **_refused(_SEQUENTIAL),
+        ),
+        Family(
+            "gemma3n",
+            "Gemma 3n",
+            "google/gemma-3n-E4B-it",
+            "Gemma3nForConditionalGeneration",
+            vision=("model.vision_tower", "model.embed_vision"),
+            **_refused(_STREAMS),
         ),
         Family(
             "mllama",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ TESTED = ("4.57.6", "5.0.0", "5.10.4", "5.20.0", "5.23.0", "5.24.0")
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")  # newest first
 CALL = "pruning_call"  # carries the state of one forward pass from the text model to its layers
 POSITIONS = "position_embeddings"  # what the names of rotary embeddings begin with
+LENT = "shared_kv_states"  # keys and values that layers lend to later ones, by the kind of layer
 _VISION_INPUTS = (
     "pixel_values",
     "high_res_pixel_values",
@@ -74,14 +75,88 @@ def given_cache(given: Mapping[str, Any]) -> Any:
     return next(iter(caches.values()), None)
 
 
-def check_arguments(given: Mapping[str, Any], lengths: set[int]) -> None:
-    """Refuse a layer's argument that is not known and has a size for each token or entry, ``lengths``."""
+def borrows(attention: Any) -> bool:
+    """Whether an attention has no keys of its own and reads those of a layer before it."""
+    return bool(getattr(attention, "is_kv_shared_layer", False))
+
+
+def row_arguments(layer: torch.nn.Module, given: Mapping[str, Any], shape: Sequence[int]) -> tuple[str, ...]:
+    """The arguments [B, S, ...] that a layer names itself and that have a row for each token, beside those that all
+    layers have.
+
+    Args:
+        given: what it is called with.
+        shape: (B, S).
+    """
+    return tuple(
+        name
+        for name in inspect.signature(type(layer).forward).parameters
+        if name not in _PER_TOKEN
+        and not name.startswith(POSITIONS)
+        and isinstance(given.get(name), torch.Tensor)
+        and given[name].ndim == 3
+        and tuple(given[name].shape[:2]) == tuple(shape)
+    )
+
+
+def check_arguments(given: Mapping[str, Any], lengths: set[int], by_row: Iterable[str] = ()) -> None:
+    """Refuse a layer's argument that is not known and has a size for each token or entry, ``lengths``.
+
+    Args:
+        by_row: names of those that are gathered, see ``row_arguments``.
+    """
     for name, value in given.items():
-        if name in _PER_TOKEN or name.startswith(POSITIONS):
+        if name in _PER_TOKEN or name.startswith(POSITIONS) or name in by_row:
             continue
         for part in value if isinstance(value, tuple | list) else (value,):
             if isinstance(part, torch.Tensor) and lengths.intersection(part.shape):
                 raise strange(f"the layers get {name}, with a row for each token")
+
+
+def base_of(model: torch.nn.Module, text_model: str) -> torch.nn.Module:
+    """The module that receives ``input_ids`` together with the vision inputs: the nearest around the text model that
+    takes these, else its parent.
+
+    Args:
+        text_model: path of the text model.
+    """
+    path = text_model.split(".")[:-1]
+    for end in range(len(path), -1, -1):
+        module = model.get_submodule(".".join(path[:end]))
+        if any(name.startswith(_VISION_INPUTS) for name in inspect.signature(module.forward).parameters):
+            return module
+    return model.get_submodule(".".join(path))
+
+
+def scaled_from(attention: Any) -> int | None:
+    """The row from which on an attention scales its queries by their row's number, as Llama 4's does in layers without
+    rotary embeddings; None: it never does."""
+    if getattr(attention, "use_rope", True) or not getattr(attention, "attn_temperature_tuning", False):
+        return None
+    return int(attention.floor_scale) - 1
+
+
+def check_scaling(attention: Any, index: torch.Tensor, query: torch.Tensor, past: int) -> None:
+    """Refuse rows whose queries would be scaled by other numbers than their tokens'.
+
+    Args:
+        attention: of the layer.
+        index: token of each row, [B, T].
+        query: which rows are a token's, [B, T].
+        past: tokens seen before.
+
+    Raises:
+        PruningError: there is such a row.
+    """
+    first = scaled_from(attention)
+    if first is None or past + int(index.max()) < first:
+        return
+    step, place = first + 1, torch.arange(index.shape[1], device=index.device)
+    if bool(((index + past + 1) // step != (place + past + 1) // step)[query].any()):
+        raise PruningError(
+            f"this model scales queries by their row's number from {step} tokens on, which shorter prompts change; "
+            "prune shorter prompts"
+        )
 
 
 def arguments(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:

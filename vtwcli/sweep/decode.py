@@ -18,7 +18,7 @@ from vtwcli.io.console import Task
 from vtwcli.judge.kl import is_distribution, not_finite
 from vtwcli.models.inputs import append, end_ids
 from vtwcli.models.loading import LoadedModel
-from vtwcli.sweep.caches import KeysValues, run
+from vtwcli.sweep.caches import KeysValues, Lent, run
 from vtwcli.sweep.layers import LayerSource
 from vtwcli.sweep.reach import readable, take
 from vtwcli.sweep.stream import Stream
@@ -31,6 +31,7 @@ class _Answer:
         hidden: [B, n, D] on its way through the layers: first of the prompt, then of the last token.
         said: what was said so far, [B] each.
         open: which rows have not ended, [B].
+        given: what layers are handed for the last token by itself, by layer and name, [B, 1, ...].
     """
 
     def __init__(self, stream: Stream, prompt: int) -> None:
@@ -38,7 +39,9 @@ class _Answer:
         self.hidden = stream.capture.hidden[:, :prompt]
         self.said: list[Tensor] = []
         self.open = torch.ones(len(self.hidden), dtype=torch.bool)
-        self._entries: list[KeysValues] = []  # by layer, [B, H, S + R - 1, E]
+        self._entries: dict[int, KeysValues] = {}  # by layer, [B, H, S + R - 1, E]
+        self._lent = Lent()
+        self.given: list[dict[str, Tensor]] = []
 
     def step(self, d: int, layer: nn.Module) -> None:
         """Run layer ``d``."""
@@ -50,15 +53,20 @@ class _Answer:
         allowed = readable(self.stream.mask(d), rows, seen.hidden.shape[1])[:, :, :end]
 
         def read(*new: Tensor) -> KeysValues:
-            if d == len(self._entries):
+            if d not in self._entries:
                 room = [x.new_empty(*x.shape[:2], seen.hidden.shape[1], x.shape[3]) for x in new]
-                self._entries.append((room[0], room[1]))
+                self._entries[d] = (room[0], room[1])
+                self._lent.put(layer, self._entries[d])
             for kept, x in zip(self._entries[d], new, strict=True):
                 kept[:, :, end - count : end] = x
             keys, values = self._entries[d]
             return keys[:, :, :end], values[:, :, :end]
 
-        self.hidden = run(layer, self.hidden, self.stream.arguments(d, rows, allowed), read)
+        lent = self._lent.get(layer)
+        if lent is not None:
+            lent = lent[0][:, :, :end], lent[1][:, :, :end]
+        kwargs = self.stream.arguments(d, rows, allowed) | (self.given[d] if self.given else {})
+        self.hidden = run(layer, self.hidden, kwargs, read if lent is None else lambda *all: all, lent)
         self.stream.check(self.hidden, seen.attended.gather(1, rows), d)
 
 
@@ -121,8 +129,13 @@ def decode(
 
 
 def _embed(source: LayerSource, going: Sequence[_Answer]) -> None:
-    """Give each batch the embeddings of what it said last; all of them are one text to the model."""
+    """Give each batch the embeddings of what it said last, and what else layers are handed for a token for what it is;
+    all of them are one text to the model."""
     said = [one.said[-1] for one in going]
     [seen] = source.captures([{"input_ids": torch.cat(said)[None].to(going[0].hidden.device)}])
-    for one, hidden in zip(going, seen.hidden[0].split([len(x) for x in said]), strict=True):
-        one.hidden = hidden[:, None]
+    start = 0
+    for one, tokens in zip(going, said, strict=True):
+        part = slice(start, start + len(tokens))
+        one.hidden = seen.hidden[0, part, None]
+        one.given = [{name: kwargs[name][0, part, None] for name in seen.by_row} for kwargs in seen.kwargs]
+        start = part.stop

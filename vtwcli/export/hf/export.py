@@ -88,6 +88,10 @@ def export_hf(
     """
     check_target(output, force, source_of(model))
     wanted = asked(dtype)
+    if isinstance(
+        model, str
+    ):  # before the weights, for which the class is built, with whatever that wants installed
+        _check_family(resolve(model, weights=False).family)
     checkpoint = resolve(model) if isinstance(model, str) else model
     _check_source(checkpoint, force)
     _check_schedule(checkpoint, schedule, calibration)
@@ -160,6 +164,12 @@ def baked_schedule(config: Any) -> Schedule | None:
     return Schedule.from_dict(data, "config.json, vtw.schedule")
 
 
+def _check_family(family: Family) -> None:
+    """Refuse one from which nothing can be withdrawn."""
+    if family.no_withdraw:
+        raise NotFoundError(f"{family.title}: visual tokens cannot be withdrawn: {family.no_withdraw}")
+
+
 def _check_source(checkpoint: Checkpoint, force: bool) -> None:
     """Refuse what would not give a faithful copy."""
     if checkpoint.trust_remote_code:
@@ -167,10 +177,7 @@ def _check_source(checkpoint: Checkpoint, force: bool) -> None:
             f"{checkpoint.name!r} is to run its own code, and an export runs transformers' class",
             "leave out --trust-remote-code",
         )
-    if checkpoint.family.no_withdraw:
-        raise NotFoundError(
-            f"{checkpoint.family.title}: visual tokens cannot be withdrawn: {checkpoint.family.no_withdraw}"
-        )
+    _check_family(checkpoint.family)
     if (checkpoint.path / "adapter_config.json").exists():
         raise UsageError(
             f"{checkpoint.name!r} has an adapter beside its weights",
