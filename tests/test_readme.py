@@ -47,6 +47,7 @@ ELSEWHERE = {
     r"\b(llava-hf|Qwen|OpenGVLab|HuggingFaceTB)/": "needs a model from the Hub",
     r"recipes/(llava|qwen|visipruner|onnx)": "needs a model from the Hub; test_recipes.py runs it on a tiny one",
     r"--push-to-hub": "uploads",
+    r"lmms_eval": "needs an environment of its own; test_lmms_eval.py runs it",
     r"--search": "needs more samples than are taken here; test_search.py runs it",
     r"--policy guarantee": "needs more samples than are taken here; test_guarantee.py runs it",
     r"\bMODEL\b|\bRECIPE\b|\bFILE\b|\bDIR\b": "a pattern, not a command",

@@ -75,7 +75,7 @@ class Pruned(lmms):  # type: ignore[misc]
 
         asked = sorted(set(unknown) - {"max_batch_size"})
         if asked:
-            raise UsageError(f"--model_args {asked[0]}: unknown", "see vtw docs elsewhere")
+            raise UsageError(f"--model_args {asked[0]}: unknown", "see vtw docs lmms")
         if sum(one is not None for one in (schedule, layer, method)) > 1:
             raise UsageError("--model_args: give one of schedule, layer and method")
         trusted = str(trust_remote_code).lower() in ("true", "1")

@@ -20,6 +20,7 @@ PAGES = (
     "onnx",
     "recipes",
     "python",
+    "lmms",
     "performance",
     "internals",
     "safety",
