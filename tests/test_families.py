@@ -75,7 +75,7 @@ def test_a_row_tells_where_things_are(name):
         assert isinstance(getattr(text_model, part), torch.nn.Module)
     assert model.get_submodule(row.head) is model.get_output_embeddings()
     assert set(placeholder_ids(row, model.config)) == {IMAGE_ID} | ({VIDEO_ID} & set(inputs_ids(name)))
-    homes = (row.text_model, row.head, *row.vision)
+    homes = (row.text_model, row.head, *row.vision, *row.beside)
     names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
     assert [
         n for n in names if not n.startswith(tuple(f"{home}." for home in homes)) and n not in homes

@@ -221,6 +221,29 @@ def square(tokens: int, size: int, frames: int = 0, frame_tokens: int = 0) -> Ca
     return medium
 
 
+def nested(tokens: int, size: int, frames: int = 0) -> Callable[..., Any]:
+    """As ``square``, each image in a list of its own; every frame of a video has ``tokens`` too."""
+
+    def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
+        if kind == "v":
+            return [VIDEO_ID] * tokens * frames, {"pixel_values_videos": draw(1, frames, 3, size, size)}
+        return [IMAGE_ID] * tokens, {"pixel_values": draw(1, 1, 3, size, size)}
+
+    return medium
+
+
+def two_sizes(tokens: int, size: int, large: int) -> Callable[..., Any]:
+    """Images of one size, which a second tower gets larger."""
+
+    def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
+        return [IMAGE_ID] * tokens, {
+            "pixel_values": draw(1, 3, size, size),
+            "high_res_pixel_values": draw(1, 3, large, large),
+        }
+
+    return medium
+
+
 def tiles(tokens: int, size: int) -> Callable[..., Any]:
     """Images cut into one or two tiles of ``tokens`` tokens each, with a text token between them."""
 
@@ -248,28 +271,36 @@ def anyres(frames: int, frame_tokens: int) -> Callable[..., Any]:
 
 
 def patches(
-    width: int, frame_break: bool = False, video_id: int = VIDEO_ID, merge_sizes: bool = False
+    *shape: int,
+    frame_break: bool = False,
+    video_id: int = VIDEO_ID,
+    merge_sizes: bool = False,
+    frame_tokens: bool = True,
+    more: Callable[[int, int], int] = lambda rows, columns: 0,
 ) -> Callable[..., Any]:
-    """Qwen's packed patches of ``width`` numbers: grids of 2 x 2, 2 x 4 or 4 x 2 merged patches; videos of two frames.
+    """Qwen's packed patches of ``shape``: grids of 2 x 2, 2 x 4 or 4 x 2 merged patches; videos of two frames.
 
     Args:
         frame_break: text separates the frames of a video.
         video_id: the placeholder of video.
         merge_sizes: the family takes the merge size as an input.
+        frame_tokens: each frame has tokens of its own; else one for each place.
+        more: how many visual tokens an image has beside those of its grid.
     """
 
     def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
         height, wide = ((4, 4), (4, 8), (8, 4))[number % 3]
         frames = 2 if kind == "v" else 1
-        pixels = draw(frames * height * wide, width)
+        pixels = draw(frames * height * wide, *shape)
         grid = torch.tensor([[frames, height, wide]])
         tokens = height * wide // 4
         if kind == "i":
             tensors = {"pixel_values": pixels, "image_grid_thw": grid}
-            ids = [IMAGE_ID] * tokens
+            ids = [IMAGE_ID] * (tokens + more(height // 2, wide // 2))
         else:
             tensors = {"pixel_values_videos": pixels, "video_grid_thw": grid}
-            ids = [video_id] * tokens + [BREAK_ID] * frame_break + [video_id] * tokens
+            ids = [video_id] * tokens
+            ids += ([BREAK_ID] * frame_break + ids) * frame_tokens
         if merge_sizes:
             tensors["image_merge_sizes" if kind == "i" else "video_merge_sizes"] = torch.tensor([2])
         return ids, tensors
@@ -615,6 +646,157 @@ TINY: dict[str, Tiny] = {
             | {"intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]},
         ),
         batcher(square(4, 8)),
+    ),
+    "glm46v": Tiny(
+        family(
+            "glm46v",
+            MROPE | {"model_type": "glm4v_text"},
+            QWEN_VISION | {"model_type": "glm4v_vision", "image_size": 16},
+            **BOTH,
+        ),
+        batcher(patches(96, frame_break=True, video_id=IMAGE_ID), types="mm_token_type_ids"),
+        video=True,
+        own_positions=True,
+    ),
+    "glmga": Tiny(
+        family(
+            "glmga",
+            MROPE | {"model_type": "glm4v_text"},
+            QWEN_VISION | {"model_type": "glm4v_vision", "image_size": 16},
+            **BOTH,
+        ),
+        batcher(patches(96, frame_break=True, video_id=IMAGE_ID), types="mm_token_type_ids"),
+        video=True,
+        own_positions=True,
+    ),
+    "glm_ocr": Tiny(
+        family("glm_ocr", MROPE, QWEN_VISION | {"image_size": 16}, **BOTH),
+        batcher(patches(96, frame_break=True, video_id=IMAGE_ID), types="mm_token_type_ids"),
+        video=True,
+        own_positions=True,
+    ),
+    "qianfan_ocr": Tiny(
+        family(
+            "qianfan_ocr",
+            QWEN3,
+            vision(16) | {"image_size": [16, 16], "patch_size": [4, 4]},
+            image_seq_length=4,
+        ),
+        batcher(tiles(4, 16)),
+    ),
+    "exaone4_5": Tiny(
+        family(
+            "exaone4_5",
+            sliding(512, model_type="exaone4"),
+            QWEN_VISION | {"window_size": 16, "fullatt_block_indexes": [1], "num_key_value_heads": 1},
+            **BOTH,
+        ),
+        batcher(patches(96)),
+        video=True,
+    ),
+    "paddleocr_vl": Tiny(
+        family(
+            "paddleocr_vl",
+            MROPE | {"head_dim": 8},
+            {k: v for k, v in vision(16).items() if k != "initializer_range"},
+        ),
+        batcher(patches(3, 4, 4), types="mm_token_type_ids"),
+        own_positions=True,
+    ),
+    "hunyuan_vl": Tiny(
+        family(
+            "hunyuan_vl",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1, 1]}}
+            | {"head_dim": 8},
+            {"num_key_value_heads": 2, "out_hidden_size": 32, "text_hidden_size": 32, "max_image_size": 16}
+            | {k: v for k, v in vision(16).items() if k not in ("image_size", "initializer_range")},
+        ),
+        batcher(patches(48, more=lambda rows, columns: rows + 2), types="mm_token_type_ids"),
+        own_positions=True,
+    ),
+    "hyperclovax_vision_v2": Tiny(
+        family(
+            "hyperclovax_vision_v2",
+            {"model_type": "hyperclovax"},
+            QWEN_VISION
+            | {"model_type": "qwen2_5_vl_vision", "window_size": 16, "fullatt_block_indexes": [1]},
+            **BOTH,
+        ),
+        batcher(patches(96)),
+        video=True,
+    ),
+    "perception_lm": Tiny(  # the real tower is timm's
+        family(
+            "perception_lm", LLAMA, CLIP | vision(8, model_args={"embed_dim": 16}), video_token_id=VIDEO_ID
+        ),
+        batcher(nested(4, 8, frames=2)),
+        video=True,
+    ),
+    "fast_vlm": Tiny(  # the real tower is timm's
+        family(
+            "fast_vlm",
+            QWEN2,
+            {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+            | {"hidden_size": 16, "layer_type": "basic"},
+            image_seq_length=4,
+        ),
+        batcher(square(4, 16)),
+    ),
+    "deepseek_vl_hybrid": Tiny(
+        family(
+            "deepseek_vl_hybrid",
+            LLAMA,
+            SIGLIP | vision(8),
+            high_res_vision_config={"output_channels": 8, "window_size": 4, "global_attn_indexes": [1]}
+            | {"model_type": "sam_vision_model", "mlp_dim": 32}
+            | vision(32),
+        ),
+        batcher(two_sizes(4, 8, 32)),
+    ),
+    "janus": Tiny(
+        family(
+            "janus",
+            LLAMA,
+            {k: v for k, v in vision(8).items() if k != "intermediate_size"}
+            | {"projection_dim": 32, "num_image_tokens": 4, "mlp_ratio": 2.0},
+            vq_config={"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "num_patches": 2}
+            | {"latent_channels": 32, "projection_dim": 32, "image_token_embed_dim": 32, "num_embeddings": 8},
+        ),
+        batcher(square(4, 8)),
+    ),
+    "kimi_k25": Tiny(
+        family(
+            "kimi_k25",
+            {"model_type": "deepseek_v3", "moe_intermediate_size": 16, "n_routed_experts": 4, "n_group": 1}
+            | {"topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "kv_lora_rank": 16}
+            | {"q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+            | {"num_key_value_heads": 4},
+            {k: v for k, v in vision(0).items() if k not in ("image_size", "initializer_range")}
+            | {"pos_emb_height": 4, "pos_emb_width": 4},
+            projection_hidden_size=16,
+            **BOTH,
+        ),
+        batcher(patches(3, 4, 4, frame_tokens=False)),
+        video=True,
+    ),
+    "pp_chart2table": Tiny(
+        family(
+            "pp_chart2table",
+            QWEN2,
+            {"output_channels": 16, "window_size": 4, "global_attn_indexes": [1], "mlp_dim": 32} | vision(32),
+        ),
+        batcher(square(4, 32)),
+    ),
+    "cohere_compass": Tiny(
+        family(
+            "cohere_compass",
+            MROPE | {"head_dim": 8},
+            QWEN_VISION | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+            **BOTH,
+        ),
+        batcher(patches(96, frame_break=True), types="mm_token_type_ids"),
+        video=True,
+        own_positions=True,
     ),
 }
 
