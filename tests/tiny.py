@@ -23,6 +23,7 @@ VOCAB = 99
 IMAGE_ID = 98
 VIDEO_ID = 97
 BREAK_ID = 96  # a text token that some families put between the visual tokens of one image
+START_ID = 95  # a text token that some families put in front of an image
 PAD_ID = 0
 LAYERS = 6
 
@@ -107,6 +108,7 @@ def builder(config: Callable[[int], Any], eager: bool) -> Callable[..., Any]:
                 torch.nn.init.normal_(parameter, std=0.3)
         # A placeholder that is generated cannot be told from an image when everything is computed again.
         replaced = [IMAGE_ID, VIDEO_ID, *getattr(model.config, "visual_indicator_token_ids", ())]
+        replaced += [START_ID] * (getattr(model.config, "vision_start_token_id", None) == START_ID)
         with torch.no_grad():
             model.get_output_embeddings().weight[replaced] = 0
         model.generation_config.pad_token_id = PAD_ID
@@ -153,6 +155,12 @@ def join_by_row(media: list[Medium], rows: int) -> Tensors:
             own = x[owner == row]
             out[name][row, : len(own)] = own
     return out
+
+
+def join_by_row_masked(media: list[Medium], rows: int) -> Tensors:
+    """As ``join_by_row``, with a mask of the images that there are."""
+    out = join_by_row(media, rows)
+    return out | {"pixel_attention_mask": out["pixel_values"].flatten(2).any(-1)}
 
 
 def batcher(
@@ -275,24 +283,23 @@ def patches(
     frame_break: bool = False,
     video_id: int = VIDEO_ID,
     merge_sizes: bool = False,
-    frame_tokens: bool = True,
+    frames: int = 2,
     more: Callable[[int, int], int] = lambda rows, columns: 0,
 ) -> Callable[..., Any]:
-    """Qwen's packed patches of ``shape``: grids of 2 x 2, 2 x 4 or 4 x 2 merged patches; videos of two frames.
+    """Qwen's packed patches of ``shape``: grids of 2 x 2, 2 x 4 or 4 x 2 merged patches; videos of ``frames``.
 
     Args:
         frame_break: text separates the frames of a video.
         video_id: the placeholder of video.
         merge_sizes: the family takes the merge size as an input.
-        frame_tokens: each frame has tokens of its own; else one for each place.
         more: how many visual tokens an image has beside those of its grid.
     """
 
     def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
         height, wide = ((4, 4), (4, 8), (8, 4))[number % 3]
-        frames = 2 if kind == "v" else 1
-        pixels = draw(frames * height * wide, *shape)
-        grid = torch.tensor([[frames, height, wide]])
+        times = frames if kind == "v" else 1
+        pixels = draw(times * height * wide, *shape)
+        grid = torch.tensor([[times, height, wide]])
         tokens = height * wide // 4
         if kind == "i":
             tensors = {"pixel_values": pixels, "image_grid_thw": grid}
@@ -300,10 +307,20 @@ def patches(
         else:
             tensors = {"pixel_values_videos": pixels, "video_grid_thw": grid}
             ids = [video_id] * tokens
-            ids += ([BREAK_ID] * frame_break + ids) * frame_tokens
+            ids += ([BREAK_ID] * frame_break + ids) * (frames - 1)
         if merge_sizes:
             tensors["image_merge_sizes" if kind == "i" else "video_merge_sizes"] = torch.tensor([2])
         return ids, tensors
+
+    return medium
+
+
+def started(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """As ``inner``, with a text token in front of each image or video, by which the model finds it."""
+
+    def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
+        ids, tensors = inner(kind, number, draw)
+        return [START_ID, *ids], tensors
 
     return medium
 
@@ -317,6 +334,20 @@ def pixtral(row_break: bool, merge: int = 2) -> Callable[..., Any]:
         return row * (height // 4 // merge), {
             "pixel_values": draw(1, 3, height, width),
             "image_sizes": torch.tensor([[height, width]]),
+        }
+
+    return medium
+
+
+def tiles_apart(tokens: int, size: int) -> Callable[..., Any]:
+    """As ``tiles``, with the first tile in an input of its own and no text between them."""
+
+    def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
+        local = 1 - number % 2
+        return [IMAGE_ID] * tokens * (1 + local), {
+            "pixel_values": draw(1, 3, size, size),
+            "pixel_values_local": draw(local, 3, size, size),
+            "num_local_patches": torch.tensor([local]),
         }
 
     return medium
@@ -416,7 +447,27 @@ QWEN3 = {"model_type": "qwen3", "head_dim": 8}
 MISTRAL = {"model_type": "mistral", "sliding_window": None}
 GEMMA3 = {"head_dim": 8, "query_pre_attn_scalar": 8}
 GEMMA2 = {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8}
+OMNI_AUDIO = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "num_mel_bins": 8,
+    "max_source_positions": 20,
+    "output_dim": 32,
+}
+MUSE_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "pos_emb_height": 4,
+    "pos_emb_width": 4,
+    "layer_types": ["window_attention", "full_attention"],
+}
 BOTH = {"video_token_id": VIDEO_ID}
+MUSE_PROJECTOR = {"projector_hidden_size": 16, "out_hidden_size": 64, **BOTH}
 ANYRES = {"image_grid_pinpoints": [[8, 16], [16, 8], [16, 16]]}
 
 TINY: dict[str, Tiny] = {
@@ -776,7 +827,7 @@ TINY: dict[str, Tiny] = {
             projection_hidden_size=16,
             **BOTH,
         ),
-        batcher(patches(3, 4, 4, frame_tokens=False)),
+        batcher(patches(3, 4, 4, frames=1)),
         video=True,
     ),
     "pp_chart2table": Tiny(
@@ -790,13 +841,111 @@ TINY: dict[str, Tiny] = {
     "cohere_compass": Tiny(
         family(
             "cohere_compass",
-            MROPE | {"head_dim": 8},
+            sliding(
+                512,
+                head_dim=8,
+                rope_parameters={"full_attention": None, "sliding_attention": MROPE["rope_parameters"]},
+            ),
             QWEN_VISION | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
             **BOTH,
         ),
         batcher(patches(96, frame_break=True), types="mm_token_type_ids"),
         video=True,
         own_positions=True,
+    ),
+    "qwen2_5_omni_thinker": Tiny(
+        family(
+            "qwen2_5_omni_thinker",
+            MROPE,
+            QWEN_VISION | {"window_size": 16, "fullatt_block_indexes": [1]},
+            audio_config=OMNI_AUDIO,
+            vision_start_token_id=START_ID,
+            **BOTH,
+        ),
+        batcher(started(patches(96))),
+        video=True,
+        own_positions=True,
+    ),
+    "qwen3_omni_moe_thinker": Tiny(
+        family(
+            "qwen3_omni_moe_thinker",
+            MROPE | MOE | {"head_dim": 8},
+            QWEN_VISION | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+            audio_config=OMNI_AUDIO | {"downsample_hidden_size": 8},
+            vision_start_token_id=START_ID,
+            **BOTH,
+        ),
+        batcher(started(patches(96))),
+        video=True,
+        own_positions=True,
+    ),
+    "step3p7": Tiny(
+        family(
+            "step3p7",
+            lambda layers: sliding(512)(layers)
+            | {
+                "rope_parameters": {
+                    kind: {"rope_type": "default", "rope_theta": 1e4}
+                    for kind in ("full_attention", "sliding_attention")
+                },
+                "mlp_layer_types": ["dense", *["sparse"] * (layers - 1)],
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 16,
+                "share_expert_dim": 16,
+                "head_dim": 8,
+                "num_sliding_attention_heads": 4,
+            },
+            {k: v for k, v in vision(32).items() if k != "initializer_range"},
+        ),
+        batcher(tiles_apart(4, 32)),
+    ),
+    "deepseek_ocr2": Tiny(
+        family(
+            "deepseek_ocr2",
+            lambda layers: {
+                "mlp_layer_types": ["dense", *["sparse"] * (layers - 1)],
+                "n_routed_experts": 4,
+                "n_shared_experts": 1,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 16,
+            },
+            {
+                "sam_config": {"output_channels": 16, "window_size": 4, "global_attn_indexes": [1]}
+                | {"mlp_dim": 32, "downsample_channels": [8, 16]}
+                | vision(32),
+                "encoder_config": text(2, hidden_size=16, intermediate_size=32, num_attention_heads=2),
+            },
+        ),
+        batcher(square(145, 32)),
+    ),
+    "granite_docling": Tiny(
+        family(
+            "granite_docling",
+            {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
+            vision(16, out_hidden_size=32, scale_factor=2, deepstack_visual_indexes=[0, 1]),
+        ),
+        batcher(square(4, 16), join_by_row_masked),
+    ),
+    "granite4_vision": Tiny(
+        family(
+            "granite4_vision",
+            {"attention_multiplier": 0.3, "residual_multiplier": 0.5},
+            CLIP | vision(16, hidden_size=64),
+            deepstack_layer_map=[[0, 0], [1, 2]],
+            spatial_vision_layer=-1,
+            spatial_target_layers=[0, 1, 2, 3],
+            downsample_rate="1/2",
+            image_grid_pinpoints=[[16, 32], [32, 16]],
+            qformer_config={"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+            | {"encoder_hidden_size": 16},
+        ),
+        batcher(anyres(0, 0)),
+    ),
+    "muse_glimmer": Tiny(
+        family("muse_glimmer", sliding(512, head_dim=8), MUSE_VISION, **MUSE_PROJECTOR),
+        batcher(patches(96)),
+        video=True,
     ),
 }
 

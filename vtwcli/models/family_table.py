@@ -29,6 +29,11 @@ _DEEPSTACK = _QWEN | {
     "no_onnx": "early layers add visual features by position, which the exported graphs do not",
     "caveat": "DeepStack adds vision again in the first layers; withdrawal starts behind them.",
 }
+_THINKER: dict[str, Any] = {
+    "text_model": "model",
+    "vision": ("visual",),
+    "beside": ("audio_tower",),
+}
 _WINDOWS = "Sliding windows count original positions."
 _FRAMES = "Frames of a video use the image's placeholder."
 _GLM: dict[str, Any] = {
@@ -404,6 +409,71 @@ FAMILIES: dict[str, Family] = {
             "CohereLabs/North-Micro-Vision-Instruct",
             "CohereCompassForConditionalGeneration",
             **_DEEPSTACK,
+        ),
+        Family(
+            "qwen2_5_omni_thinker",
+            "Qwen2.5-Omni, its thinker",
+            "Qwen/Qwen2.5-Omni-7B",
+            "Qwen2_5OmniThinkerForConditionalGeneration",
+            **_QWEN | _THINKER | {"no_onnx": _NO_ENCODER},
+        ),
+        Family(
+            "qwen3_omni_moe_thinker",
+            "Qwen3-Omni, its thinker",
+            "Qwen/Qwen3-Omni-30B-A3B-Instruct",
+            "Qwen3OmniMoeThinkerForConditionalGeneration",
+            **_DEEPSTACK | _THINKER,
+        ),
+        Family(
+            "step3p7",
+            "Step 3.7",
+            "stepfun-ai/Step-3.7-Flash",
+            "Step3p7ForConditionalGeneration",
+            vision=("model.vision_model", "model.multi_modal_projector"),
+            no_onnx=_NO_ENCODER,
+        ),
+        Family(
+            "deepseek_ocr2",
+            "DeepSeek-OCR 2",
+            "deepseek-community/DeepSeek-OCR-2",
+            "DeepseekOcr2ForConditionalGeneration",
+            vision=("model.vision_tower", "model.multi_modal_projector", "model.view_separator"),
+            no_onnx=_NO_ENCODER,
+            no_tower=_RESAMPLED,
+        ),
+        Family(
+            "granite_docling",
+            "Granite-Docling",
+            "ibm-granite/granite-for-docling-500m",
+            "GraniteDoclingForConditionalGeneration",
+            text_model="model.text_model",
+            vision=("model.vision_model",),
+            deepstack="vision_config.deepstack_visual_indexes",
+            no_onnx=_DEEPSTACK["no_onnx"],
+            caveat=_DEEPSTACK["caveat"],
+        ),
+        Family(
+            "granite4_vision",
+            "Granite 4 Vision",
+            "ibm-granite/granite-4.0-3b-vision",
+            "Granite4VisionForConditionalGeneration",
+            vision=(
+                "model.vision_tower",
+                "model.layerwise_projectors",
+                "model.spatial_projectors",
+                "model.image_newline",
+            ),
+            no_onnx=_DEEPSTACK["no_onnx"],
+            no_tower=_RESAMPLED,
+        ),
+        Family(
+            "muse_glimmer",
+            "Muse Glimmer",
+            "meta-models/Muse-Glimmer-30B",
+            "MuseGlimmerForConditionalGeneration",
+            no_onnx=_NO_ENCODER,
+            placeholder_apart=True,
+            **_QWEN | {"vision": ("model.vision_tower", "model.vision_adapter", "model.vision_projection")},
         ),
         Family(
             "qwen3_5",
