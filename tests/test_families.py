@@ -17,6 +17,7 @@ from vtwcli.errors import NotFoundError
 from vtwcli.export.onnx.graphs import VISION
 from vtwcli.models.families import FAMILIES, family_of, markdown, placeholder_ids, table
 from vtwcli.runtime import PruningError, pruned
+from vtwcli.runtime.contract import arguments
 from vtwcli.schedule.intervention import Intervention
 from vtwcli.sweep.layers import Resident
 from vtwcli.sweep.sweep import SweepItem, sweep
@@ -85,6 +86,13 @@ def test_a_row_tells_where_things_are(name):
         assert hasattr(model.get_submodule(owner), attribute), home
 
 
+def of_rows(value, keep: torch.Tensor):
+    """What of a layer's argument belongs to some rows."""
+    if isinstance(value, tuple):
+        return tuple(of_rows(part, keep) for part in value)
+    return value[:, keep] if isinstance(value, torch.Tensor) and value.ndim == 3 else value
+
+
 @torch.no_grad()
 def by_hand(model, batch: dict, visual: torch.Tensor) -> list[torch.Tensor]:
     """Last-row logits for K = 0..L-1 of one unpadded row: the rows of visual tokens are cut out of what the stock
@@ -94,8 +102,9 @@ def by_hand(model, batch: dict, visual: torch.Tensor) -> list[torch.Tensor]:
     entries, handed = [], []
 
     def record(module, args, kwargs):
-        entries.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-        handed.append({k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values")})
+        given = arguments(module, args, kwargs)
+        entries.append(given.pop("hidden_states"))
+        handed.append({k: v for k, v in given.items() if k != "past_key_values"})
 
     handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in text_model.layers]
     stock(model, batch)
@@ -105,10 +114,16 @@ def by_hand(model, batch: dict, visual: torch.Tensor) -> list[torch.Tensor]:
     results = []
     for k in range(len(entries)):
         hidden = entries[k][:, keep]
+        shared = handed[-1].get("shared_kv_states")  # what the stock model's layers left there
+        lent = {kind: tuple(x[:, :, keep] for x in two) for kind, two in (shared or {}).items()}
         for layer, kwargs in list(zip(text_model.layers, handed, strict=True))[k:]:
-            given, mask = dict(kwargs), kwargs["attention_mask"]
-            given["position_embeddings"] = tuple(x[:, keep] for x in kwargs["position_embeddings"])
+            given, mask = (
+                {name: of_rows(value, keep) for name, value in kwargs.items()},
+                kwargs["attention_mask"],
+            )
             given["position_ids"] = None
+            if shared is not None:
+                given["shared_kv_states"] = lent
             given["attention_mask"] = None if mask is None else mask[:, :, keep][:, :, :, keep]
             hidden = layer(hidden, **given)
         logits = model.get_submodule(row.head)(text_model.norm(hidden[:, -1]))

@@ -657,6 +657,26 @@ TINY: dict[str, Tiny] = {
         batcher(molmo_crops, join_molmo, types="mm_token_type_ids", mark=lambda kind, token: 1),
         video=True,
     ),
+    "llama4": Tiny(
+        family(
+            "llama4",
+            {
+                "head_dim": 8,
+                "intermediate_size_mlp": 48,
+                "num_local_experts": 4,
+                "interleave_moe_layer_step": 2,
+            }
+            | {"no_rope_layer_interval": 3, "attention_chunk_size": 512, "attn_temperature_tuning": False},
+            vision(
+                16,
+                intermediate_size=64,
+                vision_output_dim=16,
+                projector_input_dim=16,
+                projector_output_dim=16,
+            ),
+        ),
+        batcher(tiles(4, 16)),
+    ),
     "qwen3_5": Tiny(
         family(
             "qwen3_5",
@@ -965,6 +985,21 @@ VARIANTS: dict[str, Tiny] = {
             "llava", {"model_type": "mistral", "sliding_window": 8}, CLIP | vision(8), vision_feature_layer=-1
         ),
         batcher(square(4, 8)),
+    ),
+    "llama4-chunks": Tiny(
+        family(
+            "llama4",
+            {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 4, "num_experts_per_tok": 2}
+            | {"no_rope_layer_interval": 2, "attention_chunk_size": 8, "attn_temperature_tuning": False},
+            vision(
+                16,
+                intermediate_size=64,
+                vision_output_dim=16,
+                projector_input_dim=16,
+                projector_output_dim=16,
+            ),
+        ),
+        batcher(tiles(4, 16)),
     ),
     "gemma3-window": Tiny(
         family("gemma3", sliding(8, **GEMMA3), SIGLIP | vision(16), mm_tokens_per_image=4),

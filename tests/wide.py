@@ -48,7 +48,7 @@ def widen(model: Any) -> None:
         last = name.rpartition(".")[2]
         if "rotary" in last:
             for buffer in module.buffers():
-                buffer.data = buffer.double()
+                buffer.data = buffer.to(torch.complex128 if buffer.is_complex() else torch.float64)
         if last.isdigit():  # some releases make routers of float32 whatever the model's type
             for tensor in (*module.parameters(), *module.buffers()):
                 if tensor.dtype == torch.float32:

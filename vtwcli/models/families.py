@@ -21,7 +21,7 @@ __all__ = [
 ]  # fmt: skip
 
 _CLASS_TOKENS = {"clip_vision_model", "internvl_vision"}  # vision towers that have one
-_ATTENTION = {"full_attention", "sliding_attention"}  # layer types that withdrawal is proved for
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layer types that withdrawal is proved for
 
 
 def supported() -> str:

@@ -283,6 +283,18 @@ FAMILIES: dict[str, Family] = {
             caveat=_FRAMES,
         ),
         Family(
+            "llama4",
+            "Llama 4",
+            "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+            "Llama4ForConditionalGeneration",
+            text_model="language_model.model",
+            head="language_model.lm_head",
+            vision=("vision_model", "multi_modal_projector"),
+            no_onnx=_NO_ENCODER,
+            no_tower="its vision tower turns patches by a table of its own, which is not looked into",
+            caveat="Chunks count original positions.",
+        ),
+        Family(
             "glm46v",
             "GLM-4.6V",
             "zai-org/GLM-4.6V-Flash",

@@ -84,6 +84,52 @@ def check_arguments(given: Mapping[str, Any], lengths: set[int]) -> None:
                 raise strange(f"the layers get {name}, with a row for each token")
 
 
+def base_of(model: torch.nn.Module, text_model: str) -> torch.nn.Module:
+    """The module that receives ``input_ids`` together with the vision inputs: the nearest around the text model that
+    takes these, else its parent.
+
+    Args:
+        text_model: path of the text model.
+    """
+    path = text_model.split(".")[:-1]
+    for end in range(len(path), -1, -1):
+        module = model.get_submodule(".".join(path[:end]))
+        if any(name.startswith(_VISION_INPUTS) for name in inspect.signature(module.forward).parameters):
+            return module
+    return model.get_submodule(".".join(path))
+
+
+def scaled_from(attention: Any) -> int | None:
+    """The row from which on an attention scales its queries by their row's number, as Llama 4's does in layers without
+    rotary embeddings; None: it never does."""
+    if getattr(attention, "use_rope", True) or not getattr(attention, "attn_temperature_tuning", False):
+        return None
+    return int(attention.floor_scale) - 1
+
+
+def check_scaling(attention: Any, index: torch.Tensor, query: torch.Tensor, past: int) -> None:
+    """Refuse rows whose queries would be scaled by other numbers than their tokens'.
+
+    Args:
+        attention: of the layer.
+        index: token of each row, [B, T].
+        query: which rows are a token's, [B, T].
+        past: tokens seen before.
+
+    Raises:
+        PruningError: there is such a row.
+    """
+    first = scaled_from(attention)
+    if first is None or past + int(index.max()) < first:
+        return
+    step, place = first + 1, torch.arange(index.shape[1], device=index.device)
+    if bool(((index + past + 1) // step != (place + past + 1) // step)[query].any()):
+        raise PruningError(
+            f"this model scales queries by their row's number from {step} tokens on, which shorter prompts change; "
+            "prune shorter prompts"
+        )
+
+
 def arguments(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name."""
     names = [n for n in inspect.signature(module.forward).parameters if n != "self"] if args else []

@@ -89,7 +89,8 @@ def check_mask(given: Any, shape: tuple[int, int], past: int, real: Tensor | Non
     size, (batch, length), total = list(given.shape), shape, past + shape[1]
     if given.ndim == 2 and "flash" in attention_kind(attention) and size[0] == batch and size[1] <= total:
         return
-    windows = (getattr(x, "sliding_window", None) for x in (attention, getattr(attention, "config", None)))
+    names = ("sliding_window", "attention_chunk_size")
+    windows = (getattr(x, n, None) for x in (attention, getattr(attention, "config", None)) for n in names)
     window = next((w for w in windows if isinstance(w, int)), None)
     widths = (total, min(total, window - 1 + length)) if window else (total,)
     if given.ndim != 4 or size[0] not in (1, batch) or size[2] != length or size[3] not in widths:

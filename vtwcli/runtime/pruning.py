@@ -49,8 +49,10 @@ from vtwcli.runtime.contract import (
     PruningError,
     arguments,
     attention_kind,
+    base_of,
     cache_argument,
     check_arguments,
+    check_scaling,
     given_cache,
     strange,
 )
@@ -102,7 +104,7 @@ class Pruning:
         self._caches: list[str] = []  # by which name each layer takes its cache
         if self.plan.idle:
             return
-        base = model.get_submodule(path.rpartition(".")[0])
+        base = base_of(model, path)
         guard_hooks()
         self._caches = [cache_argument(layer, "hidden_states", "attention_mask") for layer in layers]
         add = self._handles.append
@@ -116,8 +118,7 @@ class Pruning:
             for child, module in text_model.named_children():
                 if "rotary_emb" in child:
                     add(module.register_forward_hook(self._turned, with_kwargs=True))
-        if base is not model:
-            add(model.register_forward_pre_hook(self._check_labels, with_kwargs=True))
+        add(model.register_forward_pre_hook(self._check_labels, with_kwargs=True))
         for index, layer in enumerate(layers):
             add(layer.register_forward_pre_hook(partial(self._enter_layer, index), with_kwargs=True))
             if self.plan.frozen(index):
@@ -348,6 +349,8 @@ class Pruning:
                 layer.expect(columns, length)
         check_arguments(kwargs, {length, past + length} - {1})
         runs = rows if split is None else split.run
+        if runs.index is not None:
+            check_scaling(attention, runs.index, runs.query, past)
         if columns is not None:
             skips = split is None and prefill and columns.visual and self.plan.text_skips(index, prefill)
             muted = self.plan.masks(index, prefill) if columns.visual else []

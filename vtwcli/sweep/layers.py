@@ -147,6 +147,7 @@ def capture(model: nn.Module, family: Family, inputs: Mapping[str, Tensor]) -> C
                 f"{first_line(error)}",
                 "its config.json and its processor's files do not go together",
             ) from error
+    _check_scaling(text_model.layers, streams[0].shape[1])
     depth = len(text_model.layers)
     if len(streams) != depth + 1:
         raise VtwError(f"the model called {len(streams) - 1} of its {depth} text layers")
@@ -167,6 +168,20 @@ def capture(model: nn.Module, family: Family, inputs: Mapping[str, Tensor]) -> C
         visual=visual,
         attended=attended,
     )
+
+
+def _check_scaling(layers: Sequence[Any], length: int) -> None:
+    """Refuse samples of a ``length`` from which on queries are scaled by their row's number: of rows that run apart
+    from the others that is another."""
+    from vtwcli.runtime.contract import scaled_from
+
+    found = [at for layer in layers if (at := scaled_from(getattr(layer, "self_attn", None))) is not None]
+    if found and length > min(found):
+        raise UsageError(
+            f"a sample of {length:,} tokens: this model scales queries by their row's number from "
+            f"{min(found) + 1:,} tokens on, which the sweep does not",
+            "give fewer or smaller images",
+        )
 
 
 @torch.no_grad()
