@@ -127,7 +127,9 @@ def by_hand(model, batch: dict, visual: torch.Tensor) -> list[torch.Tensor]:
             given["attention_mask"] = None if mask is None else mask[:, :, keep][:, :, :, keep]
             hidden = layer(hidden, **given)
         logits = model.get_submodule(row.head)(text_model.norm(hidden[:, -1]))
-        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        said = model.config.get_text_config()
+        logits *= getattr(said, "output_multiplier", 1) / getattr(said, "logits_scaling", 1)
+        cap = getattr(said, "final_logit_softcapping", None)
         results.append(torch.tanh(logits / cap) * cap if cap else logits)
     return results
 

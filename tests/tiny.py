@@ -264,16 +264,17 @@ def tiles(tokens: int, size: int) -> Callable[..., Any]:
     return medium
 
 
-def anyres(frames: int, frame_tokens: int) -> Callable[..., Any]:
-    """LLaVA-NeXT's tiles: the whole image and two tiles side by side or on top of each other, 2 x 2 patches each,
-    and a newline feature behind each row of patches."""
+def anyres(frames: int, frame_tokens: int, side: int = 8) -> Callable[..., Any]:
+    """LLaVA-NeXT's tiles: the whole image and two tiles side by side or on top of each other, 2 x 2 tokens each,
+    and a newline feature behind each row of tokens; tiles have ``side`` x ``side`` pixels."""
 
     def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
         if kind == "v":
-            return [VIDEO_ID] * frame_tokens, {"pixel_values_videos": draw(1, frames, 3, 8, 8)}
-        height, width = ((8, 16), (16, 8))[number % 2]
-        ids = [IMAGE_ID] * (4 + (height // 4) * (width // 4 + 1))
-        return ids, {"pixel_values": draw(1, 3, 3, 8, 8), "image_sizes": torch.tensor([[height, width]])}
+            return [VIDEO_ID] * frame_tokens, {"pixel_values_videos": draw(1, frames, 3, side, side)}
+        rows, columns = ((2, 4), (4, 2))[number % 2]
+        sizes = torch.tensor([[rows, columns]]) * side // 2
+        ids = [IMAGE_ID] * (4 + rows * (columns + 1))
+        return ids, {"pixel_values": draw(1, 3, 3, side, side), "image_sizes": sizes}
 
     return medium
 
@@ -316,11 +317,13 @@ def patches(
 
 
 def started(inner: Callable[..., Any]) -> Callable[..., Any]:
-    """As ``inner``, with a text token in front of each image or video, by which the model finds it."""
+    """As ``inner``, with a text token in front of each image or video, by which the model finds it, and how many
+    seconds apart a video's frames are."""
 
     def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
         ids, tensors = inner(kind, number, draw)
-        return [START_ID, *ids], tensors
+        seconds = {"video_second_per_grid": torch.ones(1)} if kind == "v" else {}
+        return [START_ID, *ids], tensors | seconds
 
     return medium
 
@@ -957,10 +960,8 @@ TINY: dict[str, Tiny] = {
             spatial_target_layers=[0, 1, 2, 3],
             downsample_rate="1/2",
             image_grid_pinpoints=[[16, 32], [32, 16]],
-            qformer_config={"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
-            | {"encoder_hidden_size": 16},
         ),
-        batcher(anyres(0, 0)),
+        batcher(anyres(0, 0, side=16)),
     ),
     "muse_glimmer": Tiny(
         family("muse_glimmer", sliding(512, head_dim=8), MUSE_VISION, **MUSE_PROJECTOR),

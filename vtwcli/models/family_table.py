@@ -30,9 +30,8 @@ _DEEPSTACK = _QWEN | {
     "caveat": "DeepStack adds vision again in the first layers; withdrawal starts behind them.",
 }
 _THINKER: dict[str, Any] = {
-    "text_model": "model",
-    "vision": ("visual",),
-    "beside": ("audio_tower",),
+    "vision": ("model.visual",),
+    "beside": ("model.audio_tower",),
 }
 _WINDOWS = "Sliding windows count original positions."
 _FRAMES = "Frames of a video use the image's placeholder."
