@@ -955,6 +955,9 @@ TINY: dict[str, Tiny] = {
             "granite4_vision",
             {"attention_multiplier": 0.3, "residual_multiplier": 0.5},
             CLIP | vision(16, hidden_size=64),
+            qformer_config={"model_type": "blip_2_qformer", "hidden_size": 64, "num_attention_heads": 2}
+            | {"num_hidden_layers": 1, "intermediate_size": 32, "encoder_hidden_size": 64}
+            | {"cross_attention_frequency": 1, "use_qformer_text_input": False},
             deepstack_layer_map=[[0, 0], [1, 2]],
             spatial_vision_layer=-1,
             spatial_target_layers=[0, 1, 2, 3],
@@ -964,7 +967,7 @@ TINY: dict[str, Tiny] = {
         batcher(anyres(0, 0, side=16)),
     ),
     "muse_glimmer": Tiny(
-        family("muse_glimmer", sliding(512, head_dim=8), MUSE_VISION, **MUSE_PROJECTOR),
+        family("muse_glimmer", sliding(512, head_dim=8, output_multiplier=1.0), MUSE_VISION, **MUSE_PROJECTOR),
         batcher(patches(96)),
         video=True,
     ),

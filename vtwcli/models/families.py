@@ -51,6 +51,10 @@ def family_of(config: Any) -> Family:
         for name in row.deepstack.split("."):
             value = getattr(value, name)
         row = replace(row, first_withdrawal=len(value))
+    if row.injected:
+        layers = [layer for name in row.injected for layer in getattr(config, name, None) or ()]
+        last = max((one if isinstance(one, int) else one[-1] for one in layers), default=0)
+        row = replace(row, first_withdrawal=last)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else None
     if not row.no_withdraw and not _ATTENTION.issuperset(getattr(text_config, "layer_types", None) or ()):
         row = replace(row, **refused(SEQUENTIAL))

@@ -25,7 +25,10 @@ class Family:
         first_withdrawal: the first layer at which withdrawal is exact (above 0 where early layers add vision again).
         deepstack: dotted config attribute with the list of vision layers that feed the first text layers; where
             it is set, ``family_of`` gives its length as ``first_withdrawal``.
-        answer_token_type: what ``token_type_ids`` hold for answer tokens, as ``generate`` continues them.
+        injected: config attributes with the text layers in front of which the model adds vision again, as a list of
+            numbers or of pairs that end in one; ``family_of`` then gives the last of them as ``first_withdrawal``.
+        injected: tuple[str, ...] = ()
+    answer_token_type: what ``token_type_ids`` hold for answer tokens, as ``generate`` continues them.
         prompt: the prompt of checkpoints that come without a chat template; ``{images}`` are the placeholders.
         placeholder_apart: whether the model takes the image placeholder out of ``input_ids`` before they are embedded,
             so that its id may lie outside the embedding.
@@ -47,6 +50,7 @@ class Family:
     video: bool = False
     first_withdrawal: int = 0
     deepstack: str | None = None
+    injected: tuple[str, ...] = ()
     answer_token_type: int = 0
     prompt: str | None = None
     placeholder_apart: bool = False

@@ -474,8 +474,10 @@ FAMILIES: dict[str, Family] = {
                 "model.spatial_projectors",
                 "model.image_newline",
             ),
+            injected=("deepstack_layer_map", "spatial_target_layers"),
             no_onnx=_DEEPSTACK["no_onnx"],
             no_tower=_RESAMPLED,
+            caveat="Vision comes in again up to the middle of its layers; withdrawal starts there.",
         ),
         Family(
             "muse_glimmer",
