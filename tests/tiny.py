@@ -971,6 +971,44 @@ TINY: dict[str, Tiny] = {
         batcher(patches(96)),
         video=True,
     ),
+    "muse_spark": Tiny(
+        family(
+            "muse_spark",
+            lambda layers: sliding(512, head_dim=8, output_multiplier=1.0)(layers)
+            | {"mlp_layer_types": ["dense", *["sparse"] * (layers - 1)], "num_local_experts": 4}
+            | {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "moe_hidden_size": 16},
+            MUSE_VISION,
+            audio_config={"patch_sizes": [2, 2], "hidden_sizes": [8, 8], "depths": [1, 1]}
+            | {"num_hidden_layers": 2, "conv_kernel_size": 3, "out_hidden_size": 32},
+            **MUSE_PROJECTOR,
+        ),
+        batcher(patches(96)),
+        video=True,
+    ),
+    "cosmos3_edge": Tiny(
+        family(
+            "cosmos3_edge",
+            MROPE | {"head_dim": 8},
+            {"num_patches": 16}
+            | {k: v for k, v in vision(0).items() if k not in ("image_size", "initializer_range")},
+            projector_hidden_size=32,
+            **BOTH,
+        ),
+        batcher(patches(48, frame_break=True), types="mm_token_type_ids"),
+        video=True,
+        own_positions=True,
+    ),
+    "cosmos3_omni": Tiny(
+        family(
+            "cosmos3_omni",
+            MROPE | {"head_dim": 8},
+            QWEN_VISION | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+            **BOTH,
+        ),
+        batcher(patches(96, frame_break=True), types="mm_token_type_ids"),
+        video=True,
+        own_positions=True,
+    ),
 }
 
 VARIANTS: dict[str, Tiny] = {
