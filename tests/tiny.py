@@ -905,20 +905,22 @@ TINY: dict[str, Tiny] = {
     "step3p7": Tiny(
         family(
             "step3p7",
-            lambda layers: sliding(512)(layers)
-            | {
-                "rope_parameters": {
-                    kind: {"rope_type": "default", "rope_theta": 1e4}
-                    for kind in ("full_attention", "sliding_attention")
-                },
-                "mlp_layer_types": ["dense", *["sparse"] * (layers - 1)],
-                "n_routed_experts": 4,
-                "num_experts_per_tok": 2,
-                "moe_intermediate_size": 16,
-                "share_expert_dim": 16,
-                "head_dim": 8,
-                "num_sliding_attention_heads": 4,
-            },
+            lambda layers: (
+                sliding(512)(layers)
+                | {
+                    "rope_parameters": {
+                        kind: {"rope_type": "default", "rope_theta": 1e4}
+                        for kind in ("full_attention", "sliding_attention")
+                    },
+                    "mlp_layer_types": ["dense", *["sparse"] * (layers - 1)],
+                    "n_routed_experts": 4,
+                    "num_experts_per_tok": 2,
+                    "moe_intermediate_size": 16,
+                    "share_expert_dim": 16,
+                    "head_dim": 8,
+                    "num_sliding_attention_heads": 4,
+                }
+            ),
             {k: v for k, v in vision(32).items() if k != "initializer_range"},
         ),
         batcher(tiles_apart(4, 32)),
@@ -967,16 +969,20 @@ TINY: dict[str, Tiny] = {
         batcher(anyres(0, 0, side=16)),
     ),
     "muse_glimmer": Tiny(
-        family("muse_glimmer", sliding(512, head_dim=8, output_multiplier=1.0), MUSE_VISION, **MUSE_PROJECTOR),
+        family(
+            "muse_glimmer", sliding(512, head_dim=8, output_multiplier=1.0), MUSE_VISION, **MUSE_PROJECTOR
+        ),
         batcher(patches(96)),
         video=True,
     ),
     "muse_spark": Tiny(
         family(
             "muse_spark",
-            lambda layers: sliding(512, head_dim=8, output_multiplier=1.0)(layers)
-            | {"mlp_layer_types": ["dense", *["sparse"] * (layers - 1)], "num_local_experts": 4}
-            | {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "moe_hidden_size": 16},
+            lambda layers: (
+                sliding(512, head_dim=8, output_multiplier=1.0)(layers)
+                | {"mlp_layer_types": ["dense", *["sparse"] * (layers - 1)], "num_local_experts": 4}
+                | {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "moe_hidden_size": 16}
+            ),
             MUSE_VISION,
             audio_config={"patch_sizes": [2, 2], "hidden_sizes": [8, 8], "depths": [1, 1]}
             | {"num_hidden_layers": 2, "conv_kernel_size": 3, "out_hidden_size": 32},

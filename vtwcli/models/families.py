@@ -14,14 +14,32 @@ from typing import Any
 
 from vtwcli.errors import NotFoundError
 from vtwcli.models.family import Family
-from vtwcli.models.family_table import FAMILIES, SEQUENTIAL, refused
+from vtwcli.models.family_table import CROSS, ENCODER, FAMILIES, INDEXED, OTHERS, SEQUENTIAL, refused
 
 __all__ = [
-    "FAMILIES", "Family", "family_of", "markdown", "placeholder_ids", "supported", "table", "tower_depth", "tower_of",
+    "FAMILIES", "OTHERS", "Family", "family_of", "markdown", "placeholder_ids", "refusal", "supported", "table", "tower_depth", "tower_of",
 ]  # fmt: skip
 
 _CLASS_TOKENS = {"clip_vision_model", "internvl_vision"}  # vision towers that have one
-_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layer types that withdrawal is proved for
+_ATTENTION = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+}  # layer types that withdrawal is proved for
+_LAYERS = {  # why it is not for others
+    **dict.fromkeys(
+        ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid", "hybrid_sliding"), SEQUENTIAL
+    ),
+    **dict.fromkeys(
+        (
+            "indexed_attention",
+            "compressed_sparse_attention",
+            "heavily_compressed_attention",
+            "minimax_m3_sparse",
+        ),
+        INDEXED,
+    ),
+}
 
 
 def supported() -> str:
@@ -30,11 +48,28 @@ def supported() -> str:
     return f"supported families: {', '.join(names)}; `vtw docs internals` says how to add one"
 
 
+def refusal(config: Any) -> str | None:
+    """Why nothing can be withdrawn from a model, by what its config says of its layers; None where nothing in it
+    speaks against that."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    kinds = set(getattr(text, "layer_types", None) or ()) - _ATTENTION
+    if getattr(config, "is_encoder_decoder", False):
+        return ENCODER
+    if getattr(text, "cross_attention_layers", None):
+        return CROSS
+    known = [_LAYERS[kind] for kind in sorted(kinds) if kind in _LAYERS]
+    if SEQUENTIAL in known:
+        return SEQUENTIAL
+    if kinds and not known:
+        return f"removal is not proved for its layers of the kind {', '.join(sorted(kinds))}"
+    return known[0] if known else None
+
+
 def family_of(config: Any) -> Family:
     """The row for a transformers config, with what depends on the config filled in.
 
-    ``first_withdrawal`` follows the number of DeepStack layers, and a text model with layers other than attention
-    is refused whatever its family.
+    ``first_withdrawal`` follows the number of DeepStack layers, and a model is refused whatever its
+    family where its config speaks against it, see ``refusal``.
 
     Raises:
         NotFoundError: no row has the config's ``model_type``; the message lists those that do.
@@ -55,10 +90,8 @@ def family_of(config: Any) -> Family:
         layers = [layer for name in row.injected for layer in getattr(config, name, None) or ()]
         last = max((one if isinstance(one, int) else one[-1] for one in layers), default=0)
         row = replace(row, first_withdrawal=last)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else None
-    if not row.no_withdraw and not _ATTENTION.issuperset(getattr(text_config, "layer_types", None) or ()):
-        row = replace(row, **refused(SEQUENTIAL))
-    return row
+    reason = None if row.no_withdraw else refusal(config)
+    return replace(row, **refused(reason)) if reason else row
 
 
 def tower_of(family: Family, config: Any) -> str | None:

@@ -7,7 +7,11 @@ from typing import Any
 from vtwcli.models.family import Family
 
 SEQUENTIAL = "its recurrent or convolutional layers carry visual tokens on in their state"
-_CROSS = "its text reads images by cross-attention, so there are no visual tokens in the text"
+CROSS = "its text reads images by cross-attention, so there are no visual tokens in the text"
+ENCODER = "it is an encoder-decoder model, whose decoder reads images by cross-attention"
+INDEXED = "its attention chooses by an index which tokens a row reads, and fewer tokens change the choice"
+_CODES = "its images are codes of its own vocabulary, for which removal is not proved"
+_TEXT = "its text model is not built like those that the runtime knows"
 _NO_ENCODER = "its vision encoder has no export yet"
 _RESAMPLED = "its visual tokens are not of single patches, they each gather from the whole image"
 _RELATIVE = "its vision tower adds relative positions inside attention, which is not looked into"
@@ -522,6 +526,21 @@ FAMILIES: dict[str, Family] = {
             **_QWEN,
         ),
         Family(
+            "qwen3_5_moe",
+            "Qwen3.5 MoE",
+            "Qwen/Qwen3.5-35B-A3B",
+            "Qwen3_5MoeForConditionalGeneration",
+            **refused(SEQUENTIAL),
+            **_QWEN,
+        ),
+        Family(
+            "minicpmv4_6",
+            "MiniCPM-V 4.6",
+            "openbmb/MiniCPM-V-4.6",
+            "MiniCPMV4_6ForConditionalGeneration",
+            **refused(SEQUENTIAL),
+        ),
+        Family(
             "lfm2_vl",
             "LFM2-VL",
             "LiquidAI/LFM2-VL-1.6B",
@@ -529,12 +548,128 @@ FAMILIES: dict[str, Family] = {
             **refused(SEQUENTIAL),
         ),
         Family(
+            "lfm3_vl",
+            "LFM3-VL",
+            "LiquidAI/LFM3-VL-2B",
+            "Lfm3VlForConditionalGeneration",
+            placeholders=("image_token_id", "video_token_id"),
+            video=True,
+            **refused(SEQUENTIAL),
+        ),
+        Family(
+            "nemotron_h_omni",
+            "Nemotron 3 Nano Omni",
+            "nvidia/Nemotron-3-Nano-Omni-30B-A3B-Reasoning-BF16",
+            "NemotronH_Omni_Reasoning_V3",
+            **refused(SEQUENTIAL),
+        ),
+        Family(
+            "glm5_next",
+            "GLM-5.3",
+            "zai-org/GLM-5.3-Flash",
+            "Glm5NextForConditionalGeneration",
+            video=True,
+            **refused(SEQUENTIAL),
+        ),
+        Family(
+            "mistral_large4",
+            "Mistral Large 4",
+            "mistralai/Mistral-Large-4-1T-A52B",
+            "MistralLarge4ForConditionalGeneration",
+            **refused(INDEXED),
+        ),
+        Family(
+            "minimax_m3_vl",
+            "MiniMax-M3",
+            "MiniMaxAI/MiniMax-M3",
+            "MiniMaxM3SparseForConditionalGeneration",
+            video=True,
+            **refused(INDEXED),
+        ),
+        Family(
             "mllama",
             "Llama 3.2 Vision",
             "meta-llama/Llama-3.2-11B-Vision-Instruct",
             "MllamaForConditionalGeneration",
             vision=("model.vision_model", "model.multi_modal_projector"),
-            **refused(_CROSS),
+            **refused(CROSS),
+        ),
+        Family(
+            "idefics",
+            "IDEFICS",
+            "HuggingFaceM4/idefics-9b",
+            "IdeficsForVisionText2Text",
+            **refused(CROSS),
+        ),
+        Family(
+            "florence2",
+            "Florence-2",
+            "florence-community/Florence-2-base",
+            "Florence2ForConditionalGeneration",
+            **refused(ENCODER),
+        ),
+        Family(
+            "kosmos-2",
+            "Kosmos-2",
+            "microsoft/kosmos-2-patch14-224",
+            "Kosmos2ForConditionalGeneration",
+            **refused("a mask of its own tells its image tokens, not a placeholder"),
+        ),
+        Family(
+            "blip-2",
+            "BLIP-2",
+            "Salesforce/blip2-opt-2.7b",
+            "Blip2ForConditionalGeneration",
+            **refused(_TEXT),
+        ),
+        Family(
+            "instructblip",
+            "InstructBLIP",
+            "Salesforce/instructblip-vicuna-7b",
+            "InstructBlipForConditionalGeneration",
+            **refused(_TEXT),
+        ),
+        Family(
+            "ernie4_5_vl_moe",
+            "ERNIE 4.5 VL",
+            "baidu/ERNIE-4.5-VL-28B-A3B-PT",
+            "Ernie4_5_VLMoeForConditionalGeneration",
+            **_QWEN
+            | refused("its layers are told which tokens are visual, which the runtime does not gather"),
         ),
     )
 }
+
+OTHERS: dict[str, str] = {
+    "apertus1p5": _CODES,
+    "blip": CROSS,
+    "chameleon": _CODES,
+    "diffusion_gemma": "it writes text by diffusion, block by block, not token by token",
+    "dots3_note": INDEXED,
+    "emu3": _CODES,
+    "evolla": "it reads proteins, not images",
+    "fuyu": _TEXT,
+    "gemma3n": "its layers get inputs of their own for each token, for which removal is not proved",
+    "gemma4": "its layers share keys and values, for which removal is not proved",
+    "gemma4_unified": "its layers share keys and values, for which removal is not proved",
+    "git": "it puts images in front of the text by itself, so that no placeholders stand for them",
+    "hy_v4_vl": INDEXED,
+    "inkling2": SEQUENTIAL,
+    "inkling2_loop": SEQUENTIAL,
+    "inkling_mm_model": SEQUENTIAL,
+    "instructblipvideo": _TEXT,
+    "kosmos-2.5": "a mask of its own tells its image tokens, not a placeholder",
+    "minicpm_ocr": SEQUENTIAL,
+    "minicpmv4_7": SEQUENTIAL,
+    "mistral4": "it is the text model of others and reads no images",
+    "pi0": "it answers with movements, not with text",
+    "pix2struct": ENCODER,
+    "pp_formulanet": ENCODER,
+    "qwen4_exp": SEQUENTIAL,
+    "shieldgemma2": "it classifies images and answers no questions",
+    "t5gemma2": ENCODER,
+    "udop": ENCODER,
+    "unlimited_ocr": "its window leaves the prompt out, for which removal is not proved",
+    "vision-encoder-decoder": ENCODER,
+}
+"""Why the other model types that read images have no row."""
