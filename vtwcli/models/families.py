@@ -3,8 +3,9 @@
 A row says where things live inside the stock transformers model and which assumptions hold, so that no other
 module knows a family by name. Torch-free: the command line reads it for help and error messages.
 
-To add a family: write its row into ``family_table``, and a tiny model built from config beside the others in ``tests/tiny.py``.
-The tests find both and check them: paths, placeholder ids, runtime and sweep against the slow reference.
+To add a family: write its row into ``family_table``, and a tiny model built from config beside the others in
+``tests/tiny.py``. The tests find both and check them: paths, placeholder ids, runtime and sweep against the slow
+reference.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from vtwcli.models.family import Family
 from vtwcli.models.family_table import CROSS, ENCODER, FAMILIES, INDEXED, OTHERS, SEQUENTIAL, refused
 
 __all__ = [
-    "FAMILIES", "OTHERS", "Family", "family_of", "markdown", "placeholder_ids", "refusal", "supported", "table", "tower_depth", "tower_of",
+    "FAMILIES", "OTHERS", "Family", "family_of", "markdown", "placeholder_ids", "refusal", "supported", "table",
+    "tower_depth", "tower_of",
 ]  # fmt: skip
 
-_CLASS_TOKENS = {"clip_vision_model", "internvl_vision"}  # vision towers that have one
+_CLASS_TOKENS = {"clip_vision_model", "internvl_vision", "qianfan_ocr_vision"}  # vision towers that have one
 _ATTENTION = {
     "full_attention",
     "sliding_attention",

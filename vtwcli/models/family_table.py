@@ -15,6 +15,7 @@ _TEXT = "its text model is not built like those that the runtime knows"
 _NO_ENCODER = "its vision encoder has no export yet"
 _RESAMPLED = "its visual tokens are not of single patches, they each gather from the whole image"
 _RELATIVE = "its vision tower adds relative positions inside attention, which is not looked into"
+_UNSEEN = "from which patches each of its visual tokens comes is not looked into"
 _BLOCKS = "its image tokens attend to each other in both directions, which the exported graphs do not"
 
 
@@ -335,6 +336,7 @@ FAMILIES: dict[str, Family] = {
             "PaddleOCRVLForConditionalGeneration",
             vision=("model.visual", "model.projector"),
             no_onnx=_NO_ENCODER,
+            no_tower=_UNSEEN,
         ),
         Family(
             "hunyuan_vl",
@@ -343,6 +345,7 @@ FAMILIES: dict[str, Family] = {
             "HunYuanVLForConditionalGeneration",
             vision=("model.vision_tower",),
             no_onnx=_NO_ENCODER,
+            no_tower=_UNSEEN,
             caveat="Row breaks, begin and end of an image are visual tokens and leave too.",
         ),
         Family(
@@ -361,6 +364,7 @@ FAMILIES: dict[str, Family] = {
             placeholders=("image_token_id", "video_token_id"),
             video=True,
             no_onnx=_NO_ENCODER,
+            no_tower="its vision tower is timm's, which is not looked into",
         ),
         Family(
             "fast_vlm",
@@ -407,6 +411,7 @@ FAMILIES: dict[str, Family] = {
             "moonshotai/Kimi-K2.6",
             "Kimi_K25ForConditionalGeneration",
             no_onnx=_NO_ENCODER,
+            no_tower=_UNSEEN,
             placeholder_apart=True,
             **_QWEN | {"vision": ("model.vision_tower", "model.mm_projector")},
         ),
@@ -446,6 +451,7 @@ FAMILIES: dict[str, Family] = {
             "Step3p7ForConditionalGeneration",
             vision=("model.vision_model", "model.multi_modal_projector"),
             no_onnx=_NO_ENCODER,
+            no_tower=_UNSEEN,
         ),
         Family(
             "deepseek_ocr2",
@@ -489,6 +495,7 @@ FAMILIES: dict[str, Family] = {
             "meta-models/Muse-Glimmer-30B",
             "MuseGlimmerForConditionalGeneration",
             no_onnx=_NO_ENCODER,
+            no_tower=_UNSEEN,
             placeholder_apart=True,
             **_QWEN | {"vision": ("model.vision_tower", "model.vision_adapter", "model.vision_projection")},
         ),
@@ -499,6 +506,7 @@ FAMILIES: dict[str, Family] = {
             "MuseSparkForConditionalGeneration",
             beside=("model.audio_tower",),
             no_onnx=_NO_ENCODER,
+            no_tower=_UNSEEN,
             placeholder_apart=True,
             **_QWEN | {"vision": ("model.vision_tower", "model.vision_adapter", "model.vision_projection")},
         ),
