@@ -317,13 +317,13 @@ def patches(
 
 
 def started(inner: Callable[..., Any]) -> Callable[..., Any]:
-    """As ``inner``, with a text token in front of each image or video, by which the model finds it, and how many
-    seconds apart a video's frames are."""
+    """As ``inner``, with a text token in front of each image or video, by which the model finds it, one behind it, and
+    how many seconds apart a video's frames are."""
 
     def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
         ids, tensors = inner(kind, number, draw)
         seconds = {"video_second_per_grid": torch.ones(1)} if kind == "v" else {}
-        return [START_ID, *ids], tensors | seconds
+        return [START_ID, *ids, BREAK_ID], tensors | seconds
 
     return medium
 
@@ -1063,3 +1063,7 @@ VARIANTS: dict[str, Tiny] = {
 }
 
 llava, llava_batch = TINY["llava"][:2]
+LONG = {"deepseek_ocr2"}
+"""Models whose images have so many tokens that slow tests leave them out."""
+COMPRESSED = {"kimi_k25"}
+"""Models whose cache holds compressed keys and values."""

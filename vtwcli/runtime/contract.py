@@ -130,6 +130,22 @@ def check_scaling(attention: Any, index: torch.Tensor, query: torch.Tensor, past
         )
 
 
+def check_values(attention: Any, values: torch.Tensor) -> None:
+    """Refuse cache entries [B, H_kv, T, D] that are not the values which the attention's weights meet, such as those
+    of multi-head latent attention.
+
+    Raises:
+        PruningError: the entries are others.
+    """
+    wide = getattr(getattr(attention, "o_proj", None), "in_features", None)
+    groups = getattr(attention, "num_key_value_groups", None)
+    if wide is not None and groups is not None and values.shape[1] * groups * values.shape[3] != wide:
+        raise PruningError(
+            "the cache of this model holds compressed keys and values, so measured scores and mutes that leave the "
+            "softmax as it is have nothing to work on; use withdraw, freeze, and keep by uniform or random"
+        )
+
+
 def arguments(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name."""
     names = [n for n in inspect.signature(module.forward).parameters if n != "self"] if args else []
