@@ -36,6 +36,12 @@ FAMILIES = {
         {"image_seq_length": 4},
         (4, 8),
     ),
+    "gemma4": (
+        "Gemma4ImageProcessor",
+        {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70},  # the fewest that it knows
+        {"feature_extractor": {"feature_extractor_type": "Gemma4AudioFeatureExtractor"}},
+        (64, 128),
+    ),
     "smolvlm": (
         "SmolVLMImageProcessor",
         {"size": {"longest_edge": 16}, "max_image_size": {"longest_edge": 16}, "do_image_splitting": False},
@@ -49,6 +55,11 @@ SPECIAL = {
     "video_token": "<unused97>",
     "start_image_token": "<unused96>",
     "end_image_token": "<unused95>",
+    "boi_token": "<unused96>",
+    "eoi_token": "<unused95>",
+    "audio_token": "<unused94>",
+    "boa_token": "<unused93>",
+    "eoa_token": "<unused92>",
 }
 
 

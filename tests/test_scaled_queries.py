@@ -49,5 +49,5 @@ def test_longer_prompts_are_refused_where_rows_would_be_scaled_otherwise():
     with pruned(model, 6):
         model(**batch)
     item = SweepItem(batch, torch.tensor([[18], [18]]))
-    with pytest.raises(UsageError, match="a sample of 19 tokens: .* from 8 tokens on"):
+    with pytest.raises(UsageError, match=r"a sample of 19 tokens: .* from 8 tokens on"):
         sweep(Resident(model, family_of(model.config)), [item], [Intervention("withdraw", 2)])

@@ -15,7 +15,7 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, SiglipVisionConfig
 
 from tests.wide import widen
 
@@ -400,6 +400,57 @@ def join_molmo(media: list[Medium], rows: int) -> Tensors:
     return out
 
 
+def pooled(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
+    """Gemma 4's flat patches with their places, 2 x 2 of them a token: images of 4 x 4, 4 x 8 or 8 x 4 patches filled
+    up to 32; videos of two frames with text between them."""
+    height, wide = ((4, 4), (4, 8), (8, 4))[number % 3]
+    frames = 2 if kind == "v" else 1
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(wide), indexing="ij")
+    places = torch.full((frames, 32, 2), -1)
+    places[:, : height * wide] = torch.stack([x.flatten(), y.flatten()], -1)
+    pixels, tokens = draw(frames, 32, 48), height * wide // 4
+    if kind == "i":
+        return [IMAGE_ID] * tokens, {"pixel_values": pixels, "image_position_ids": places}
+    return [VIDEO_ID] * tokens + [BREAK_ID] + [VIDEO_ID] * tokens, {
+        "pixel_values_videos": pixels,
+        "video_position_ids": places,
+        "num_frames_per_video": torch.tensor([frames]),
+    }
+
+
+def gemma4(shared: int, window: int = 512, **more: Any) -> Callable[[int], dict[str, Any]]:
+    """Text settings of Gemma 4, every other layer sliding; the last ``shared`` layers have no keys of their own."""
+    return lambda layers: sliding(
+        window,
+        head_dim=8,
+        global_head_dim=16,
+        num_kv_shared_layers=shared,
+        vocab_size_per_layer_input=VOCAB,
+        **more,
+    )(layers)
+
+
+def gemma3n(layers: int) -> Any:
+    """Gemma 3n with another vision tower than its own, which wants a library that nothing else here does."""
+    parts = text(
+        layers,
+        head_dim=8,
+        vocab_size_per_layer_input=VOCAB - 4,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.5] + [0.0] * (layers - 1),
+        **sliding(512, num_kv_shared_layers=2)(layers),
+    )
+    audio = {"hidden_size": 16, "conf_num_hidden_layers": 1, "conf_num_attention_heads": 2}
+    audio |= {"vocab_size": 2, "vocab_offset": 97}
+    config = AutoConfig.for_model("gemma3n", text_config=parts, audio_config=audio, image_token_id=IMAGE_ID)
+    tower = SiglipVisionConfig(**vision(16))
+    vars(tower).update(vocab_size=2, vocab_offset=95, rms_norm_eps=1e-6)
+    vars(config)["vision_config"] = tower  # an assignment would be checked
+    return config
+
+
 CLIP = {"model_type": "clip_vision_model"}
 SIGLIP = {"model_type": "siglip_vision_model", "vision_use_head": False}
 PIXTRAL = {"model_type": "pixtral", "head_dim": 8}
@@ -468,6 +519,12 @@ MUSE_VISION = {
     "pos_emb_height": 4,
     "pos_emb_width": 4,
     "layer_types": ["window_attention", "full_attention"],
+}
+GEMMA4_VISION = {name: value for name, value in vision(0).items() if name != "image_size"} | {
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pooling_kernel_size": 2,
+    "position_embedding_size": 64,
 }
 BOTH = {"video_token_id": VIDEO_ID}
 MUSE_PROJECTOR = {"projector_hidden_size": 16, "out_hidden_size": 64, **BOTH}
@@ -660,6 +717,16 @@ TINY: dict[str, Tiny] = {
         batcher(molmo_crops, join_molmo, types="mm_token_type_ids", mark=lambda kind, token: 1),
         video=True,
     ),
+    "gemma4": Tiny(
+        family(
+            "gemma4",
+            gemma4(3, hidden_size_per_layer_input=8, use_double_wide_mlp=True),
+            GEMMA4_VISION,
+            **BOTH,
+        ),
+        batcher(pooled, types="mm_token_type_ids"),
+        video=True,
+    ),
     "llama4": Tiny(
         family(
             "llama4",
@@ -705,6 +772,7 @@ TINY: dict[str, Tiny] = {
         ),
         batcher(square(4, 16)),  # withdrawal is refused, so text alone will do
     ),
+    "gemma3n": Tiny(builder(gemma3n, False), batcher(square(4, 16))),  # text alone will do
     "mllama": Tiny(
         family(
             "mllama",
@@ -1033,6 +1101,27 @@ VARIANTS: dict[str, Tiny] = {
             "llava", {"model_type": "mistral", "sliding_window": 8}, CLIP | vision(8), vision_feature_layer=-1
         ),
         batcher(square(4, 8)),
+    ),
+    "gemma4-moe": Tiny(  # as those of more than 20 billion parameters
+        family(
+            "gemma4",
+            gemma4(
+                0,
+                8,
+                hidden_size_per_layer_input=0,
+                use_bidirectional_attention="vision",
+                attention_k_eq_v=True,
+                num_global_key_value_heads=1,
+                enable_moe_block=True,
+                num_experts=4,
+                top_k_experts=2,
+                moe_intermediate_size=16,
+            ),
+            GEMMA4_VISION,
+            **BOTH,
+        ),
+        batcher(pooled, types="mm_token_type_ids"),
+        video=True,
     ),
     "llama4-chunks": Tiny(
         family(

@@ -19,6 +19,7 @@ from vtwcli.judge.flops import (
     DEFAULT_CONVENTION,
     Convention,
     TextShape,
+    kv_bytes,
     prefill_cost,
     tokens_with_withdrawal,
 )
@@ -209,7 +210,7 @@ def _costs(shape: TextShape, measured: Sequence[Measured], depth: int) -> list[C
         return sum(prefill_cost(shape, tokens_with_withdrawal(depth, t, v, k), convention) for t, v in counts)
 
     def entries(k: int) -> int:
-        return sum(sum(tokens_with_withdrawal(depth, t, v, k)) for t, v in counts)
+        return sum(kv_bytes(shape, tokens_with_withdrawal(depth, t, v, k), 1) for t, v in counts)
 
     return [
         {

@@ -377,7 +377,7 @@ def _schedule_row(
         "flops": mean_flops(mine),
         "flops_full": mean_flops(whole),
         "flops_ratio": {c: flops_ratio(shape, mine, whole, c) for c in CONVENTIONS},
-        "kv_ratio": kv_ratio(mine, whole),
+        "kv_ratio": kv_ratio(shape, mine, whole),
         "kv_bytes": {
             "measured": costs.cache[name],
             "computed": kv_bytes(shape, mine[costs.sample].tokens_per_layer, variant.dtype.itemsize),

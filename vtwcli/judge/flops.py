@@ -18,7 +18,7 @@ frozen: they cost their keys and values alone, 2dg each, and n² becomes (n - f)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 Convention = Literal["flops", "macs-3mlp", "macs-2mlp"]
@@ -28,7 +28,12 @@ DEFAULT_CONVENTION: Convention = "flops"
 
 @dataclass(frozen=True)
 class TextShape:
-    """The sizes of a text model that its cost depends on."""
+    """The sizes of a text model that its cost depends on.
+
+    Attributes:
+        each: the sizes of each layer, where they differ; those that borrow keys and values have no heads for them. The
+            other attributes are then those of the first.
+    """
 
     layers: int
     hidden: int
@@ -36,20 +41,39 @@ class TextShape:
     heads: int
     kv_heads: int
     head_dim: int
+    each: tuple[TextShape, ...] = ()
+
+    def of(self, layer: int) -> TextShape:
+        """The sizes of one layer."""
+        return self.each[layer] if self.each else self
 
     @classmethod
     def from_config(cls, config: Any) -> TextShape:
         """Read the sizes from a transformers config, top-level or text."""
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        heads = text.num_attention_heads
-        intermediate = text.intermediate_size
+        modes = getattr(text, "kv_sharing_modes", None)
+        if modes is None:
+            return cls._of_layer(text, text.num_hidden_layers)
+        wide = 2 if getattr(text, "use_double_wide_mlp", False) else 1
+        parts = getattr(text, "per_layer_config", None)
+        each = []
+        for layer, mode in enumerate(modes):
+            one = cls._of_layer(text if parts is None else parts[layer], 1)
+            if mode == "reuse":
+                one = replace(one, kv_heads=0, intermediate=one.intermediate * wide)
+            each.append(one)
+        return replace(each[0], layers=len(each), each=tuple(each))
+
+    @classmethod
+    def _of_layer(cls, config: Any, layers: int) -> TextShape:
+        heads, intermediate = config.num_attention_heads, config.intermediate_size
         return cls(
-            layers=text.num_hidden_layers,
-            hidden=text.hidden_size,
+            layers=layers,
+            hidden=config.hidden_size,
             intermediate=intermediate if isinstance(intermediate, int) else max(intermediate),
             heads=heads,
-            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         )
 
 
@@ -79,13 +103,14 @@ def prefill_cost(
         frozen_per_layer: how many of them are not updated; None: all are.
     """
     frozen = [0] * len(tokens_per_layer) if frozen_per_layer is None else frozen_per_layer
-    layers = zip(tokens_per_layer, frozen, strict=True)
-    return sum(layer_cost(shape, tokens, convention, still) for tokens, still in layers)
+    layers = enumerate(zip(tokens_per_layer, frozen, strict=True))
+    return sum(layer_cost(shape.of(d), tokens, convention, still) for d, (tokens, still) in layers)
 
 
 def kv_bytes(shape: TextShape, tokens_per_layer: Sequence[int], bytes_per_value: int = 2) -> int:
     """Bytes of keys and values that the layers hold for ``tokens_per_layer`` tokens."""
-    return sum(tokens_per_layer) * 2 * shape.kv_heads * shape.head_dim * bytes_per_value
+    widths = (shape.of(d).kv_heads * shape.of(d).head_dim for d in range(len(tokens_per_layer)))
+    return sum(n * 2 * g * bytes_per_value for n, g in zip(tokens_per_layer, widths, strict=True))
 
 
 def tokens_with_withdrawal(layers: int, text: int, visual: int, k: int) -> list[int]:

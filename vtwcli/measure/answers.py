@@ -77,11 +77,11 @@ def flops_ratio(
     return total(pruned) / total(full)
 
 
-def kv_ratio(pruned: Sequence[Answer], full: Sequence[Answer]) -> float:
-    """Entries that the KV cache holds for all prompts, over the full model's."""
+def kv_ratio(shape: TextShape, pruned: Sequence[Answer], full: Sequence[Answer]) -> float:
+    """What the KV cache holds for all prompts, over the full model's."""
 
     def total(answers: Sequence[Answer]) -> int:
-        return sum(sum(answer.tokens_per_layer) for answer in answers)
+        return sum(kv_bytes(shape, answer.tokens_per_layer, 1) for answer in answers)
 
     return total(pruned) / total(full)
 

@@ -193,7 +193,7 @@ def described(candidate: Candidate, number: int, found: Tried, shape: TextShape)
         "worst_kl": max(by_task.values()),
         "agreement": float(found.agreement(number).mean()),
         "flops_ratio": {c: flops_ratio(shape, mine, found.full, c) for c in CONVENTIONS},
-        "kv_ratio": kv_ratio(mine, found.full),
+        "kv_ratio": kv_ratio(shape, mine, found.full),
         "visual_tokens": [float(n) for n in np.mean([answer.visual_per_layer for answer in mine], axis=0)],
         "schedule": candidate.schedule.to_dict(),
     }

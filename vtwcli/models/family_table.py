@@ -10,6 +10,7 @@ SEQUENTIAL = "its recurrent or convolutional layers carry visual tokens on in th
 CROSS = "its text reads images by cross-attention, so there are no visual tokens in the text"
 ENCODER = "it is an encoder-decoder model, whose decoder reads images by cross-attention"
 INDEXED = "its attention chooses by an index which tokens a row reads, and fewer tokens change the choice"
+_STREAMS = "by AltUp its layers hand on several streams for each token, which are not taken apart yet"
 _CODES = "its images are codes of its own vocabulary, for which removal is not proved"
 _TEXT = "its text model is not built like those that the runtime knows"
 _NO_ENCODER = "its vision encoder has no export yet"
@@ -285,6 +286,19 @@ FAMILIES: dict[str, Family] = {
             no_onnx=_BLOCKS,
             no_tower="its visual tokens pool patches by attention",
             caveat=_FRAMES,
+        ),
+        Family(
+            "gemma4",
+            "Gemma 4",
+            "google/gemma-4-E4B-it",
+            "Gemma4ForConditionalGeneration",
+            vision=("model.vision_tower", "model.embed_vision"),
+            placeholders=("image_token_id", "video_token_id"),
+            video=True,
+            no_onnx=_NO_ENCODER,
+            no_tower="its visual tokens pool patches by their positions, which is not looked into",
+            caveat=f"{_WINDOWS} Layers that share keys and values leave out those of withdrawn tokens.",
+            placeholder_apart=True,
         ),
         Family(
             "llama4",
@@ -617,6 +631,14 @@ FAMILIES: dict[str, Family] = {
             **refused(ENCODER),
         ),
         Family(
+            "gemma3n",
+            "Gemma 3n",
+            "google/gemma-3n-E4B-it",
+            "Gemma3nForConditionalGeneration",
+            vision=("model.vision_tower", "model.embed_vision"),
+            **refused(_STREAMS),
+        ),
+        Family(
             "kosmos-2",
             "Kosmos-2",
             "microsoft/kosmos-2-patch14-224",
@@ -657,8 +679,6 @@ OTHERS: dict[str, str] = {
     "emu3": _CODES,
     "evolla": "it reads proteins, not images",
     "fuyu": _TEXT,
-    "gemma3n": "its layers get inputs of their own for each token, for which removal is not proved",
-    "gemma4": "its layers share keys and values, for which removal is not proved",
     "gemma4_unified": "its layers share keys and values, for which removal is not proved",
     "git": "it puts images in front of the text by itself, so that no placeholders stand for them",
     "hy_v4_vl": INDEXED,

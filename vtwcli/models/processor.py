@@ -81,7 +81,14 @@ def _without_video(family: Family) -> Any:
     if parts[-1] != "video_processor":  # the class hands its parts on by their places
         return None
 
-    class ImagesOnly(base):  # type: ignore[misc, valid-type]
+    class NoVideo(transformers.ProcessorMixin):
+        """Stands behind the class, which may hand on its parts by their names."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("video_processor", None)
+            super().__init__(*args, **kwargs)
+
+    class ImagesOnly(base, NoVideo):  # type: ignore[misc, valid-type]
         video_processor = SimpleNamespace(num_frames=None, fps=None)  # SmolVLM asks for these of images too
 
         @classmethod

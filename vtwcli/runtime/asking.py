@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vtwcli.runtime.contract import CACHE_NAMES, PruningError, cache_argument, strange
+from vtwcli.runtime.contract import CACHE_NAMES, LENT, PruningError, borrows, cache_argument, strange
 from vtwcli.runtime.rows import Tensor, take, take_positions
 
 not_compiled = torch.compiler.disable  # hooks decide by values, so under torch.compile they run as they are
@@ -81,7 +81,9 @@ def attend(
     given |= {"hidden_states": take(hidden, index, 1), "attention_mask": mask}
     take_positions(given, index, hidden.shape[1], module)
     given[cache_argument(module)] = fixed = _Fixed(keys, values)
+    if LENT in given:
+        given[LENT] = {module.layer_type: (keys, values)}
     output = module.forward(**given)
-    if fixed.asked != 1 or not isinstance(output, tuple) or len(output) < 2:
+    if fixed.asked != (not borrows(module)) or not isinstance(output, tuple) or len(output) < 2:
         raise strange("the attention of this model does not ask its cache once, or returns no tuple")
     return output

@@ -18,6 +18,8 @@ from transformers.cache_utils import (
 from vtwcli.runtime.contract import PruningError, strange
 from vtwcli.runtime.rows import TEXT, Rows, Tensor, compact, take
 
+NEVER = 1 << 30  # more layers than any model has
+
 
 @dataclass(eq=False)
 class Columns:
@@ -30,6 +32,7 @@ class Columns:
         visual: whether some kind may be visual.
         absent: positions of tokens that left in front of the model, so that later ones have lower position ids,
             [B, M], -1: none; or None.
+        until: where later layers borrow the entries, the first that does not read each, [B, T]; None: all do.
         gone: indices of tokens whose positions those behind them have taken over, -1: none, [B, G]; or None.
     """
 
@@ -39,6 +42,7 @@ class Columns:
     visual: bool = False
     absent: Tensor | None = None
     gone: Tensor | None = None
+    until: Tensor | None = None
     picked: tuple[Any, Columns] | None = None
 
     def pick(self, rows: Tensor) -> Columns:
@@ -47,22 +51,33 @@ class Columns:
             index = rows.to(self.position.device)
             absent = None if self.absent is None else self.absent[index]
             gone = None if self.gone is None else self.gone[index]
+            until = None if self.until is None else self.until[index]
             position, kind = self.position[index], self.kind[index]
-            taken = replace(self, position=position, kind=kind, absent=absent, gone=gone, picked=None)
+            taken = replace(
+                self, position=position, kind=kind, absent=absent, gone=gone, until=until, picked=None
+            )
             self.picked = (rows, taken)
         return self.picked[1]
 
     def slice(self, columns: slice | Tensor) -> Columns:
         """These entries."""
-        position = self.position[:, columns]
-        return replace(self, position=position, kind=self.kind[:, columns], picked=None)
+        position, kind = self.position[:, columns], self.kind[:, columns]
+        until = None if self.until is None else self.until[:, columns]
+        return replace(self, position=position, kind=kind, until=until, picked=None)
 
     def gather(self, rows: Rows) -> Columns:
         """The entries ``rows`` [B, T'], in each row of the batch its own."""
         assert rows.index is not None
         position = self.position.gather(1, rows.index).masked_fill(~rows.key, -1)
         kind = self.kind.gather(1, rows.index)
-        return Columns(position, kind, rows.ragged, self.visual, self.absent, self.gone)
+        until = None if self.until is None else self.until.gather(1, rows.index)
+        return Columns(position, kind, rows.ragged, self.visual, self.absent, self.gone, until)
+
+    def until_of(self, more: int) -> Tensor | None:
+        """``until`` with as many ``more`` entries behind, which all layers read."""
+        if self.until is None:
+            return None
+        return torch.cat([self.until, self.until.new_full((len(self.until), more), NEVER)], 1)
 
 
 class PrunedLayer(DynamicLayer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import replace
 from typing import Any
 
@@ -64,6 +65,7 @@ class Call:
         self.entry_numbers: dict[str, Tensor] = {}
         self.left: Tensor | None = None
         self.tap: Any = None  # a ``Tap``, which knows this class
+        self.loans: dict[int, Any] = {}  # by layer, a ``Loan``
         self.past = 0
         self.cache: Any = None
         self.begun = 0  # how many layers have been
@@ -115,8 +117,8 @@ class Call:
                 self.rows_at.append(self.shape[1] if now.index is None else now.index.shape[1])
         return self.at[layer]
 
-    def finish(self) -> Rows | None:
-        """After the last layer: the rows that ran in it.
+    def finish(self, borrowers: Container[int] = ()) -> Rows | None:
+        """After the last layer: the rows that ran in it; ``borrowers`` are layers without a cache of their own.
 
         Raises:
             PruningError: a layer or its attention was passed by, or a cache does not hold what the schedule says.
@@ -124,7 +126,7 @@ class Call:
         self._check_tap()
         if self.begun != self.plan.depth:
             raise strange(f"the model called {self.begun} of its {self.plan.depth} layers")
-        self._check_cache()
+        self._check_cache(borrowers)
         self.tap, self.cache, self.entered, self.over = None, None, None, True
         self.memo.clear()
         return self.at.get(self.plan.depth - 1)
@@ -154,12 +156,12 @@ class Call:
         if self.tap is not None and (self.tap.due or self.tap.keys is None):
             raise strange(f"layer {self.tap.layer} does not call its self_attn with the cache it is given")
 
-    def _check_cache(self) -> None:
+    def _check_cache(self, borrowers: Container[int]) -> None:
         """Every layer's cache has seen the chunk's tokens and holds the entries announced to it, no others."""
         seen = self.past + self.shape[1]
         for number, layer in enumerate(getattr(self.cache, "layers", None) or ()):
-            if number >= self.plan.depth:
-                break
+            if number >= self.plan.depth or number in borrowers:
+                continue
             if getattr(layer, "awaited", False) or layer.get_seq_length() != seen:
                 raise strange(
                     f"layer {number} did not put its keys and values into the cache it was given: that has seen "
@@ -314,18 +316,19 @@ class Call:
             index = self.index(rows, device)
             position = (index + past).masked_fill(~rows.key.to(device), -1)
             kind = self.kinds(rows, device)
-            ragged, visual = rows.ragged, self.visual is not None
+            ragged, visual, until = rows.ragged, self.visual is not None, None
             if old is not None:
                 position = torch.cat([old.position, position], 1)
                 kind = torch.cat([old.kind, kind], 1)
                 ragged, visual = ragged or old.ragged, visual or old.visual
+                until = old.until_of(index.shape[1])
             absent, gone = (None, None) if old is None else (old.absent, old.gone)
             if self.front is not None and self.front.left is not None:
                 absent = gone_at(self.front.left.to(device), past, absent)
             if rows.gone is not None:
                 gone = gone_at(rows.gone.to(device), past, gone)
             # the memo holds what its keys are the ids of, so that no other object gets them
-            self.memo[key] = Columns(position, kind, ragged, visual, absent, gone), old, rows
+            self.memo[key] = Columns(position, kind, ragged, visual, absent, gone, until), old, rows
         return self.memo[key][0]
 
     def lowering(self, rows: Rows, old: Tensor | None) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ TESTED = ("4.57.6", "5.0.0", "5.10.4", "5.20.0", "5.23.0", "5.24.0")
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")  # newest first
 CALL = "pruning_call"  # carries the state of one forward pass from the text model to its layers
 POSITIONS = "position_embeddings"  # what the names of rotary embeddings begin with
+LENT = "shared_kv_states"  # keys and values that layers lend to later ones, by the kind of layer
 _VISION_INPUTS = (
     "pixel_values",
     "high_res_pixel_values",
@@ -74,10 +75,38 @@ def given_cache(given: Mapping[str, Any]) -> Any:
     return next(iter(caches.values()), None)
 
 
-def check_arguments(given: Mapping[str, Any], lengths: set[int]) -> None:
-    """Refuse a layer's argument that is not known and has a size for each token or entry, ``lengths``."""
+def borrows(attention: Any) -> bool:
+    """Whether an attention has no keys of its own and reads those of a layer before it."""
+    return bool(getattr(attention, "is_kv_shared_layer", False))
+
+
+def row_arguments(layer: torch.nn.Module, given: Mapping[str, Any], shape: Sequence[int]) -> tuple[str, ...]:
+    """The arguments [B, S, ...] that a layer names itself and that have a row for each token, beside those that all
+    layers have.
+
+    Args:
+        given: what it is called with.
+        shape: (B, S).
+    """
+    return tuple(
+        name
+        for name in inspect.signature(type(layer).forward).parameters
+        if name not in _PER_TOKEN
+        and not name.startswith(POSITIONS)
+        and isinstance(given.get(name), torch.Tensor)
+        and given[name].ndim == 3
+        and tuple(given[name].shape[:2]) == tuple(shape)
+    )
+
+
+def check_arguments(given: Mapping[str, Any], lengths: set[int], by_row: Iterable[str] = ()) -> None:
+    """Refuse a layer's argument that is not known and has a size for each token or entry, ``lengths``.
+
+    Args:
+        by_row: names of those that are gathered, see ``row_arguments``.
+    """
     for name, value in given.items():
-        if name in _PER_TOKEN or name.startswith(POSITIONS):
+        if name in _PER_TOKEN or name.startswith(POSITIONS) or name in by_row:
             continue
         for part in value if isinstance(value, tuple | list) else (value,):
             if isinstance(part, torch.Tensor) and lengths.intersection(part.shape):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from vtwcli.runtime.asking import not_compiled
-from vtwcli.runtime.contract import strange
+from vtwcli.runtime.contract import borrows, strange
 from vtwcli.runtime.rows import TEXT, Split, Tensor, take, take_positions
 from vtwcli.runtime.tap import Frozen, Tap, tap_of
 
@@ -48,7 +49,9 @@ class _NoQuery(torch.nn.Module):
         return hidden.new_zeros(()).expand(*hidden.shape[:-1], self.width)
 
 
-def part(layer: torch.nn.Module, name: str, kwargs: dict[str, Any], split: Split) -> Frozen:
+def part(
+    layer: torch.nn.Module, name: str, kwargs: dict[str, Any], split: Split, by_row: Iterable[str] = ()
+) -> Frozen:
     """Let a frozen layer's arguments be those of the rows that run; what the others leave to them comes back.
 
     Args:
@@ -56,18 +59,21 @@ def part(layer: torch.nn.Module, name: str, kwargs: dict[str, Any], split: Split
         name: by which it takes its cache.
         kwargs: its arguments for all rows; changed in place.
         split: the rows.
+        by_row: names of arguments that have a row for each token.
 
     Raises:
         PruningError: a layer that does not hand its keys and values to the cache.
     """
     hidden, attention = kwargs["hidden_states"], getattr(layer, "self_attn", None)
-    given = {**kwargs, "hidden_states": take(hidden, split.read_at, 1), "attention_mask": None}
-    take_positions(given, split.read_at, hidden.shape[1], attention)
-    entries = entries_of(layer, name, given)
-    if entries is None:
-        raise strange(f"{type(layer).__name__} does not hand its keys to the cache")
+    entries = None
+    if not borrows(attention):
+        given = {**kwargs, "hidden_states": take(hidden, split.read_at, 1), "attention_mask": None}
+        take_positions(given, split.read_at, hidden.shape[1], attention, by_row)
+        entries = entries_of(layer, name, given)
+        if entries is None:
+            raise strange(f"{type(layer).__name__} does not hand its keys to the cache")
     kwargs["hidden_states"] = take(hidden, split.run_at, 1)
-    take_positions(kwargs, split.run_at, hidden.shape[1], attention)
+    take_positions(kwargs, split.run_at, hidden.shape[1], attention, by_row)
     return Frozen(split, hidden, entries)
 
 

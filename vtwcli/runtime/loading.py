@@ -66,7 +66,8 @@ def prepare_config(config: Any) -> None:
             raise _refused(config, f"reads no {name}")
         _rotary(config, part)
         for key, value in written[name].items():
-            here = getattr(part, key, None)
+            # what differs from layer to layer cannot be asked for by its name
+            here = vars(part)[key] if key in vars(part) else getattr(part, key, None)
             if here is not None and here != value:
                 where = f"{name}.{key}" if name else key
                 raise _refused(config, f"reads {where} of config.json as {here!r}, not {value!r}")

@@ -46,6 +46,7 @@ from vtwcli.runtime.call import Call
 from vtwcli.runtime.contract import (
     CACHE_NAMES,
     CALL,
+    LENT,
     PruningError,
     arguments,
     attention_kind,
@@ -54,12 +55,14 @@ from vtwcli.runtime.contract import (
     check_arguments,
     check_scaling,
     given_cache,
+    row_arguments,
     strange,
 )
 from vtwcli.runtime.entry import check_labels, visual_tokens
 from vtwcli.runtime.freeze import leave_layer, part
 from vtwcli.runtime.front import shorten, tapped
-from vtwcli.runtime.masks import not_padding, split_sinks
+from vtwcli.runtime.lent import Loan, borrowed, check_plan, lenders, remember
+from vtwcli.runtime.masks import not_padding, split_sinks, sunk
 from vtwcli.runtime.places import places
 from vtwcli.runtime.plan import Plan
 from vtwcli.runtime.positions import Turned, renumber
@@ -102,11 +105,14 @@ class Pruning:
         self._traced: Call | None = None
         self._handles: list[Any] = []
         self._caches: list[str] = []  # by which name each layer takes its cache
+        self._lenders: dict[int, int] = {}  # whose keys layers read that have none
         if self.plan.idle:
             return
         base = base_of(model, path)
         guard_hooks()
         self._caches = [cache_argument(layer, "hidden_states", "attention_mask") for layer in layers]
+        self._lenders = lenders(layers)
+        check_plan(self.plan, self._lenders)
         add = self._handles.append
         self._tower = tapped(self.plan, base, text_model, self._handles)
         add(base.register_forward_pre_hook(self._enter_base, with_kwargs=True))
@@ -187,6 +193,8 @@ class Pruning:
         self._inside[threading.get_ident()] = call
         if self._tower is not None:
             args, kwargs = (), shorten(call, self._tower, arguments(module, args, kwargs))
+        if self._lenders and "logits_to_keep" in kwargs:
+            kwargs = {**kwargs, "logits_to_keep": 0}  # else borrowing layers may be handed the last rows only
         return args, {**kwargs, CALL: call}
 
     @not_compiled
@@ -200,7 +208,8 @@ class Pruning:
         call = kwargs[CALL]
         self._inside.pop(threading.get_ident(), None)
         hidden = output[0]
-        cache, rows = call.cache, call.finish()
+        remember(call, self._lenders.values())
+        cache, rows = call.cache, call.finish(self._lenders)
         call.check_rows(self.plan.depth - 1, hidden)
         if call.visual is not None or call.past == 0:
             self._traced = call
@@ -240,10 +249,9 @@ class Pruning:
         call: Call | None = kwargs.pop(CALL, None)
         if call is None:
             raise strange(f"layer {index} was called outside of its model under a schedule")
-        if len(args) > 1:
-            raise strange("the layers get more than one positional argument")
-        if args:
-            kwargs["hidden_states"] = args[0]
+        kwargs = arguments(module, args, kwargs)
+        if args and kwargs.get("hidden_states") is not args[0]:
+            raise strange("the layers do not get their hidden states first")
         hidden: Any = kwargs.get("hidden_states")
         cache, name = given_cache(kwargs), self._caches[index]
         call.enter(index, hidden)
@@ -258,15 +266,18 @@ class Pruning:
         if call.visual is not None and index not in call.at:
             self._ask(index, module, call, before or call.full(hidden.device), kwargs)
         rows = call.rows(index, hidden.device)
-        acts = call.visual is not None and self.plan.acts(index)
+        lender = self._lenders.get(index)
+        acts = call.visual is not None and (self.plan.acts(index) or index in self._lenders.values())
+        acts = acts or lender in call.loans
         probes = call.probes(index)
         held = getattr(cache, "layers", [])[index : index + 1]
         if rows.index is not None or acts or probes or (held and isinstance(held[0], PrunedLayer)):
             self._change(index, module, call, before, rows, acts, probes, kwargs)
             training = getattr(module, "gradient_checkpointing", False) and module.training
-            if training and (isinstance(kwargs[name], Tap) or rows.moved is not None):
+            if training and (isinstance(kwargs[name], Tap) or rows.moved is not None or self._lenders):
                 raise PruningError(
-                    "gradient checkpointing does not go with sinks, freeze, scores, conditions or merging"
+                    "gradient checkpointing does not go with sinks, freeze, scores, conditions or merging, nor with "
+                    "layers that share keys and values"
                 )
         if self.plan.by_states(index + 1) and not call.over:
             tap = kwargs.get(name)
@@ -286,6 +297,8 @@ class Pruning:
                 f"{type(cache).__name__} is not supported under a schedule; use a DynamicCache"
             )
         if is_static(cache):
+            if self._lenders:
+                raise PruningError("static caches do not go with layers that share keys and values")
             greet(cache, self.plan, attention)
         call.past = int(cache.get_seq_length())
         if call.visual is not None and self.plan.trims:
@@ -329,7 +342,13 @@ class Pruning:
         if prefill and self.plan.frozen(index) and "flash" not in attention_kind(attention):
             split = call.split(rows, hidden.device)
         added = rows if split is None else split.joined
-        if cache is None:
+        by_row = row_arguments(module, kwargs, call.shape)
+        lender, lent = self._lenders.get(index), None
+        if lender is not None:
+            past = call.past
+            if lender in call.loans:
+                columns, *lent = borrowed(call, index, attention, kwargs, lender)
+        elif cache is None:
             columns = call.columns(None, added, 0, hidden.device)
         else:
             layer = cache_layer(cache, index)
@@ -342,12 +361,12 @@ class Pruning:
             if isinstance(layer, PrunedLayer):
                 if call.visual is not None:
                     layer.recall()
-                elif self.plan.text_skips(index, prefill):
+                elif self.plan.text_skips(index, prefill) and index not in self._lenders.values():
                     layer.set_aside(call.memo)
                 trim(call, index, layer)
                 columns = call.columns(layer.columns, added, past, hidden.device)
                 layer.expect(columns, length)
-        check_arguments(kwargs, {length, past + length} - {1})
+        check_arguments(kwargs, {length, past + length} - {1}, by_row)
         runs = rows if split is None else split.run
         if runs.index is not None:
             check_scaling(attention, runs.index, runs.query, past)
@@ -359,8 +378,8 @@ class Pruning:
             kwargs["attention_mask"] = call.mask(given, runs, columns, past, muted, hidden, attention)
         self._renumber(call, rows, layer, kwargs)
         if rows.index is not None:
-            self._gather(call, before, rows, attention, kwargs)
-        frozen = None if split is None else part(module, name, kwargs, split)
+            self._gather(call, before, rows, attention, kwargs, by_row)
+        frozen = None if split is None else part(module, name, kwargs, split, by_row)
         if split is not None:
             call.rows_at[index] = split.run_at.shape[1]
         sinks = self.plan.sinks(index, prefill) if columns is not None and columns.visual else []
@@ -369,13 +388,27 @@ class Pruning:
         second = None if alike or skips else text
         base = text if not prefill or split is not None else visual
         due = probes or skips or second is not None
-        if base or due or (acts and self.plan.frozen(index)):
+        tap = None
+        if base or due or (prefill and self.plan.frozen(index)):
             at = (columns, past, base, second, skips, given, probes, due, frozen)
-            call.tap = Tap(cache, call, index, runs, *at)
-            kwargs[name] = call.tap
+            call.tap = tap = Tap(cache, call, index, runs, *at)
+            kwargs[name] = tap
+        if lent is not None:
+            keys, values = lent
+            kwargs[LENT] = {attention.layer_type: (keys, sunk(values, columns, base))}
+            if tap is not None:
+                tap.keys, tap.values = keys, values
+        if columns is not None and index in self._lenders.values():
+            call.loans[index] = Loan(columns, tap)
 
     def _gather(
-        self, call: Call, before: Rows | None, rows: Rows, attention: Any, kwargs: dict[str, Any]
+        self,
+        call: Call,
+        before: Rows | None,
+        rows: Rows,
+        attention: Any,
+        kwargs: dict[str, Any],
+        by_row: tuple[str, ...],
     ) -> None:
         """Gather the rows of everything that has one per token."""
         if before is not rows:
@@ -384,7 +417,7 @@ class Pruning:
             if rows.moved is not None:
                 kwargs["hidden_states"] = rows.moved.put(kwargs["hidden_states"], rows)
         assert rows.index is not None
-        take_positions(kwargs, rows.index, call.shape[1], attention)
+        take_positions(kwargs, rows.index, call.shape[1], attention, by_row)
 
 
 def apply(model: torch.nn.Module, schedule: Mapping[str, Any], layout: Mapping[str, Any]) -> Pruning:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,8 +102,13 @@ def take(x: Tensor, index: Tensor | None, dim: int, batch: int = 0) -> Tensor:
     return x.gather(dim, index.to(x.device).view(shape).expand(sizes))
 
 
-def take_positions(given: dict[str, Any], index: Tensor, length: int, attention: Any) -> None:
-    """Gather all that tells rows their positions, in the arguments ``given`` for ``length`` rows."""
+def take_positions(
+    given: dict[str, Any], index: Tensor, length: int, attention: Any, by_row: Iterable[str] = ()
+) -> None:
+    """Gather all that tells rows their positions, in the arguments ``given`` for ``length`` rows, and those arguments
+    that are ``by_row``, [B, S, ...]."""
+    for name in by_row:
+        given[name] = take(given[name], index, 1)
     names = [name for name in given if name.startswith(POSITIONS)]
     if not names:
         raise strange(f"the layers get no {POSITIONS}")

@@ -22,12 +22,12 @@ class Frozen:
     Attributes:
         split: its rows.
         hidden: their hidden states, [B, S, D].
-        entries: keys and values of those that only have these.
+        entries: keys and values of those that only have these; None where the layer borrows them all.
     """
 
     split: Split
     hidden: Tensor
-    entries: tuple[Tensor, Tensor]
+    entries: tuple[Tensor, Tensor] | None
 
 
 @dataclass(eq=False)
@@ -64,7 +64,7 @@ class Tap:
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As a cache's."""
-        if self.frozen is not None:
+        if self.frozen is not None and self.frozen.entries is not None:
             keys, values = (
                 torch.cat(two, 2) for two in zip(self.frozen.entries, (keys, values), strict=True)
             )

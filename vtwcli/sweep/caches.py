@@ -9,10 +9,45 @@ import torch
 from torch import Tensor, nn
 
 from vtwcli.errors import VtwError
+from vtwcli.runtime.contract import LENT, borrows
 from vtwcli.runtime.freeze import entries_of
 from vtwcli.sweep.layers import cache_argument
 
 KeysValues = tuple[Tensor, Tensor]
+
+
+class Lent:
+    """Keys and values of rows, by the kind of layer, for later layers that have none of their own."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, KeysValues] = {}
+
+    def put(self, layer: nn.Module, entries: KeysValues) -> None:
+        """Keep what a layer made, where later ones may borrow it."""
+        if lends(layer):
+            self._of[layer.self_attn.layer_type] = entries  # type: ignore[union-attr]
+
+    def get(self, layer: nn.Module) -> KeysValues | None:
+        """What a layer borrows; None if it has keys and values of its own."""
+        attention: Any = getattr(layer, "self_attn", None)
+        return self._of[attention.layer_type] if borrows(attention) else None
+
+    def __getitem__(self, kind: str) -> KeysValues:
+        return self._of[kind]
+
+    def __contains__(self, kind: str) -> bool:
+        return kind in self._of
+
+    def made(self, of: Callable[[str, KeysValues], KeysValues]) -> Lent:
+        """A new one, with what ``of`` makes of the entries of each kind."""
+        one = Lent()
+        one._of = {kind: of(kind, entries) for kind, entries in self._of.items()}
+        return one
+
+
+def lends(layer: nn.Module) -> bool:
+    """Whether later layers may borrow a layer's keys and values."""
+    return bool(getattr(getattr(layer, "self_attn", None), "store_full_length_kv", False))
 
 
 class Cache:
@@ -33,9 +68,17 @@ class Cache:
         return 0
 
 
-def run(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], read: Callable) -> Tensor:
-    """The stock layer's output for ``hidden`` [B, n, D] with ``read`` as its cache."""
-    cache = Cache(read)
+def run(
+    layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], read: Callable, own: KeysValues | None = None
+) -> Tensor:
+    """The stock layer's output for ``hidden`` [B, n, D] with ``read`` as its cache.
+
+    Args:
+        own: keys and values of the rows where the layer borrows them, see ``Lent``.
+    """
+    cache, attention = Cache(read), getattr(layer, "self_attn", None)
+    if LENT in kwargs:
+        kwargs = {**kwargs, LENT: {} if own is None else {attention.layer_type: cache.update(*own)}}
     out = layer(hidden, **{**kwargs, cache_argument(layer): cache})
     if cache.updates != 1:
         raise VtwError(f"{type(layer).__name__} asked its cache {cache.updates} times, not once")
@@ -73,3 +116,8 @@ class Shared:
             return self.keys[:, :, window], self.values[:, :, window]
 
         return read
+
+    def taken(self, count: int) -> KeysValues:
+        """The last chunk's own rows, of which there are ``count``."""
+        own = slice(self.own - count, self.own)
+        return self.keys[:, :, own].clone(), self.values[:, :, own].clone()

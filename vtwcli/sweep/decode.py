@@ -18,7 +18,7 @@ from vtwcli.io.console import Task
 from vtwcli.judge.kl import is_distribution, not_finite
 from vtwcli.models.inputs import append, end_ids
 from vtwcli.models.loading import LoadedModel
-from vtwcli.sweep.caches import KeysValues, run
+from vtwcli.sweep.caches import KeysValues, Lent, run
 from vtwcli.sweep.layers import LayerSource
 from vtwcli.sweep.reach import readable, take
 from vtwcli.sweep.stream import Stream
@@ -38,7 +38,8 @@ class _Answer:
         self.hidden = stream.capture.hidden[:, :prompt]
         self.said: list[Tensor] = []
         self.open = torch.ones(len(self.hidden), dtype=torch.bool)
-        self._entries: list[KeysValues] = []  # by layer, [B, H, S + R - 1, E]
+        self._entries: dict[int, KeysValues] = {}  # by layer, [B, H, S + R - 1, E]
+        self._lent = Lent()
 
     def step(self, d: int, layer: nn.Module) -> None:
         """Run layer ``d``."""
@@ -50,15 +51,20 @@ class _Answer:
         allowed = readable(self.stream.mask(d), rows, seen.hidden.shape[1])[:, :, :end]
 
         def read(*new: Tensor) -> KeysValues:
-            if d == len(self._entries):
+            if d not in self._entries:
                 room = [x.new_empty(*x.shape[:2], seen.hidden.shape[1], x.shape[3]) for x in new]
-                self._entries.append((room[0], room[1]))
+                self._entries[d] = (room[0], room[1])
+                self._lent.put(layer, self._entries[d])
             for kept, x in zip(self._entries[d], new, strict=True):
                 kept[:, :, end - count : end] = x
             keys, values = self._entries[d]
             return keys[:, :, :end], values[:, :, :end]
 
-        self.hidden = run(layer, self.hidden, self.stream.arguments(d, rows, allowed), read)
+        lent = self._lent.get(layer)
+        if lent is not None:
+            lent = lent[0][:, :, :end], lent[1][:, :, :end]
+        kwargs = self.stream.arguments(d, rows, allowed)
+        self.hidden = run(layer, self.hidden, kwargs, read if lent is None else lambda *all: all, lent)
         self.stream.check(self.hidden, seen.attended.gather(1, rows), d)
 
 

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,7 @@ class Capture:
         added: what the model itself adds before layer d > 0, {d: [B, S, D]}; empty for most families, the visual
             features of DeepStack for others.
         kwargs: the keyword arguments of each layer, without hidden states and cache.
+        by_row: names of keyword arguments that have a row for each position, [B, S, ...].
         visual: which positions are visual tokens, bool [B, S].
         attended: which positions are not padding, bool [B, S].
     """
@@ -37,6 +39,7 @@ class Capture:
     kwargs: list[dict[str, Any]]
     visual: Tensor
     attended: Tensor
+    by_row: frozenset[str] = frozenset()
 
 
 def cache_argument(module: nn.Module) -> str:
@@ -110,9 +113,12 @@ def capture(model: nn.Module, family: Family, inputs: Mapping[str, Tensor]) -> C
     Raises:
         NotFoundError: the model fails on its inputs, as with a config that loads but cannot be computed with.
     """
+    from vtwcli.runtime.contract import row_arguments
+
     text_model: Any = model.get_submodule(family.text_model)
     streams: list[Tensor] = []
     kwargs: list[dict[str, Any]] = []
+    by_row: set[str] = set()
 
     def stub(layer: nn.Module) -> Callable:
         names = [name for name in inspect.signature(type(layer).forward).parameters if name != "self"]
@@ -122,6 +128,7 @@ def capture(model: nn.Module, family: Family, inputs: Mapping[str, Tensor]) -> C
             given |= dict(zip(names, args, strict=False))
             hidden = given.pop("hidden_states")
             given.pop(name, None)
+            by_row.update(row_arguments(layer, given, hidden.shape[:2]))
             streams.append(hidden)
             kwargs.append(given)
             return torch.zeros_like(hidden)
@@ -167,7 +174,22 @@ def capture(model: nn.Module, family: Family, inputs: Mapping[str, Tensor]) -> C
         kwargs=kwargs,
         visual=visual,
         attended=attended,
+        by_row=frozenset(by_row),
     )
+
+
+@cache
+def _output_class() -> type:
+    """What a text model returns; whatever else is asked of it is None."""
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+
+    class Output(MoeModelOutputWithPast):
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("_"):
+                raise AttributeError(name)
+            return None
+
+    return Output
 
 
 def _check_scaling(layers: Sequence[Any], length: int) -> None:
@@ -195,12 +217,12 @@ def read_out(model: nn.Module, family: Family, hidden: Tensor) -> Tensor:
     normed = text_model.norm(hidden[None])
 
     def forward(*_: Any, **__: Any) -> Any:
-        from transformers.modeling_outputs import MoeModelOutputWithPast
+        return _output_class()(last_hidden_state=normed)
 
-        return MoeModelOutputWithPast(last_hidden_state=normed)
-
-    count = len(hidden)
-    with replaced(text_model, forward):
+    count, base = len(hidden), model.get_submodule(family.text_model.rpartition(".")[0])
+    # some embed text for the sake of the layers' inputs, which nobody needs here
+    whole = "per_layer_inputs" in inspect.signature(base.forward).parameters
+    with replaced(base if whole else text_model, forward):
         out = model(
             inputs_embeds=hidden[None],
             attention_mask=torch.ones(1, count, dtype=torch.long, device=hidden.device),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vtwcli.errors import VtwError
 from vtwcli.judge.kl import check_hidden
-from vtwcli.sweep.caches import KeysValues, keys_values, run
+from vtwcli.sweep.caches import KeysValues, Lent, keys_values, run
 from vtwcli.sweep.layers import Capture
 from vtwcli.sweep.reach import as_bool, explicit, readable, rotary, take
 from vtwcli.sweep.views import LayerView, Probe
@@ -34,6 +34,7 @@ class Stream:
     Attributes:
         hidden: [B, S, D]; behind the last layer [B, R, D] at the compared rows.
         masks: those of all layers, by id, as ``as_bool`` gives them.
+        lent: keys and values of all rows for later layers, [B, H, S, E].
 
     Raises:
         NotFoundError: hidden states that are not finite; names the batch, the layer and the type.
@@ -55,6 +56,7 @@ class Stream:
         self.hidden = capture.hidden
         self.rows = rows.to(self.hidden.device)
         self.depth = len(capture.kwargs)
+        self.lent = Lent()
         # Layers share their mask objects, so there are few different ones.
         given = {id(kwargs.get("attention_mask")): kwargs.get("attention_mask") for kwargs in capture.kwargs}
         self.masks = {key: as_bool(mask) for key, mask in given.items()}
@@ -77,9 +79,10 @@ class Stream:
             kept.extend((keys, values))
             return keys, values
 
-        self.hidden = run(layer, entry, self.capture.kwargs[d], keep)
+        self.hidden = run(layer, entry, self.capture.kwargs[d], keep, self.lent.get(layer))
         self.check(self.hidden, self.capture.attended, d)
         keys, values = kept
+        self.lent.put(layer, (keys, values))
         if self.probes:
             self._probe(d, layer, entry, take(self.hidden, self.rows), keys, values)
         return keys, values
@@ -87,10 +90,11 @@ class Stream:
     def end(self, d: int, layer: nn.Module) -> KeysValues:
         """The last layer: keys and values of all rows, all the rest for the compared rows only."""
         entry = self.hidden
-        keys, values = keys_values(layer, entry, self.capture.kwargs[d])
+        lent = self.lent.get(layer)
+        keys, values = lent or keys_values(layer, entry, self.capture.kwargs[d])
         allowed = readable(self.mask(d), self.rows, entry.shape[1])
         kwargs = self.arguments(d, self.rows, allowed)
-        self.hidden = run(layer, take(entry, self.rows), kwargs, lambda *_: (keys, values))
+        self.hidden = run(layer, take(entry, self.rows), kwargs, lambda *_: (keys, values), lent)
         self.check(self.hidden, self.capture.attended.gather(1, self.rows), d)
         self._probe(d, layer, entry, self.hidden, keys, values)
         return keys, values
@@ -120,6 +124,9 @@ class Stream:
         if positions is not None:
             index = rows[(None,) * (positions.ndim - 2)]
             kwargs["position_ids"] = torch.cat([positions.take_along_dim(index, -1)] * times, dim=-1)
+        for name in self.capture.by_row & kwargs.keys():
+            if kwargs[name] is not None:
+                kwargs[name] = torch.cat([take(kwargs[name], rows)] * times, dim=1)
         additive = self.eager if eager is None else eager
         kwargs["attention_mask"] = explicit(allowed[:, None], additive, self.hidden.dtype)
         return kwargs
@@ -144,7 +151,7 @@ def _check_arguments(capture: Capture) -> None:
     length = capture.hidden.shape[1]
     for kwargs in capture.kwargs:
         for name, value in kwargs.items():
-            if name in ("attention_mask", "position_embeddings", "position_ids"):
+            if name in ("attention_mask", "position_embeddings", "position_ids", *capture.by_row):
                 continue
             for x in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(x, Tensor) and length > 1 and length in x.shape:

@@ -19,7 +19,7 @@ keys and values, E their width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from vtwcli.runtime.call import Call
 from vtwcli.runtime.plan import Plan
 from vtwcli.runtime.scores import last_row_numbers
 from vtwcli.runtime.trace import SampleTrace, traced
-from vtwcli.sweep.caches import KeysValues, keys_values, run
+from vtwcli.sweep.caches import KeysValues, Lent, keys_values, run
 from vtwcli.sweep.layers import Capture
 from vtwcli.sweep.layouts import NOTHING, Effects, Layout, Layouts, Pattern, effects_of
 from vtwcli.sweep.reach import readable
@@ -53,6 +53,7 @@ class State:
         last: the prompt's last row at the layer's entry, [D], where it is asked for.
         own: keys and values of the changed rows in this layer, [1, H, Q, E], where it is asked for.
         numbers: scores of the prompt's positions in the layer before, [1, prompt].
+        lent: keys and values of the changed rows for later layers, [1, H, Q, E].
     """
 
     layout: Layout
@@ -62,6 +63,7 @@ class State:
     last: Tensor | None = None
     own: KeysValues | None = None
     numbers: dict[str, Tensor] | None = None
+    lent: Lent = field(default_factory=Lent)
 
 
 class Trie(Stream):
@@ -150,12 +152,18 @@ class Trie(Stream):
         present[: self.prompt] = stays.to(present.device)
         effects = self.layouts.acting(effects, present)
         layout = self.layouts.behind(state.layout, key, present, effects)
-        hidden = state.hidden
+        hidden, (there, place) = state.hidden, state.layout.find(layout.rows)
         if layout is not state.layout:
-            there, place = state.layout.find(layout.rows)
             hidden = self.hidden[0, layout.rows]
             hidden[there] = state.hidden[place]
-        return State(layout, effects, hidden)
+
+        def lent(kind: str, full: KeysValues) -> KeysValues:
+            keys, values = (x[:, :, layout.rows] for x in full)
+            if kind in state.lent:
+                keys[:, :, there], values[:, :, there] = (x[:, :, place] for x in state.lent[kind])
+            return keys, values
+
+        return State(layout, effects, hidden, lent=self.lent.made(lent))
 
     def _advance(self, d: int, layer: nn.Module, keys: Tensor, values: Tensor, last: bool) -> None:
         """Run all states through layer ``d``, several as one sequence; arguments as of ``_run``."""
@@ -199,11 +207,15 @@ class Trie(Stream):
         mask = _mask([pattern for _, pattern in chunk], sizes, reach)[None]
         some = [pattern.query for _, pattern in chunk if pattern.query is not None]
         running = slice(None) if not some else torch.cat([q + n for q, n in zip(some, starts, strict=False)])
-        if some:
+        lent = [state.lent.get(layer) for state, _ in chunk]
+        if lent[0] is not None:
+            joined.own = tuple(torch.cat(x, 2) for x in zip(*lent, strict=True))  # type: ignore[arg-type]
+        elif some:
             joined.own = keys_values(layer, entry, self.arguments(d, rows, mask[:, :0]))
         out = entry[:, running]
         if out.shape[1]:
-            out = run(layer, out, self.arguments(d, rows[:, running], mask), joined)
+            own = joined.own if lent[0] is not None else None
+            out = run(layer, out, self.arguments(d, rows[:, running], mask), joined, own)
             self.check(out, torch.ones(out.shape[:2], dtype=torch.bool), d, ", with visual tokens changed,")
         if some and not last:  # frozen rows stay what they are
             entry = entry.clone()
@@ -211,9 +223,10 @@ class Trie(Stream):
             out = entry
         outs = out[0].split([len(pattern.own) for _, pattern in chunk] if last else sizes)
         assert joined.own is not None
-        own = [x.split(sizes, 2) for x in joined.own]
-        for (state, _), hidden, *mine in zip(chunk, outs, *own, strict=True):
+        parts = [x.split(sizes, 2) for x in joined.own]
+        for (state, _), hidden, *mine in zip(chunk, outs, *parts, strict=True):
             state.hidden = hidden
+            state.lent.put(layer, (mine[0], mine[1]))
             state.own = (mine[0], mine[1]) if state.asked else None
 
     def _ghosts(

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from vtwcli.schedule.intervention import Intervention
-from vtwcli.sweep.caches import Shared, keys_values, run
+from vtwcli.sweep.caches import KeysValues, Lent, Shared, keys_values, lends, run
 from vtwcli.sweep.layers import Capture
 from vtwcli.sweep.reach import Pattern, diagonal, reach_of, reached, readable, take
 from vtwcli.sweep.stream import Stream
@@ -46,6 +47,7 @@ class Group:
         valid: which entries of ``rows`` are reached, [B, Q].
         updated: where text rows are among the reached ones, [B, T], and whether it is one, for fillers.
         hidden: their streams, [B, M, Q, D]; behind the last layer [B, M, R, D] at the compared rows.
+        lent: keys and values of the begun ones for later layers, [B, H, M, Q, E].
     """
 
     def __init__(self, members: Sequence[tuple[int, Intervention]], capture: Capture, rows: Tensor) -> None:
@@ -84,6 +86,7 @@ class Group:
         batch, _, width = capture.hidden.shape
         self.hidden = capture.hidden.new_empty(batch, len(members), self.count, width)
         self.patterns: dict[tuple[int, int | None], tuple[Pattern, Pattern]] = {}
+        self.lent = Lent()
 
     def find(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Where ``positions`` [B, R] are among the reached rows: index [B, R], and whether they are there at all."""
@@ -151,7 +154,19 @@ class Walk(Stream):
             other = group.copies[group.begun]
             entry = take(self.hidden, group.rows) if other is None else group.hidden[:, other]
             group.hidden[:, group.begun] = entry
+            group.lent = group.lent.made(partial(self._lent_to, group, other))
             group.begun += 1
+
+    def _lent_to(self, group: Group, other: int | None, kind: str, entries: KeysValues) -> KeysValues:
+        """What one more stream of a group finds lent, behind the ``entries`` of the begun ones: what the ``other`` has
+        that it is a copy of, or None for the full stream."""
+        if other is not None:
+            more = [x[:, :, other] for x in entries]
+        else:
+            index = group.rows[:, None, :, None]
+            more = [x.take_along_dim(index, 2) for x in self.lent[kind]]
+        keys, values = (torch.cat([x, one[:, :, None]], 2) for x, one in zip(entries, more, strict=True))
+        return keys, values
 
     def _patterns(self, group: Group, d: int, query: Tensor | None) -> tuple[Pattern, Pattern]:
         """What a stream of the group may read in layer ``d`` where its intervention is not active, and where it is."""
@@ -196,6 +211,7 @@ class Walk(Stream):
         patterns = [self._patterns(group, d, rows)[a] for a, rows in enumerate(queries)]
         reach = max((patterns[a].reach for a in active), default=0)
         shared = Shared(chunk * count, keys[:, :, :reach], values[:, :, :reach])
+        borrowed, made = group.lent.get(layer), []
         results = group.hidden
         if query is not None:
             results = group.hidden.new_empty(batch, len(group.members), query.shape[1], width)
@@ -206,18 +222,27 @@ class Walk(Stream):
             mask = diagonal([p.own for p in read], [p.full[:, :, :reach] for p in read])
             folded = entry.reshape(batch, streams * count, width)
             rows, own, asked = group.rows, None, queries[active[part.start]]
+            if borrowed is not None:
+                own = borrowed[0][:, :, part].flatten(2, 3), borrowed[1][:, :, part].flatten(2, 3)
             if asked is not None:
-                own = keys_values(layer, folded, self.arguments(d, rows, mask[:, :0], streams))
+                own = own or keys_values(layer, folded, self.arguments(d, rows, mask[:, :0], streams))
                 rows = rows.gather(1, asked)
                 place = asked[:, None, :, None].expand(-1, streams, -1, width)
                 before = entry.gather(2, place)
                 folded = before.flatten(1, 2)
-            out = run(layer, folded, self.arguments(d, rows, mask, streams), shared.reader(reach, own))
+            given = self.arguments(d, rows, mask, streams)
+            out = run(layer, folded, given, shared.reader(reach, own), own if borrowed else None)
+            if lends(layer):
+                made.append(shared.taken(streams * count))
             out = out.view(batch, streams, -1, width)
             if froze and asked is not None:
                 out = entry.scatter(2, place, torch.where(group.updated[1][:, None, :, None], out, before))
             results[:, part] = out
         group.hidden = results
+        if lends(layer):
+            none = [x[:, :, :0] for x in (keys, values)]
+            of_all = [torch.cat(x, 2).unflatten(2, (-1, count)) for x in zip(none, *made, strict=True)]
+            group.lent.put(layer, (of_all[0], of_all[1]))
 
 
 def _chunks(active: Sequence[bool], size: int, apart: bool) -> Iterator[slice]:
