@@ -128,7 +128,7 @@ def of_rows(value, keep: torch.Tensor):
     """What of a layer's argument belongs to some rows."""
     if isinstance(value, tuple):
         return tuple(of_rows(part, keep) for part in value)
-    return value[:, keep] if isinstance(value, torch.Tensor) and value.ndim == 3 else value
+    return value[:, keep] if isinstance(value, torch.Tensor) and value.ndim in (2, 3) else value
 
 
 @torch.no_grad()
@@ -156,7 +156,7 @@ def by_hand(model, batch: dict, visual: torch.Tensor) -> list[torch.Tensor]:
         lent = {kind: tuple(x[:, :, keep] for x in two) for kind, two in (shared or {}).items()}
         for layer, kwargs in list(zip(text_model.layers, handed, strict=True))[k:]:
             given, mask = (
-                {name: of_rows(value, keep) for name, value in kwargs.items()},
+                {name: of_rows(value, keep) for name, value in kwargs.items() if name != "position_ids"},
                 kwargs["attention_mask"],
             )
             given["position_ids"] = None

@@ -507,7 +507,7 @@ def test_what_compressed_keys_and_values_do_not_tell(name):
         with pruned(model, schedule([keep])), pytest.raises(PruningError, match="holds compressed keys"):
             model(**batch)
     for sink in ("first", "zero"):
-        mute = {"at": 2, "action": "mute", "sink": sink}
+        mute = {"at": 2, "until": LAYERS, "action": "mute", "sink": sink}
         with pruned(model, schedule([mute])), pytest.raises(PruningError, match="holds compressed keys"):
             model(**batch)
     for uniform in (

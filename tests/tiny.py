@@ -218,6 +218,16 @@ def batcher(
     return batch
 
 
+def told_twice(batch: Callable[..., Tensors]) -> Callable[..., Tensors]:
+    """As ``batch``; which tokens are visual is an input of the layers too."""
+
+    def told(*args: Any, **kwargs: Any) -> Tensors:
+        out = batch(*args, **kwargs)
+        return out | {"moe_mm_token_type_ids": (out["mm_token_type_ids"] > 0).int()}
+
+    return told
+
+
 def square(tokens: int, size: int, frames: int = 0, frame_tokens: int = 0) -> Callable[..., Any]:
     """Images of one size, each ``tokens`` tokens; videos of ``frames`` frames, ``frame_tokens`` in all."""
 
@@ -285,6 +295,7 @@ def patches(
     video_id: int = VIDEO_ID,
     merge_sizes: bool = False,
     frames: int = 2,
+    merged: int = 1,
     more: Callable[[int, int], int] = lambda rows, columns: 0,
 ) -> Callable[..., Any]:
     """Qwen's packed patches of ``shape``: grids of 2 x 2, 2 x 4 or 4 x 2 merged patches; videos of ``frames``.
@@ -293,6 +304,7 @@ def patches(
         frame_break: text separates the frames of a video.
         video_id: the placeholder of video.
         merge_sizes: the family takes the merge size as an input.
+        merged: how many frames share their tokens.
         more: how many visual tokens an image has beside those of its grid.
     """
 
@@ -308,7 +320,7 @@ def patches(
         else:
             tensors = {"pixel_values_videos": pixels, "video_grid_thw": grid}
             ids = [video_id] * tokens
-            ids += ([BREAK_ID] * frame_break + ids) * (frames - 1)
+            ids += ([BREAK_ID] * frame_break + ids) * (frames // merged - 1)
         if merge_sizes:
             tensors["image_merge_sizes" if kind == "i" else "video_merge_sizes"] = torch.tensor([2])
         return ids, tensors
@@ -1080,6 +1092,21 @@ TINY: dict[str, Tiny] = {
             **BOTH,
         ),
         batcher(patches(96, frame_break=True), types="mm_token_type_ids"),
+        video=True,
+        own_positions=True,
+    ),
+    "ernie4_5_vl_moe": Tiny(
+        family(
+            "ernie4_5_vl_moe",
+            lambda layers: (
+                MROPE
+                | {"moe_intermediate_size": [16, 8], "moe_k": 2, "moe_num_experts": 4}
+                | {"moe_num_shared_experts": 1, "mlp_layer_types": ["dense", *["sparse"] * (layers - 1)]}
+            ),
+            {k: v for k, v in QWEN_VISION.items() if k != "out_hidden_size"},
+            **BOTH,
+        ),
+        told_twice(batcher(patches(48, merged=2), types="mm_token_type_ids")),
         video=True,
         own_positions=True,
     ),

@@ -540,6 +540,15 @@ FAMILIES: dict[str, Family] = {
             **_DEEPSTACK,
         ),
         Family(
+            "ernie4_5_vl_moe",
+            "ERNIE 4.5 VL",
+            "baidu/ERNIE-4.5-VL-28B-A3B-PT",
+            "Ernie4_5_VLMoeForConditionalGeneration",
+            no_onnx=_NO_ENCODER,
+            no_tower=_UNSEEN,
+            **_QWEN | {"vision": ("model.vision_tower", "model.resampler_model")},
+        ),
+        Family(
             "qwen3_5",
             "Qwen3.5",
             "Qwen/Qwen3.5-27B",
@@ -658,14 +667,6 @@ FAMILIES: dict[str, Family] = {
             "Salesforce/instructblip-vicuna-7b",
             "InstructBlipForConditionalGeneration",
             **refused(_TEXT),
-        ),
-        Family(
-            "ernie4_5_vl_moe",
-            "ERNIE 4.5 VL",
-            "baidu/ERNIE-4.5-VL-28B-A3B-PT",
-            "Ernie4_5_VLMoeForConditionalGeneration",
-            **_QWEN
-            | refused("its layers are told which tokens are visual, which the runtime does not gather"),
         ),
     )
 }

@@ -94,7 +94,7 @@ def row_arguments(layer: torch.nn.Module, given: Mapping[str, Any], shape: Seque
         if name not in _PER_TOKEN
         and not name.startswith(POSITIONS)
         and isinstance(given.get(name), torch.Tensor)
-        and given[name].ndim == 3
+        and given[name].ndim in (2, 3)
         and tuple(given[name].shape[:2]) == tuple(shape)
     )
 
