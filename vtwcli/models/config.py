@@ -82,7 +82,7 @@ def read_config(path: Path, name: str, trust_remote_code: bool = False) -> tuple
         if value > MANY and COUNTS.search(setting):  # transformers would make a list of so many
             raise NotFoundError(f"{file}: {setting} is {value}, which is more than any model has")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        if str(model_type) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        if str(model_type) in {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *OTHERS}:
             reason = f": {OTHERS[str(model_type)]}" if model_type in OTHERS else ""
             raise NotFoundError(
                 f"{name!r} is of the family {model_type!r}, which is not supported{reason}", supported()

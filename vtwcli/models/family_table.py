@@ -11,6 +11,10 @@ CROSS = "its text reads images by cross-attention, so there are no visual tokens
 ENCODER = "it is an encoder-decoder model, whose decoder reads images by cross-attention"
 INDEXED = "its attention chooses by an index which tokens a row reads, and fewer tokens change the choice"
 _STREAMS = "by AltUp its layers hand on several streams for each token, which are not taken apart yet"
+_THINKS = (
+    "its thinker alone reads images; {0}ThinkerForConditionalGeneration.from_pretrained(...).save_pretrained(...) "
+    "makes a model of that"
+)
 _CODES = "its images are codes of its own vocabulary, for which removal is not proved"
 _TEXT = "its text model is not built like those that the runtime knows"
 _NO_ENCODER = "its vision encoder has no export yet"
@@ -691,9 +695,12 @@ OTHERS: dict[str, str] = {
     "minicpm_ocr": SEQUENTIAL,
     "minicpmv4_7": SEQUENTIAL,
     "mistral4": "it is the text model of others and reads no images",
+    "phi4_multimodal": "transformers has no class for it that reads images and text alone",
     "pi0": "it answers with movements, not with text",
     "pix2struct": ENCODER,
     "pp_formulanet": ENCODER,
+    "qwen2_5_omni": _THINKS.format("Qwen2_5Omni"),
+    "qwen3_omni_moe": _THINKS.format("Qwen3OmniMoe"),
     "qwen4_exp": SEQUENTIAL,
     "shieldgemma2": "it classifies images and answers no questions",
     "t5gemma2": ENCODER,
