@@ -442,27 +442,6 @@ def gemma4(shared: int, window: int = 512, **more: Any) -> Callable[[int], dict[
     )(layers)
 
 
-def gemma3n(layers: int) -> Any:
-    """Gemma 3n with another vision tower than its own, which wants a library that nothing else here does."""
-    parts = text(
-        layers,
-        head_dim=8,
-        vocab_size_per_layer_input=VOCAB - 4,
-        hidden_size_per_layer_input=8,
-        laurel_rank=4,
-        altup_num_inputs=2,
-        activation_sparsity_pattern=[0.5] + [0.0] * (layers - 1),
-        **sliding(512, num_kv_shared_layers=2)(layers),
-    )
-    audio = {"hidden_size": 16, "conf_num_hidden_layers": 1, "conf_num_attention_heads": 2}
-    audio |= {"vocab_size": 2, "vocab_offset": 97}
-    config = AutoConfig.for_model("gemma3n", text_config=parts, audio_config=audio, image_token_id=IMAGE_ID)
-    tower = SiglipVisionConfig(**vision(16))
-    vars(tower).update(vocab_size=2, vocab_offset=95, rms_norm_eps=1e-6)
-    vars(config)["vision_config"] = tower  # an assignment would be checked
-    return config
-
-
 CLIP = {"model_type": "clip_vision_model"}
 SIGLIP = {"model_type": "siglip_vision_model", "vision_use_head": False}
 PIXTRAL = {"model_type": "pixtral", "head_dim": 8}
@@ -784,7 +763,6 @@ TINY: dict[str, Tiny] = {
         ),
         batcher(square(4, 16)),  # withdrawal is refused, so text alone will do
     ),
-    "gemma3n": Tiny(builder(gemma3n, False), batcher(square(4, 16))),  # text alone will do
     "mllama": Tiny(
         family(
             "mllama",
