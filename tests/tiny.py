@@ -15,7 +15,7 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, SiglipVisionConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tests.wide import widen
 
