@@ -149,9 +149,9 @@ def greedy(model: torch.nn.Module, batch: dict, k: int, steps: int, count_positi
         scores.append(out)
         for name, fill in (("input_ids", token), ("attention_mask", torch.ones_like(token))):
             batch[name] = torch.cat([batch[name], fill], dim=1)
-        for name, kind in (("token_type_ids", family.answer_token_type), ("mm_token_type_ids", 0)):
-            if name in batch:
-                batch[name] = torch.cat([batch[name], torch.full_like(token, kind)], dim=1)
+        for name in [name for name in batch if name.endswith("token_type_ids")]:
+            kind = torch.full_like(token, family.answer_token_type if name == "token_type_ids" else 0)
+            batch[name] = torch.cat([batch[name], kind], dim=1)
         visual = torch.cat([visual, torch.zeros_like(token, dtype=torch.bool)], dim=1)
         last += 1
     return torch.cat(tokens, dim=1), torch.stack(scores, dim=1)

@@ -569,7 +569,7 @@ def greedy(model: Any, batch: dict, actions: list[dict], steps: int, count_posit
         scores.append(out[:, -1])
         for name, fill in (("input_ids", token), ("attention_mask", torch.ones_like(token))):
             batch[name] = torch.cat([batch[name], fill], dim=1)
-        for name, kind in (("token_type_ids", family.answer_token_type), ("mm_token_type_ids", 0)):
-            if name in batch:
-                batch[name] = torch.cat([batch[name], torch.full_like(token, kind)], dim=1)
+        for name in [name for name in batch if name.endswith("token_type_ids")]:
+            kind = torch.full_like(token, family.answer_token_type if name == "token_type_ids" else 0)
+            batch[name] = torch.cat([batch[name], kind], dim=1)
     return torch.cat(tokens, 1), torch.stack(scores, 1), decided

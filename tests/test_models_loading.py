@@ -23,7 +23,7 @@ from vtwcli.machine import memory
 from vtwcli.machine.memory import memory_available
 from vtwcli.models import loading
 from vtwcli.models.checkpoint import Checkpoint
-from vtwcli.models.families import FAMILIES
+from vtwcli.models.families import FAMILIES, OTHERS
 from vtwcli.models.hub import resolve
 from vtwcli.models.loading import choose_device, choose_dtype, fits, load, memory_needed
 from vtwcli.models.stored import StoredTensor, read_header
@@ -367,9 +367,9 @@ def test_configs_that_are_no_supported_vision_language_model(copy):
     )
     edit(config, model_type=None)
     assert failure(copy)[0].endswith("its model type is None")
-    edit(config, model_type="kosmos-2")
+    edit(config, model_type="git")
     assert failure(copy) == (
-        f"'{copy}' is of the family 'kosmos-2', which is not supported",
+        f"'{copy}' is of the family 'git', which is not supported: {OTHERS['git']}",
         supported,
     )
     edit(config, model_type="llava", architectures=["LlavaLlamaForCausalLM"])

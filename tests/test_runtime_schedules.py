@@ -12,10 +12,15 @@ from transformers import DynamicCache
 
 from tests import parity, reference, slow_schedule
 from tests.test_runtime import batch_of, gradients, joined, labelled, positions
-from tests.tiny import IMAGE_ID, LAYERS, TINY, VARIANTS, llava, llava_batch
+from tests.tiny import COMPRESSED, IMAGE_ID, LAYERS, LONG, TINY, VARIANTS, llava, llava_batch
+from vtwcli.errors import VtwError
 from vtwcli.models.families import FAMILIES
 from vtwcli.runtime import PrunedLayer, PruningError, entries, pruned
+from vtwcli.schedule.intervention import Intervention
 from vtwcli.schedule.schedule import Schedule
+from vtwcli.sweep.layers import Resident
+from vtwcli.sweep.probes import LastRowProbe
+from vtwcli.sweep.sweep import SweepItem, sweep
 
 LAYOUTS = [
     ["t3 i t5"],
@@ -472,7 +477,11 @@ def test_training_has_the_gradients_of_the_slow_interpreter():
 # ------------------------------------------------------------------------------------------------ other families
 
 FAMILY_SCHEDULES = ["visipruner", "keep by attention twice", "mute to the first"]
-WORKING = [name for name in TINY | VARIANTS if not (name in FAMILIES and FAMILIES[name].no_withdraw)]
+WORKING = [
+    name
+    for name in TINY | VARIANTS
+    if name not in LONG | COMPRESSED and not (name in FAMILIES and FAMILIES[name].no_withdraw)
+]
 
 
 @pytest.mark.parametrize("name", WORKING)
@@ -486,3 +495,28 @@ def test_every_family_runs_every_action(name):
             if action["action"] in ("keep", "withdraw") and action["at"] != "auto":
                 action["at"] += 2
         check_forward(model, batch, later)
+
+
+@pytest.mark.parametrize("name", sorted(COMPRESSED))
+def test_what_compressed_keys_and_values_do_not_tell(name):
+    tiny = TINY[name]
+    model = tiny.build(dtype=torch.float64)
+    batch = tiny.batch(["t3 i t5", "t2 i t3 i t2"], dtype=torch.float64)
+    for score in ("attention", "contribution"):
+        keep = {"at": 2, "action": "keep", "select": {"score": score, "ratio": 0.5}}
+        with pruned(model, schedule([keep])), pytest.raises(PruningError, match="holds compressed keys"):
+            model(**batch)
+    for sink in ("first", "zero"):
+        mute = {"at": 2, "until": LAYERS, "action": "mute", "sink": sink}
+        with pruned(model, schedule([mute])), pytest.raises(PruningError, match="holds compressed keys"):
+            model(**batch)
+    for uniform in (
+        [{"at": 1, "action": "freeze", "until": 3}, {"at": 4, "action": "withdraw"}],
+        [{"at": 2, "action": "mute", "until": 4}],
+    ):
+        check_forward(model, batch, uniform)
+    item = SweepItem(batch, torch.full((2, 1), batch["input_ids"].shape[1] - 1))
+    with pytest.raises(VtwError, match="holds compressed keys"):
+        sweep(
+            Resident(model, FAMILIES[name]), [item], [Intervention("withdraw", 2)], probes=[LastRowProbe(10)]
+        )

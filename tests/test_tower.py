@@ -18,7 +18,7 @@ from vtwcli.runtime.selectors import SELECTORS, Selector
 
 MODELS = TINY | VARIANTS
 REFUSED = [n for n, row in FAMILIES.items() if row.no_withdraw or row.no_tower]
-WORKING = [n for n in MODELS if n not in REFUSED and not n.endswith("window")]
+WORKING = [n for n in MODELS if n.partition("-")[0] not in REFUSED and not n.endswith("window")]
 
 
 @cache

@@ -15,7 +15,7 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, SiglipVisionConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tests.wide import widen
 
@@ -23,6 +23,7 @@ VOCAB = 99
 IMAGE_ID = 98
 VIDEO_ID = 97
 BREAK_ID = 96  # a text token that some families put between the visual tokens of one image
+START_ID = 95  # a text token that some families put in front of an image
 PAD_ID = 0
 LAYERS = 6
 
@@ -107,6 +108,7 @@ def builder(config: Callable[[int], Any], eager: bool) -> Callable[..., Any]:
                 torch.nn.init.normal_(parameter, std=0.3)
         # A placeholder that is generated cannot be told from an image when everything is computed again.
         replaced = [IMAGE_ID, VIDEO_ID, *getattr(model.config, "visual_indicator_token_ids", ())]
+        replaced += [START_ID] * (getattr(model.config, "vision_start_token_id", None) == START_ID)
         with torch.no_grad():
             model.get_output_embeddings().weight[replaced] = 0
         model.generation_config.pad_token_id = PAD_ID
@@ -153,6 +155,12 @@ def join_by_row(media: list[Medium], rows: int) -> Tensors:
             own = x[owner == row]
             out[name][row, : len(own)] = own
     return out
+
+
+def join_by_row_masked(media: list[Medium], rows: int) -> Tensors:
+    """As ``join_by_row``, with a mask of the images that there are."""
+    out = join_by_row(media, rows)
+    return out | {"pixel_attention_mask": out["pixel_values"].flatten(2).any(-1)}
 
 
 def batcher(
@@ -210,6 +218,16 @@ def batcher(
     return batch
 
 
+def told_twice(batch: Callable[..., Tensors]) -> Callable[..., Tensors]:
+    """As ``batch``; which tokens are visual is an input of the layers too."""
+
+    def told(*args: Any, **kwargs: Any) -> Tensors:
+        out = batch(*args, **kwargs)
+        return out | {"moe_mm_token_type_ids": (out["mm_token_type_ids"] > 0).int()}
+
+    return told
+
+
 def square(tokens: int, size: int, frames: int = 0, frame_tokens: int = 0) -> Callable[..., Any]:
     """Images of one size, each ``tokens`` tokens; videos of ``frames`` frames, ``frame_tokens`` in all."""
 
@@ -217,6 +235,29 @@ def square(tokens: int, size: int, frames: int = 0, frame_tokens: int = 0) -> Ca
         if kind == "v":
             return [VIDEO_ID] * frame_tokens, {"pixel_values_videos": draw(1, frames, 3, size, size)}
         return [IMAGE_ID] * tokens, {"pixel_values": draw(1, 3, size, size)}
+
+    return medium
+
+
+def nested(tokens: int, size: int, frames: int = 0) -> Callable[..., Any]:
+    """As ``square``, each image in a list of its own; every frame of a video has ``tokens`` too."""
+
+    def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
+        if kind == "v":
+            return [VIDEO_ID] * tokens * frames, {"pixel_values_videos": draw(1, frames, 3, size, size)}
+        return [IMAGE_ID] * tokens, {"pixel_values": draw(1, 1, 3, size, size)}
+
+    return medium
+
+
+def two_sizes(tokens: int, size: int, large: int) -> Callable[..., Any]:
+    """Images of one size, which a second tower gets larger."""
+
+    def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
+        return [IMAGE_ID] * tokens, {
+            "pixel_values": draw(1, 3, size, size),
+            "high_res_pixel_values": draw(1, 3, large, large),
+        }
 
     return medium
 
@@ -233,46 +274,68 @@ def tiles(tokens: int, size: int) -> Callable[..., Any]:
     return medium
 
 
-def anyres(frames: int, frame_tokens: int) -> Callable[..., Any]:
-    """LLaVA-NeXT's tiles: the whole image and two tiles side by side or on top of each other, 2 x 2 patches each,
-    and a newline feature behind each row of patches."""
+def anyres(frames: int, frame_tokens: int, side: int = 8) -> Callable[..., Any]:
+    """LLaVA-NeXT's tiles: the whole image and two tiles side by side or on top of each other, 2 x 2 tokens each,
+    and a newline feature behind each row of tokens; tiles have ``side`` x ``side`` pixels."""
 
     def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
         if kind == "v":
-            return [VIDEO_ID] * frame_tokens, {"pixel_values_videos": draw(1, frames, 3, 8, 8)}
-        height, width = ((8, 16), (16, 8))[number % 2]
-        ids = [IMAGE_ID] * (4 + (height // 4) * (width // 4 + 1))
-        return ids, {"pixel_values": draw(1, 3, 3, 8, 8), "image_sizes": torch.tensor([[height, width]])}
+            return [VIDEO_ID] * frame_tokens, {"pixel_values_videos": draw(1, frames, 3, side, side)}
+        rows, columns = ((2, 4), (4, 2))[number % 2]
+        sizes = torch.tensor([[rows, columns]]) * side // 2
+        ids = [IMAGE_ID] * (4 + rows * (columns + 1))
+        return ids, {"pixel_values": draw(1, 3, 3, side, side), "image_sizes": sizes}
 
     return medium
 
 
 def patches(
-    width: int, frame_break: bool = False, video_id: int = VIDEO_ID, merge_sizes: bool = False
+    *shape: int,
+    frame_break: bool = False,
+    video_id: int = VIDEO_ID,
+    merge_sizes: bool = False,
+    frames: int = 2,
+    merged: int = 1,
+    more: Callable[[int, int], int] = lambda rows, columns: 0,
 ) -> Callable[..., Any]:
-    """Qwen's packed patches of ``width`` numbers: grids of 2 x 2, 2 x 4 or 4 x 2 merged patches; videos of two frames.
+    """Qwen's packed patches of ``shape``: grids of 2 x 2, 2 x 4 or 4 x 2 merged patches; videos of ``frames``.
 
     Args:
         frame_break: text separates the frames of a video.
         video_id: the placeholder of video.
         merge_sizes: the family takes the merge size as an input.
+        merged: how many frames share their tokens.
+        more: how many visual tokens an image has beside those of its grid.
     """
 
     def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
         height, wide = ((4, 4), (4, 8), (8, 4))[number % 3]
-        frames = 2 if kind == "v" else 1
-        pixels = draw(frames * height * wide, width)
-        grid = torch.tensor([[frames, height, wide]])
+        times = frames if kind == "v" else 1
+        pixels = draw(times * height * wide, *shape)
+        grid = torch.tensor([[times, height, wide]])
         tokens = height * wide // 4
         if kind == "i":
             tensors = {"pixel_values": pixels, "image_grid_thw": grid}
-            ids = [IMAGE_ID] * tokens
+            ids = [IMAGE_ID] * (tokens + more(height // 2, wide // 2))
         else:
             tensors = {"pixel_values_videos": pixels, "video_grid_thw": grid}
-            ids = [video_id] * tokens + [BREAK_ID] * frame_break + [video_id] * tokens
+            ids = [video_id] * tokens
+            ids += ([BREAK_ID] * frame_break + ids) * (frames // merged - 1)
         if merge_sizes:
             tensors["image_merge_sizes" if kind == "i" else "video_merge_sizes"] = torch.tensor([2])
         return ids, tensors
+
+    return medium
+
+
+def started(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """As ``inner``, with a text token in front of each image or video, by which the model finds it, one behind it, and
+    how many seconds apart a video's frames are."""
+
+    def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
+        ids, tensors = inner(kind, number, draw)
+        seconds = {"video_second_per_grid": torch.ones(1)} if kind == "v" else {}
+        return [START_ID, *ids, BREAK_ID], tensors | seconds
 
     return medium
 
@@ -286,6 +349,20 @@ def pixtral(row_break: bool, merge: int = 2) -> Callable[..., Any]:
         return row * (height // 4 // merge), {
             "pixel_values": draw(1, 3, height, width),
             "image_sizes": torch.tensor([[height, width]]),
+        }
+
+    return medium
+
+
+def tiles_apart(tokens: int, size: int) -> Callable[..., Any]:
+    """As ``tiles``, with the first tile in an input of its own and no text between them."""
+
+    def medium(kind: str, number: int, draw: Callable[..., torch.Tensor]) -> tuple[list[int], Tensors]:
+        local = 1 - number % 2
+        return [IMAGE_ID] * tokens * (1 + local), {
+            "pixel_values": draw(1, 3, size, size),
+            "pixel_values_local": draw(local, 3, size, size),
+            "num_local_patches": torch.tensor([local]),
         }
 
     return medium
@@ -365,27 +442,6 @@ def gemma4(shared: int, window: int = 512, **more: Any) -> Callable[[int], dict[
     )(layers)
 
 
-def gemma3n(layers: int) -> Any:
-    """Gemma 3n with another vision tower than its own, which wants a library that nothing else here does."""
-    parts = text(
-        layers,
-        head_dim=8,
-        vocab_size_per_layer_input=VOCAB - 4,
-        hidden_size_per_layer_input=8,
-        laurel_rank=4,
-        altup_num_inputs=2,
-        activation_sparsity_pattern=[0.5] + [0.0] * (layers - 1),
-        **sliding(512, num_kv_shared_layers=2)(layers),
-    )
-    audio = {"hidden_size": 16, "conf_num_hidden_layers": 1, "conf_num_attention_heads": 2}
-    audio |= {"vocab_size": 2, "vocab_offset": 97}
-    config = AutoConfig.for_model("gemma3n", text_config=parts, audio_config=audio, image_token_id=IMAGE_ID)
-    tower = SiglipVisionConfig(**vision(16))
-    vars(tower).update(vocab_size=2, vocab_offset=95, rms_norm_eps=1e-6)
-    vars(config)["vision_config"] = tower  # an assignment would be checked
-    return config
-
-
 CLIP = {"model_type": "clip_vision_model"}
 SIGLIP = {"model_type": "siglip_vision_model", "vision_use_head": False}
 PIXTRAL = {"model_type": "pixtral", "head_dim": 8}
@@ -436,6 +492,25 @@ QWEN3 = {"model_type": "qwen3", "head_dim": 8}
 MISTRAL = {"model_type": "mistral", "sliding_window": None}
 GEMMA3 = {"head_dim": 8, "query_pre_attn_scalar": 8}
 GEMMA2 = {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8}
+OMNI_AUDIO = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "num_mel_bins": 8,
+    "max_source_positions": 20,
+    "output_dim": 32,
+}
+MUSE_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "pos_emb_height": 4,
+    "pos_emb_width": 4,
+    "layer_types": ["window_attention", "full_attention"],
+}
 GEMMA4_VISION = {name: value for name, value in vision(0).items() if name != "image_size"} | {
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -443,6 +518,7 @@ GEMMA4_VISION = {name: value for name, value in vision(0).items() if name != "im
     "position_embedding_size": 64,
 }
 BOTH = {"video_token_id": VIDEO_ID}
+MUSE_PROJECTOR = {"projector_hidden_size": 16, "out_hidden_size": 64, **BOTH}
 ANYRES = {"image_grid_pinpoints": [[8, 16], [16, 8], [16, 16]]}
 
 TINY: dict[str, Tiny] = {
@@ -687,7 +763,6 @@ TINY: dict[str, Tiny] = {
         ),
         batcher(square(4, 16)),  # withdrawal is refused, so text alone will do
     ),
-    "gemma3n": Tiny(builder(gemma3n, False), batcher(square(4, 16))),  # text alone will do
     "mllama": Tiny(
         family(
             "mllama",
@@ -703,6 +778,315 @@ TINY: dict[str, Tiny] = {
             | {"intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]},
         ),
         batcher(square(4, 8)),
+    ),
+    "glm46v": Tiny(
+        family(
+            "glm46v",
+            MROPE | {"model_type": "glm4v_text"},
+            QWEN_VISION | {"model_type": "glm4v_vision", "image_size": 16},
+            **BOTH,
+        ),
+        batcher(patches(96, frame_break=True, video_id=IMAGE_ID), types="mm_token_type_ids"),
+        video=True,
+        own_positions=True,
+    ),
+    "glmga": Tiny(
+        family(
+            "glmga",
+            MROPE | {"model_type": "glm4v_text"},
+            QWEN_VISION | {"model_type": "glm4v_vision", "image_size": 16},
+            **BOTH,
+        ),
+        batcher(patches(96, frame_break=True, video_id=IMAGE_ID), types="mm_token_type_ids"),
+        video=True,
+        own_positions=True,
+    ),
+    "glm_ocr": Tiny(
+        family("glm_ocr", MROPE, QWEN_VISION | {"image_size": 16}, **BOTH),
+        batcher(patches(96, frame_break=True, video_id=IMAGE_ID), types="mm_token_type_ids"),
+        video=True,
+        own_positions=True,
+    ),
+    "qianfan_ocr": Tiny(
+        family(
+            "qianfan_ocr",
+            QWEN3,
+            vision(16) | {"image_size": [16, 16], "patch_size": [4, 4]},
+            image_seq_length=4,
+        ),
+        batcher(tiles(4, 16)),
+    ),
+    "exaone4_5": Tiny(
+        family(
+            "exaone4_5",
+            sliding(512, model_type="exaone4"),
+            QWEN_VISION | {"window_size": 16, "fullatt_block_indexes": [1], "num_key_value_heads": 1},
+            **BOTH,
+        ),
+        batcher(patches(96)),
+        video=True,
+    ),
+    "paddleocr_vl": Tiny(
+        family(
+            "paddleocr_vl",
+            MROPE | {"head_dim": 8},
+            {k: v for k, v in vision(16).items() if k != "initializer_range"},
+        ),
+        batcher(patches(3, 4, 4), types="mm_token_type_ids"),
+        own_positions=True,
+    ),
+    "hunyuan_vl": Tiny(
+        family(
+            "hunyuan_vl",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1, 1]}}
+            | {"head_dim": 8},
+            {"num_key_value_heads": 2, "out_hidden_size": 32, "text_hidden_size": 32, "max_image_size": 16}
+            | {k: v for k, v in vision(16).items() if k not in ("image_size", "initializer_range")},
+        ),
+        batcher(patches(48, more=lambda rows, columns: rows + 2), types="mm_token_type_ids"),
+        own_positions=True,
+    ),
+    "hyperclovax_vision_v2": Tiny(
+        family(
+            "hyperclovax_vision_v2",
+            {"model_type": "hyperclovax"},
+            QWEN_VISION
+            | {"model_type": "qwen2_5_vl_vision", "window_size": 16, "fullatt_block_indexes": [1]},
+            **BOTH,
+        ),
+        batcher(patches(96)),
+        video=True,
+    ),
+    "perception_lm": Tiny(  # the real tower is timm's
+        family(
+            "perception_lm", LLAMA, CLIP | vision(8, model_args={"embed_dim": 16}), video_token_id=VIDEO_ID
+        ),
+        batcher(nested(4, 8, frames=2)),
+        video=True,
+    ),
+    "fast_vlm": Tiny(  # the real tower is timm's
+        family(
+            "fast_vlm",
+            QWEN2,
+            {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+            | {"hidden_size": 16, "layer_type": "basic"},
+            image_seq_length=4,
+        ),
+        batcher(square(4, 16)),
+    ),
+    "deepseek_vl_hybrid": Tiny(
+        family(
+            "deepseek_vl_hybrid",
+            LLAMA,
+            SIGLIP | vision(8),
+            high_res_vision_config={"output_channels": 8, "window_size": 4, "global_attn_indexes": [1]}
+            | {"model_type": "sam_vision_model", "mlp_dim": 32}
+            | vision(32),
+        ),
+        batcher(two_sizes(4, 8, 32)),
+    ),
+    "janus": Tiny(
+        family(
+            "janus",
+            LLAMA,
+            {k: v for k, v in vision(8).items() if k != "intermediate_size"}
+            | {"projection_dim": 32, "num_image_tokens": 4, "mlp_ratio": 2.0},
+            vq_config={"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "num_patches": 2}
+            | {"latent_channels": 32, "projection_dim": 32, "image_token_embed_dim": 32, "num_embeddings": 8},
+        ),
+        batcher(square(4, 8)),
+    ),
+    "kimi_k25": Tiny(
+        family(
+            "kimi_k25",
+            {"model_type": "deepseek_v3", "moe_intermediate_size": 16, "n_routed_experts": 4, "n_group": 1}
+            | {"topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "kv_lora_rank": 16}
+            | {"q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+            | {"num_key_value_heads": 4},
+            {k: v for k, v in vision(0).items() if k not in ("image_size", "initializer_range")}
+            | {"pos_emb_height": 4, "pos_emb_width": 4},
+            projection_hidden_size=16,
+            **BOTH,
+        ),
+        batcher(patches(3, 4, 4, frames=1)),
+        video=True,
+    ),
+    "pp_chart2table": Tiny(
+        family(
+            "pp_chart2table",
+            QWEN2,
+            {"output_channels": 16, "window_size": 4, "global_attn_indexes": [1], "mlp_dim": 32} | vision(32),
+        ),
+        batcher(square(4, 32)),
+    ),
+    "cohere_compass": Tiny(
+        family(
+            "cohere_compass",
+            sliding(
+                512,
+                head_dim=8,
+                rope_parameters={"full_attention": None, "sliding_attention": MROPE["rope_parameters"]},
+            ),
+            QWEN_VISION | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+            **BOTH,
+        ),
+        batcher(patches(96, frame_break=True), types="mm_token_type_ids"),
+        video=True,
+        own_positions=True,
+    ),
+    "qwen2_5_omni_thinker": Tiny(
+        family(
+            "qwen2_5_omni_thinker",
+            MROPE,
+            QWEN_VISION | {"window_size": 16, "fullatt_block_indexes": [1]},
+            audio_config=OMNI_AUDIO,
+            vision_start_token_id=START_ID,
+            **BOTH,
+        ),
+        batcher(started(patches(96))),
+        video=True,
+        own_positions=True,
+    ),
+    "qwen3_omni_moe_thinker": Tiny(
+        family(
+            "qwen3_omni_moe_thinker",
+            MROPE | MOE | {"head_dim": 8},
+            QWEN_VISION | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+            audio_config=OMNI_AUDIO | {"downsample_hidden_size": 8},
+            vision_start_token_id=START_ID,
+            **BOTH,
+        ),
+        batcher(started(patches(96))),
+        video=True,
+        own_positions=True,
+    ),
+    "step3p7": Tiny(
+        family(
+            "step3p7",
+            lambda layers: (
+                sliding(512)(layers)
+                | {
+                    "rope_parameters": {
+                        kind: {"rope_type": "default", "rope_theta": 1e4}
+                        for kind in ("full_attention", "sliding_attention")
+                    },
+                    "mlp_layer_types": ["dense", *["sparse"] * (layers - 1)],
+                    "n_routed_experts": 4,
+                    "num_experts_per_tok": 2,
+                    "moe_intermediate_size": 16,
+                    "share_expert_dim": 16,
+                    "head_dim": 8,
+                    "num_sliding_attention_heads": 4,
+                }
+            ),
+            {k: v for k, v in vision(32).items() if k != "initializer_range"},
+        ),
+        batcher(tiles_apart(4, 32)),
+    ),
+    "deepseek_ocr2": Tiny(
+        family(
+            "deepseek_ocr2",
+            lambda layers: {
+                "mlp_layer_types": ["dense", *["sparse"] * (layers - 1)],
+                "n_routed_experts": 4,
+                "n_shared_experts": 1,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 16,
+            },
+            {
+                "sam_config": {"output_channels": 16, "window_size": 4, "global_attn_indexes": [1]}
+                | {"mlp_dim": 32, "downsample_channels": [8, 16]}
+                | vision(32),
+                "encoder_config": text(2, hidden_size=16, intermediate_size=32, num_attention_heads=2),
+            },
+        ),
+        batcher(square(145, 32)),
+    ),
+    "granite_docling": Tiny(
+        family(
+            "granite_docling",
+            {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
+            vision(16, out_hidden_size=32, scale_factor=2, deepstack_visual_indexes=[0, 1]),
+        ),
+        batcher(square(4, 16), join_by_row_masked),
+    ),
+    "granite4_vision": Tiny(
+        family(
+            "granite4_vision",
+            {"attention_multiplier": 0.3, "residual_multiplier": 0.5},
+            CLIP | vision(16, hidden_size=64),
+            qformer_config={"model_type": "blip_2_qformer", "hidden_size": 64, "num_attention_heads": 2}
+            | {"num_hidden_layers": 1, "intermediate_size": 32, "encoder_hidden_size": 64}
+            | {"cross_attention_frequency": 1, "use_qformer_text_input": False},
+            deepstack_layer_map=[[0, 0], [1, 2]],
+            spatial_vision_layer=-1,
+            spatial_target_layers=[0, 1, 2, 3],
+            downsample_rate="1/2",
+            image_grid_pinpoints=[[16, 32], [32, 16]],
+        ),
+        batcher(anyres(0, 0, side=16)),
+    ),
+    "muse_glimmer": Tiny(
+        family(
+            "muse_glimmer", sliding(512, head_dim=8, output_multiplier=1.0), MUSE_VISION, **MUSE_PROJECTOR
+        ),
+        batcher(patches(96)),
+        video=True,
+    ),
+    "muse_spark": Tiny(
+        family(
+            "muse_spark",
+            lambda layers: (
+                sliding(512, head_dim=8, output_multiplier=1.0)(layers)
+                | {"mlp_layer_types": ["dense", *["sparse"] * (layers - 1)], "num_local_experts": 4}
+                | {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "moe_hidden_size": 16}
+            ),
+            MUSE_VISION,
+            audio_config={"patch_sizes": [2, 2], "hidden_sizes": [8, 8], "depths": [1, 1]}
+            | {"num_hidden_layers": 2, "conv_kernel_size": 3, "out_hidden_size": 32},
+            **MUSE_PROJECTOR,
+        ),
+        batcher(patches(96)),
+        video=True,
+    ),
+    "cosmos3_edge": Tiny(
+        family(
+            "cosmos3_edge",
+            MROPE | {"head_dim": 8},
+            {"num_patches": 16}
+            | {k: v for k, v in vision(0).items() if k not in ("image_size", "initializer_range")},
+            projector_hidden_size=32,
+            **BOTH,
+        ),
+        batcher(patches(48, frame_break=True), types="mm_token_type_ids"),
+        video=True,
+        own_positions=True,
+    ),
+    "cosmos3_omni": Tiny(
+        family(
+            "cosmos3_omni",
+            MROPE | {"head_dim": 8},
+            QWEN_VISION | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+            **BOTH,
+        ),
+        batcher(patches(96, frame_break=True), types="mm_token_type_ids"),
+        video=True,
+        own_positions=True,
+    ),
+    "ernie4_5_vl_moe": Tiny(
+        family(
+            "ernie4_5_vl_moe",
+            lambda layers: (
+                MROPE
+                | {"moe_intermediate_size": [16, 8], "moe_k": 2, "moe_num_experts": 4}
+                | {"moe_num_shared_experts": 1, "mlp_layer_types": ["dense", *["sparse"] * (layers - 1)]}
+            ),
+            {k: v for k, v in QWEN_VISION.items() if k != "out_hidden_size"},
+            **BOTH,
+        ),
+        told_twice(batcher(patches(48, merged=2), types="mm_token_type_ids")),
+        video=True,
+        own_positions=True,
     ),
 }
 
@@ -773,3 +1157,7 @@ VARIANTS: dict[str, Tiny] = {
 }
 
 llava, llava_batch = TINY["llava"][:2]
+LONG = {"deepseek_ocr2"}
+"""Models whose images have so many tokens that slow tests leave them out."""
+COMPRESSED = {"kimi_k25"}
+"""Models whose cache holds compressed keys and values."""

@@ -25,6 +25,7 @@ PREFIXED = {
     "llava_next_video",
     "video_llava",
     "internvl",
+    "qianfan_ocr",
 }  # with a class token
 
 
@@ -59,7 +60,7 @@ AttentionInterface.register(NAME, _weights)
 def layers_of(model: Any) -> list[Any]:
     """The layers of the tower for images."""
     for name, module in model.model.named_modules():
-        if name.startswith(("language_model", "text_model", "video_tower")):
+        if name.startswith(("language_model", "text_model", "video_tower", "audio_tower")):
             continue
         if isinstance(module, torch.nn.ModuleList) and any(
             hasattr(module[0], n) for n in ("self_attn", "attn", "attention")

@@ -26,6 +26,10 @@ class _NoNarrowing(TorchFunctionMode):
                 return args[0]
             args = tuple(torch.float64 if x is torch.float32 else x for x in args)
             kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in kwargs.items()}
+        if (
+            func is torch.zeros and kwargs.get("dtype") is torch.float32
+        ):  # a router's place for what it will say
+            kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vtwcli.errors import NotFoundError, first_line
 from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.models.broken_torchvision import hide_if_broken
-from vtwcli.models.families import FAMILIES, Family, family_of, placeholder_ids, supported
+from vtwcli.models.families import FAMILIES, OTHERS, Family, family_of, placeholder_ids, supported
 from vtwcli.models.jsonfiles import CONFIG, numbers, read_json
 
 if TYPE_CHECKING:
@@ -82,9 +82,10 @@ def read_config(path: Path, name: str, trust_remote_code: bool = False) -> tuple
         if value > MANY and COUNTS.search(setting):  # transformers would make a list of so many
             raise NotFoundError(f"{file}: {setting} is {value}, which is more than any model has")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        if str(model_type) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        if str(model_type) in {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *OTHERS}:
+            reason = f": {OTHERS[str(model_type)]}" if model_type in OTHERS else ""
             raise NotFoundError(
-                f"{name!r} is of the family {model_type!r}, which is not supported", supported()
+                f"{name!r} is of the family {model_type!r}, which is not supported{reason}", supported()
             )
         raise NotFoundError(
             f"{name!r} is not a vision-language model that transformers knows: its model type is {model_type!r}",

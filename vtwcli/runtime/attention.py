@@ -9,7 +9,7 @@ import torch
 
 from vtwcli.runtime.asking import attend, check_weights, not_compiled, row_weights
 from vtwcli.runtime.cache import Columns
-from vtwcli.runtime.contract import attention_kind, strange
+from vtwcli.runtime.contract import attention_kind, check_values, strange
 from vtwcli.runtime.masks import additive, sunk
 from vtwcli.runtime.ranking import Sight, key_sizes, look
 from vtwcli.runtime.rows import TEXT, Rows, Tensor, compact, take
@@ -44,6 +44,8 @@ def _leave_attention(
     tap.due = False
     if tap.keys is None or tap.values is None:
         raise strange("the attention of this model does not hand its keys to the cache")
+    if tap.probes or tap.base or tap.second:
+        check_values(module, tap.values)
     given = dict(kwargs)
     if len(args) > 1:
         raise strange("the attention gets more than one positional argument")

@@ -94,7 +94,7 @@ def row_arguments(layer: torch.nn.Module, given: Mapping[str, Any], shape: Seque
         if name not in _PER_TOKEN
         and not name.startswith(POSITIONS)
         and isinstance(given.get(name), torch.Tensor)
-        and given[name].ndim == 3
+        and given[name].ndim in (2, 3)
         and tuple(given[name].shape[:2]) == tuple(shape)
     )
 
@@ -156,6 +156,22 @@ def check_scaling(attention: Any, index: torch.Tensor, query: torch.Tensor, past
         raise PruningError(
             f"this model scales queries by their row's number from {step} tokens on, which shorter prompts change; "
             "prune shorter prompts"
+        )
+
+
+def check_values(attention: Any, values: torch.Tensor) -> None:
+    """Refuse cache entries [B, H_kv, T, D] that are not the values which the attention's weights meet, such as those
+    of multi-head latent attention.
+
+    Raises:
+        PruningError: the entries are others.
+    """
+    wide = getattr(getattr(attention, "o_proj", None), "in_features", None)
+    groups = getattr(attention, "num_key_value_groups", None)
+    if wide is not None and groups is not None and values.shape[1] * groups * values.shape[3] != wide:
+        raise PruningError(
+            "the cache of this model holds compressed keys and values, so measured scores and mutes that leave the "
+            "softmax as it is have nothing to work on; use withdraw, freeze, and keep by uniform or random"
         )
 
 

@@ -109,11 +109,12 @@ def take_positions(
     that are ``by_row``, [B, S, ...]."""
     for name in by_row:
         given[name] = take(given[name], index, 1)
-    names = [name for name, value in given.items() if name.startswith(POSITIONS) and value is not None]
+    names = [name for name in given if name.startswith(POSITIONS)]
     if not names:
         raise strange(f"the layers get no {POSITIONS}")
     for name in names:
-        given[name] = _take_position(name, given[name], index, length)
+        if given[name] is not None:  # layers without rotary embeddings get None
+            given[name] = _take_position(name, given[name], index, length)
     ids = given.get("position_ids")
     if ids is not None:
         if ids.ndim < 2 or ids.shape[-1] != length or ids.shape[-2] not in (1, index.shape[0]):

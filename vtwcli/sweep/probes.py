@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vtwcli.runtime.scores import last_row_numbers
-from vtwcli.sweep.views import LayerView
+from vtwcli.sweep.views import LayerView, check_values
 
 
 def masses(weights: Tensor, visual: Tensor, attended: Tensor) -> dict[str, Tensor]:
@@ -119,6 +119,7 @@ class LastRowProbe:
 
     def __call__(self, view: LayerView) -> None:
         """See ``LayerView``."""
+        check_values(view.layer, view.values)
         weights, values = view.attention(view.rows[:, :1])[:, :, 0], view.values
         visual = view.visual.to(weights.device)
         mass = masses(weights, visual, view.attended.to(weights.device))

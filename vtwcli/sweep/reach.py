@@ -77,8 +77,9 @@ def closure(masks: Iterable[Tensor | None], rows: Tensor, living: Tensor) -> Ten
 
 
 def take(hidden: Tensor, rows: Tensor) -> Tensor:
-    """Rows [B, Q] of a stream [B, S, D]: [B, Q, D]."""
-    return hidden.gather(1, rows[:, :, None].expand(-1, -1, hidden.shape[2]))
+    """Rows [B, Q] of a stream [B, S, ...]: [B, Q, ...]."""
+    index = rows[(...,) + (None,) * (hidden.ndim - 2)]
+    return hidden.gather(1, index.expand(-1, -1, *hidden.shape[2:]))
 
 
 def rotary(embedding: Tensor, rows: Tensor, times: int) -> Tensor:

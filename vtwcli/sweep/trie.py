@@ -33,7 +33,7 @@ from vtwcli.sweep.layers import Capture
 from vtwcli.sweep.layouts import NOTHING, Effects, Layout, Layouts, Pattern, effects_of
 from vtwcli.sweep.reach import readable
 from vtwcli.sweep.stream import Stream
-from vtwcli.sweep.views import row_weights
+from vtwcli.sweep.views import check_values, row_weights
 
 # Rows of states that run as one sequence, by width: reading wide layers' weights costs more than a larger mask.
 _CHUNK_ROWS = {0: 384, 2048: 768}
@@ -202,6 +202,8 @@ class Trie(Stream):
         entry = torch.cat([state.hidden for state, _ in chunk])[None]
         reach = max(pattern.reach for _, pattern in chunk)
         joined = _Joined((keys, values), reach, self._ghosts(chunk, sizes))
+        if joined.ghosts is not None:
+            check_values(layer, values)
         mask = _mask([pattern for _, pattern in chunk], sizes, reach)[None]
         some = [pattern.query for _, pattern in chunk if pattern.query is not None]
         running = slice(None) if not some else torch.cat([q + n for q, n in zip(some, starts, strict=False)])
@@ -253,6 +255,8 @@ class Trie(Stream):
             keys, values: as of ``_run``.
         """
         asked = [state for state in self._different() if state.asked]
+        if asked:
+            check_values(layer, values)
         last = torch.tensor([[self.prompt - 1]], device=entry.device)
         allowed = readable(self.mask(d), last, keys.shape[2])[0]
         few = max(1, _CHUNK_VALUES // values[:, :, : self.prompt].numel())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vtwcli.errors import VtwError
-from vtwcli.runtime import asking
+from vtwcli.runtime import asking, contract
 from vtwcli.runtime.contract import PruningError
 from vtwcli.runtime.freeze import Enough
 from vtwcli.sweep.caches import Cache
@@ -60,6 +60,18 @@ class LayerView:
 
 
 Probe = Callable[[LayerView], None]
+
+
+def check_values(layer: nn.Module, values: Tensor) -> None:
+    """Refuse keys and values [B, H, S, E] of a layer that are compressed, where their numbers count.
+
+    Raises:
+        VtwError: they are.
+    """
+    try:
+        contract.check_values(getattr(layer, "self_attn", None), values)
+    except PruningError as error:
+        raise VtwError(str(error)) from error
 
 
 def row_weights(
