@@ -17,7 +17,7 @@ from vtwcli.io import console
 from vtwcli.machine import threads
 
 _WRONG_USE = typer.BadParameter.__mro__[1]  # what typer raises for options that it cannot read
-_SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+_SIGNALS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 # subcommand -> its file in ``vtwcli.commands``, in the order of the help page
 COMMANDS = {
@@ -84,7 +84,7 @@ def main() -> None:
             sys.exit(128 + number)
         if isinstance(error, _WRONG_USE):
             _tell_wrong_use(error)
-            sys.exit(error.exit_code)
+            sys.exit(2)
         if isinstance(error, VtwError):
             console.error(error.message, error.hint)
             sys.exit(error.exit_code)

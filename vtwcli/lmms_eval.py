@@ -28,7 +28,7 @@ def manifest() -> ModelManifest:
     return ModelManifest("vtw", chat_class_path="vtwcli.lmms_eval.Pruned")
 
 
-class Pruned(lmms):  # type: ignore[misc]
+class Pruned(lmms):
     """A model under a schedule, answering chat messages with images, in batches, greedily unless the task samples.
 
     As lmms-eval's own wrapper of Hugging Face models does, the chat template makes the prompt, and a task's ``until``
