@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from vtwcli.data import scenes
+from vtwcli.data.cells import BadRow
 from vtwcli.data.drawing import Drawing, ranges, sample_content, sample_fingerprint
 from vtwcli.data.metrics import scores
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
-from vtwcli.data.tasks import BadRow
 from vtwcli.errors import NotFoundError, UsageError
 
 

@@ -11,9 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtwcli.data.cells import BadRow, shown
 from vtwcli.data.rows import LONGEST_REASON
 from vtwcli.data.spec import is_path
-from vtwcli.data.tasks import BadRow, shown
 from vtwcli.errors import first_line
 from vtwcli.io import console
 from vtwcli.io.files import regular

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vtwcli.data.tasks import ORGANISATIONS, BadRow, Row, listed, shown
+from vtwcli.data.cells import BadRow, Row, listed, shown
+from vtwcli.data.tasks import ORGANISATIONS
 from vtwcli.errors import NotFoundError, first_line
 from vtwcli.io.documents import nearest
 from vtwcli.io.files import regular

@@ -8,10 +8,10 @@ from typing import Protocol
 
 import torch
 
+from vtwcli.data.cells import BadRow
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import DataMix, load_data
 from vtwcli.data.spec import DataSpec
-from vtwcli.data.tasks import BadRow
 from vtwcli.errors import NotFoundError
 from vtwcli.io import console
 from vtwcli.machine import distributed

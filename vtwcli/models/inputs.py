@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtwcli.data.cells import shown
 from vtwcli.data.pixels import PictureError, check_resized
 from vtwcli.data.sample import Sample
-from vtwcli.data.tasks import shown
 from vtwcli.errors import NotFoundError, first_line
 from vtwcli.io import console
 from vtwcli.machine.libraries import quiet_libraries

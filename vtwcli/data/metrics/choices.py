@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from vtwcli.data.cells import LETTERS
 from vtwcli.data.sample import Sample
-from vtwcli.data.tasks import LETTERS
 
 
 def multiple_choice(answer: str, sample: Sample) -> float:
