@@ -54,7 +54,7 @@ def model_of(given: dict[str, Any], recipe: Recipe) -> ModelSection:
 
 def data_of(given: dict[str, Any], recipe: Recipe) -> list[DataSpec]:
     """The data sources of ``--data``, or those of the recipe."""
-    return [DataSpec.parse(text) for text in given.get("data") or ()] or list(recipe.data)
+    return recipe.sources([DataSpec.parse(text) for text in given.get("data") or ()])
 
 
 def output_paths(given: dict[str, Any], model: str, files: Files) -> Outputs:

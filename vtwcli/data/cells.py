@@ -15,6 +15,7 @@ from vtwcli.errors import VtwError
 from vtwcli.io.documents import nearest
 
 LETTERS = string.ascii_uppercase
+IMAGE_MARK = "<image>"  # where a prompt shows an image
 
 _ROLES = {name: name for name in Columns.model_fields} | {
     "file_name": "image",
@@ -164,7 +165,8 @@ def fill(template: str, row: Row, question: str, choices: Sequence[str]) -> str:
     """Put a row into a prompt template.
 
     Args:
-        template: text with ``{question}``, ``{choices}`` (lettered lines) or ``{COLUMN}`` of any column.
+        template: text with ``{question}``, ``{choices}`` (lettered lines) or ``{COLUMN}`` of any column; a list is
+            written with commas.
         row: the row.
         question: name of its question column.
         choices: its options.
@@ -176,6 +178,7 @@ def fill(template: str, row: Row, question: str, choices: Sequence[str]) -> str:
     def value(name: re.Match[str]) -> str:
         if name[1] == "choices":
             return lettered(choices)
-        return text(row, question if name[1] == "question" else name[1])
+        column = question if name[1] == "question" else name[1]
+        return ", ".join(texts(row, column)) if isinstance(row[column], list) else text(row, column)
 
     return re.sub(r"\{(\w+)\}", value, template)

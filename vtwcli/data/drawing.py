@@ -11,15 +11,19 @@ from dataclasses import fields
 
 from vtwcli.data.sample import Sample
 
+_NEWER = ("system", "longest")  # where they say nothing, digests are those of earlier versions
+
 
 def sample_fingerprint(sample: Sample) -> str:
-    """SHA-256 of what a sample says: prompt, references, and its images' places, sizes
-    and RGB pixels; not its id."""
+    """SHA-256 of what a sample says: prompt, references, system turn, and its images' places,
+    sizes and RGB pixels; not its id."""
     digest = hashlib.sha256()
     for part in (sample.prompt, *sample.references):
         digest.update(f"{len(part)}:{part}".encode("utf-8", "surrogatepass"))
     if sample.places:
         digest.update(f"places:{sample.places}".encode())
+    if sample.system:
+        digest.update(f"system:{sample.system}".encode("utf-8", "surrogatepass"))
     for image in sample.images:
         digest.update(str(image.size).encode() + image.tobytes())
     return digest.hexdigest()
@@ -32,7 +36,9 @@ def sample_content(sample: Sample, fingerprint: str | None = None) -> str:
         fingerprint: ``sample_fingerprint`` of it, if it is known already.
     """
     others = {one.name for one in fields(sample)} - {"id", "images", "prompt", "references"}
-    rest = json.dumps({name: getattr(sample, name) for name in others}, sort_keys=True, default=repr)
+    values = {name: getattr(sample, name) for name in others}
+    said = {name: value for name, value in values.items() if name not in _NEWER or value is not None}
+    rest = json.dumps(said, sort_keys=True, default=repr)
     return hashlib.sha256(f"{fingerprint or sample_fingerprint(sample)}:{rest}".encode()).hexdigest()
 
 

@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from vtwcli.data.cells import (
+    IMAGE_MARK,
     BadRow,
     Row,
     fill,
@@ -18,13 +19,12 @@ from vtwcli.data.cells import (
     text,
     texts,
 )
-from vtwcli.data.images import decode_image
+from vtwcli.data.images import decode_image, squared
 from vtwcli.data.rows import Rows
 from vtwcli.data.sample import Sample
 from vtwcli.data.spec import Columns, DataSpec
 from vtwcli.data.tasks import LETTER_LINE, TASKS, TaskRow
 
-IMAGE_MARK = "<image>"
 Check = Callable[[Sample], None]
 
 
@@ -95,13 +95,17 @@ def sample_of(
     for column in reading.images(row):
         values = row[column] if isinstance(row[column], list) else [row[column]]
         images += [decode_image(value, column, rows.folder, within) for value in values]
+    if spec.image == "pad":
+        images = [squared(image) for image in images]
     prompt, places = _placed(prompt, len(images))
     references = reading.references(row)
     metric = spec.metric or (
         "multiple_choice" if choices and reading.metric == "exact_match" else reading.metric
     )
-    if metric == "pope" and any(one.strip().lower() not in ("yes", "no") for one in references):
-        raise BadRow(f"the metric pope judges yes and no, but the answer is {shown(references[0])}")
+    if metric in ("pope", "pope_exact", "mme") and any(
+        one.strip().lower() not in ("yes", "no") for one in references
+    ):
+        raise BadRow(f"the metric {metric} judges yes and no, but the answer is {shown(references[0])}")
     split = rows.record.get("split")
     identity = row["id"] if spec.source == "demo" else place
     sample = Sample(
@@ -114,6 +118,8 @@ def sample_of(
         choices=choices,
         meta={name: row[name] for name in reading.meta} | ({} if spec.source in TASKS else {"own": True}),
         places=places,
+        system=spec.system,
+        longest=reading.longest,
     )
     if check is not None:
         check(sample)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -36,7 +36,8 @@ class DataMix:
         sources: per source its ``source``, ``tasks`` (name to number of samples), where it was read
             (``repository``, ``config``, ``revision`` or ``path``; ``split``), ``choice`` (how samples were drawn),
             ``rows`` (0-based row numbers used, as ranges), ``skipped``, ``duplicates`` (rows that were passed over
-            because they equal one that is used) and ``fingerprint`` (over ids and contents).
+            because they equal one that is used), ``fingerprint`` (over ids and contents) and, where the task says
+            so, ``max_new_tokens`` (the longest answer).
         skipped: unreadable rows left out, over all sources.
         excluded: samples that came up and were passed over because they were not wanted.
     """
@@ -56,6 +57,8 @@ def load_data(
     skip_bad: bool = False,
     exclude: Collection[str] = (),
     check: Check | None = None,
+    model_type: str | None = None,
+    own_lengths: bool = True,
 ) -> DataMix:
     """Read the samples of a mix.
 
@@ -71,6 +74,8 @@ def load_data(
         skip_bad: leave out rows that cannot be read, and count them, instead of failing.
         exclude: fingerprints of samples that must not come up, for example those of a calibration.
         check: raises ``BadRow`` for a sample that the model cannot use; its row then counts as a bad one.
+        model_type: of the model that is asked, in transformers; some built-in tasks have a prompt of its own for it.
+        own_lengths: whether samples say how long their answers may be.
 
     Raises:
         UsageError: contradicting options, or two sources that give the same rows.
@@ -84,7 +89,9 @@ def load_data(
     for spec, name in zip(specs, source_names(specs, ("demo", *TASKS)), strict=True):
         first = spec.order == "first"
         drawing = Drawing(spec.limit or limit, seed, first=first, exclude=exclude, known=contents)
-        record = _read(spec, name, drawing, skip_bad, check)
+        reading = (TASKS.get(spec.source) or plain_reading(spec)).of(model_type)
+        longest = (spec.max_new_tokens or reading.longest) if own_lengths else None
+        record = _read(spec, name, replace(reading, longest=longest), drawing, skip_bad, check)
         chosen = drawing.chosen()
         contents |= {sample_content(sample, fingerprint): sample.id for _, fingerprint, sample in chosen}
         known = {sample.id for sample in samples}
@@ -113,13 +120,14 @@ def identify(spec: DataSpec, *, limit: int, seed: int, skip_bad: bool = False) -
     return load_data([spec], limit=limit, seed=seed, skip_bad=skip_bad).sources[0]
 
 
-def _read(spec: DataSpec, name: str, drawing: Drawing, skip_bad: bool, check: Check | None) -> dict[str, Any]:
+def _read(
+    spec: DataSpec, name: str, reading: TaskRow, drawing: Drawing, skip_bad: bool, check: Check | None
+) -> dict[str, Any]:
     """Read one source, which ids call ``name``, into the drawing; its record for result files."""
     if spec.metric is not None and spec.metric not in METRICS:
         close = nearest(spec.metric, METRICS)
         hint = f"did you mean {close!r}?" if close else f"known metrics: {', '.join(METRICS)}"
         raise UsageError(f"data source {spec.source!r}: unknown metric {spec.metric!r}", hint)
-    reading = TASKS.get(spec.source) or plain_reading(spec)
     rows = _open(spec, drawing)
     most = None
     if rows.remote and drawing.limit is not None:
@@ -183,6 +191,7 @@ def _read(spec: DataSpec, name: str, drawing: Drawing, skip_bad: bool, check: Ch
         "skipped": skipped,
         "duplicates": drawing.duplicates,
         "fingerprint": digest.hexdigest(),
+        **({} if reading.longest is None else {"max_new_tokens": reading.longest}),
     }
 
 

@@ -51,7 +51,17 @@ class DataSpec(Section):
         description="shuffle: a seeded draw; first: the first rows, as published searches do",
     )
     prompt: str | None = Field(default=None, description="template with {question}, {choices} or any column")
+    system: str | None = Field(
+        default=None, description="text of a system turn, for templates that send none of their own"
+    )
+    image: Literal["pad"] | None = Field(
+        default=None,
+        description="pad: pictures are made square with bars of CLIP's mean colour, as LLaVA-1.5 saw them",
+    )
     metric: str | None = Field(default=None, description="metric that judges the answers")
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, description="longest answer in tokens, where the command names none"
+    )
     columns: Columns = Columns()
 
     @field_validator("source")
@@ -59,6 +69,13 @@ class DataSpec(Section):
     def _has_source(cls, value: str) -> str:
         if not value.strip():
             raise ValueError("a data source needs a name or a path")
+        return value
+
+    @field_validator("image", mode="before")
+    @classmethod
+    def _is_no_column(cls, value: Any) -> Any:
+        if value not in (None, "pad"):
+            raise ValueError(f"{value!r} is not pad; a column is named with columns.image")
         return value
 
     @field_validator("tasks", mode="before")
@@ -71,8 +88,8 @@ class DataSpec(Section):
         """Read the command line's form ``SOURCE[:key=value,...]``.
 
         Keys are this class's fields and ``columns.NAME``; ``tasks`` takes names joined by ``+``; ``\\n`` in a
-        prompt is a line break. A comma begins a new key only if ``key=`` follows it, so that prompts may hold
-        commas. Text that is an existing path is a path, whatever characters it holds.
+        prompt or a system turn is a line break. A comma begins a new key only if ``key=`` follows it, so that prompts
+        may hold commas. Text that is an existing path is a path, whatever characters it holds.
 
         Raises:
             UsageError: unknown or repeated keys, values of the wrong type, or no source.
@@ -98,7 +115,7 @@ class DataSpec(Section):
             target, name = (columns, key[len("columns.") :]) if key.startswith("columns.") else (values, key)
             if name in target:
                 raise UsageError(f"data source {text!r}: key {key!r} is given twice")
-            target[name] = value.replace("\\n", "\n") if key == "prompt" else value
+            target[name] = value.replace("\\n", "\n") if key in ("prompt", "system") else value
         try:
             return cls(**values, columns=Columns(**columns))
         except ValidationError as error:

@@ -1,15 +1,17 @@
 """The built-in public tasks: one row each, with prompt, references, metric and where the data lives.
 
-Prompts are those of lmms-eval, so that numbers can be compared. Nothing here imports torch or datasets.
+Prompts, answer lengths and metrics are those of lmms-eval, so that numbers can be compared; where they are not, the
+documentation's page ``tasks`` says why. Nothing here imports torch or datasets.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from vtwcli.data.cells import Row, letter_at, lettered, options, text, texts
+from vtwcli.data.cells import IMAGE_MARK, BadRow, Row, letter_at, lettered, options, text, texts
 from vtwcli.data.spec import Columns
 
 DEFAULT_MIX = ("scienceqa", "gqa", "ocrbench", "flickr30k")
@@ -51,6 +53,8 @@ class TaskRow:
         meta: columns that the metric reads.
         join: where the images are, if not in the row.
         buffer: rows of a remote set among which samples are drawn; whole sets where rows are sorted by kind.
+        longest: tokens of the longest answer; None where lmms-eval leaves it to the model.
+        by_model: fields that other models have instead, by transformers' ``model_type``.
     """
 
     name: str
@@ -67,11 +71,17 @@ class TaskRow:
     meta: tuple[str, ...] = ()
     join: Join | None = None
     buffer: int = BUFFER_ROWS
+    longest: int | None = None
+    by_model: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def of(self, model_type: str | None) -> TaskRow:
+        """As this model is asked."""
+        return replace(self, **self.by_model.get(model_type or "", {}))
 
 
-def _scienceqa_prompt(row: Row) -> str:
+def _scienceqa_prompt(row: Row, line: str = LETTER_LINE) -> str:
     context = f"Context: {row['hint']}\n" if row["hint"] else ""
-    return f"{context}{text(row, 'question')}\n{lettered(options(row, 'choices'))}\n{LETTER_LINE}"
+    return f"{context}{text(row, 'question')}\n{lettered(options(row, 'choices'))}\n{line}"
 
 
 def _mmmu_choices(row: Row) -> tuple[str, ...]:
@@ -93,14 +103,64 @@ def _mmmu_references(row: Row) -> tuple[str, ...]:
 
 
 def _mmmu_images(row: Row) -> tuple[str, ...]:
-    shown = " ".join((text(row, "question"), *_mmmu_choices(row)))
-    named = sorted({int(number) for number in re.findall(r"<image (\d+)>", shown)})
+    """The images in the order in which the prompt names them; all where it names none."""
+    named = list(dict.fromkeys(re.findall(r"<image (\d+)>", _mmmu_prompt(row))))
     present = [number for number in range(1, 8) if row.get(f"image_{number}") is not None]
     return tuple(f"image_{number}" for number in named or present or [1])
 
 
+def _mmmu_interleaved(row: Row) -> str:
+    """The prompt with the images where it first names them, without the white space around, as lmms-eval has it."""
+    shown = set[str]()
+
+    def mark(name: re.Match[str]) -> str:
+        if name[1] in shown:
+            return name[0]
+        shown.add(name[1])
+        return IMAGE_MARK
+
+    return re.sub(r"\s*<image (\d+)>\s*", mark, _mmmu_prompt(row))
+
+
+def _mmmu_qwen3(row: Row) -> str:
+    choices = options(row, "options") if row["options"] not in ("[]", "") else ()
+    line = "Answer with the option letter only."
+    if not _mmmu_choices(row):
+        line = "Please select the correct answer from the options above."
+    return f"Question: {text(row, 'question')}\nOptions:\n{lettered(choices)}\n{line}"
+
+
+_MMMU_QWEN3 = {"prompt": _mmmu_qwen3, "images": lambda row: tuple(sorted(_mmmu_images(row)))}
+
+
 def _short(row: Row) -> str:
-    return f"{text(row, 'question').strip()}\n{SHORT_LINE}"
+    return f"{text(row, 'question')}\n{SHORT_LINE}"
+
+
+def _pope(row: Row, line: str = SHORT_LINE) -> str:
+    return f"{text(row, 'question').strip()}\n{line}"
+
+
+_YES_OR_NO = " Please answer yes or no."  # as MME ends its questions
+
+
+def _mme(row: Row) -> str:
+    return f"{text(row, 'question').strip().replace(_YES_OR_NO, '')}\n{SHORT_LINE}"
+
+
+def _textvqa(row: Row, between: str = "", line: str = SHORT_LINE) -> str:
+    # As published: capitalize() also puts names into lower case.
+    return f"{text(row, 'question').capitalize()}{between}\n{line}"
+
+
+def _ocr_tokens(row: Row) -> str:
+    tokens = row["ocr_tokens"]
+    if not isinstance(tokens, list):
+        raise BadRow("column 'ocr_tokens' is not a list of texts")
+    return f"\nReference OCR token: {', '.join(map(str, tokens))}"
+
+
+_PLM, _PLM_SHORT = "perception_lm", "Provide a short and direct response."
 
 
 TASKS: dict[str, TaskRow] = {
@@ -117,6 +177,8 @@ TASKS: dict[str, TaskRow] = {
             prompt=_scienceqa_prompt,
             references=lambda row: (letter_at(row, "answer", options(row, "choices")),),
             choices=lambda row: options(row, "choices"),
+            longest=16,
+            by_model={"idefics2": {"prompt": lambda row: _scienceqa_prompt(row, "Answer:")}},
         ),
         TaskRow(
             name="ai2d",
@@ -124,11 +186,12 @@ TASKS: dict[str, TaskRow] = {
             repository="*/ai2d",
             config=None,
             split="test",
-            metric="multiple_choice",
+            metric="ai2d",
             columns=Columns(image="image", question="question", answer="answer", choices="options"),
             prompt=lambda row: f"{text(row, 'question')}\n{lettered(options(row, 'options'))}\n{LETTER_LINE}",
             references=lambda row: (letter_at(row, "answer", options(row, "options")),),
             choices=lambda row: options(row, "options"),
+            longest=16,
         ),
         TaskRow(
             name="mmmu",
@@ -138,12 +201,14 @@ TASKS: dict[str, TaskRow] = {
             split="validation",
             metric="mmmu",
             columns=Columns(question="question", answer="answer", choices="options"),
-            prompt=_mmmu_prompt,
+            prompt=_mmmu_interleaved,
             references=_mmmu_references,
             choices=_mmmu_choices,
             images=_mmmu_images,
             meta=("id", "question_type"),
             buffer=900,
+            longest=128,
+            by_model=dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), _MMMU_QWEN3),
         ),
         TaskRow(
             name="gqa",
@@ -156,6 +221,7 @@ TASKS: dict[str, TaskRow] = {
             prompt=_short,
             references=lambda row: (text(row, "answer"),),
             join=Join(config="testdev_balanced_images", key="imageId", id="id"),
+            longest=16,
         ),
         TaskRow(
             name="textvqa",
@@ -165,9 +231,21 @@ TASKS: dict[str, TaskRow] = {
             split="validation",
             metric="vqa_soft",
             columns=Columns(image="image", question="question", answer="answers"),
-            # As published: capitalize() also puts names into lower case.
-            prompt=lambda row: f"{text(row, 'question').capitalize()}\n{SHORT_LINE}",
+            prompt=_textvqa,
             references=lambda row: texts(row, "answers"),
+            by_model={_PLM: {"prompt": lambda row: _textvqa(row, line=_PLM_SHORT)}},
+        ),
+        TaskRow(
+            name="textvqa_ocr",
+            title="TextVQA, with the words that a text recogniser read",
+            repository="*/textvqa",
+            config=None,
+            split="validation",
+            metric="vqa_soft",
+            columns=Columns(image="image", question="question", answer="answers"),
+            prompt=lambda row: _textvqa(row, _ocr_tokens(row)),
+            references=lambda row: texts(row, "answers"),
+            by_model={_PLM: {"prompt": lambda row: _textvqa(row, _ocr_tokens(row), _PLM_SHORT)}},
         ),
         TaskRow(
             name="pope",
@@ -177,9 +255,26 @@ TASKS: dict[str, TaskRow] = {
             split="test",
             metric="pope",
             columns=Columns(image="image", question="question", answer="answer"),
-            prompt=_short,
+            prompt=_pope,
             references=lambda row: (text(row, "answer"),),
             meta=("category",),
+            longest=128,
+            by_model={_PLM: {"prompt": lambda row: _pope(row, "Your response must be concise.")}},
+        ),
+        TaskRow(
+            name="mme",
+            title="MME, perception and cognition",
+            repository="*/MME",
+            config=None,
+            split="test",
+            metric="mme",
+            columns=Columns(image="image", question="question", answer="answer"),
+            prompt=_mme,
+            references=lambda row: (text(row, "answer"),),
+            meta=("category", "question_id"),
+            buffer=2374,
+            longest=16,
+            by_model={_PLM: {"prompt": lambda row: text(row, "question").strip()}},
         ),
         TaskRow(
             name="flickr30k",
@@ -191,6 +286,7 @@ TASKS: dict[str, TaskRow] = {
             columns=Columns(image="image", answer="caption"),
             prompt=lambda row: "Provide a one-sentence caption for the provided image.",
             references=lambda row: texts(row, "caption"),
+            longest=64,
         ),
         TaskRow(
             name="ocrbench",
@@ -204,6 +300,10 @@ TASKS: dict[str, TaskRow] = {
             references=lambda row: texts(row, "answer"),
             meta=("dataset", "question_type"),
             buffer=1000,
+            longest=128,
+            by_model={
+                _PLM: {"prompt": lambda row: f"{text(row, 'question').strip()}\n{_PLM_SHORT}"},
+            },
         ),
     )
 }

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vtwcli.data.sample import Sample
+from vtwcli.data.sample import Sample, answer_tokens
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io import console
 from vtwcli.judge.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape
@@ -87,6 +87,7 @@ def tried(
     """Force every candidate along the full model's own greedy answers; with several processes each takes its share.
 
     Args:
+        max_new_tokens: longest answer where no task says otherwise.
         batches: places of the samples that are answered together, see ``measure.batches``.
         free: let every schedule answer by itself too; not where layers are streamed.
         lenient: go on without candidates that cannot be executed, see ``Tried.refused``.
@@ -144,7 +145,8 @@ def _mine(
         for places in mine:
             part = [samples[place] for place in places]
             batch = encode_batch(loaded, part)
-            full = full_answers(loaded, batch, max_new_tokens, [sample.id for sample in part])
+            tokens = answer_tokens(part, max_new_tokens)
+            full = full_answers(loaded, batch, tokens, [sample.id for sample in part])
             columns = {} if many is None else many.along(part, batch, full.answers, bar)
             for c, one in enumerate(candidates):
                 if c in columns and not free:
@@ -158,7 +160,7 @@ def _mine(
                             one.schedule,
                             guides.beside(batch, part, one.schedule),
                             full,
-                            max_new_tokens,
+                            tokens,
                             free=free,
                             along=known,
                         )

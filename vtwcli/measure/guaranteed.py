@@ -100,7 +100,7 @@ def metric_drop(study: Study[CalibrateSection]) -> Callable[[str, Schedule], Los
     """
     if study.streamed:
         raise UsageError("--loss metric: layers are streamed and cannot answer", "choose another --loss")
-    loaded, samples, longest = study.loaded, study.samples, study.options.max_new_tokens
+    loaded, samples, longest = study.loaded, study.samples, study.options.longest
     parts = study.batches(longest)
 
     def scores() -> NDArray[np.float64]:

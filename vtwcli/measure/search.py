@@ -91,7 +91,7 @@ def search(
     seen = measured(ordering, method)
     answers = answered(seen, ordering.samples, options)
     candidates = method.candidates(study.shape, answers, rule)
-    longest = 1 if options.positions == "first" else options.max_new_tokens
+    longest = 1 if options.positions == "first" else options.longest
     found = ordering.try_(candidates, longest)
     tried, front = compared(candidates, found, study.text)
     rows = [judged(row, found.kl(number), options) for number, row in enumerate(tried)]

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 BATCH_SIZE = "samples answered at once; by default 8, fewer where memory is short"
+LONGEST = "longest answer, in tokens; by default the task's own, else {}"
 Limit = Annotated[int, Field(ge=1, description="samples of each task")]
 Positions = Annotated[
     Literal["first", "answer"],
