@@ -64,7 +64,7 @@ def test_an_existing_path_is_a_path(tmp_path, monkeypatch):
         (
             "gqa:50",
             "data source 'gqa:50': '50' is not KEY=VALUE (known keys: task, tasks, split, config, revision, path, "
-            "limit, order, prompt, system, image, metric, max_new_tokens, columns.image, columns.question, "
+            "folder, limit, order, prompt, system, image, metric, max_new_tokens, columns.image, columns.question, "
             "columns.answer, columns.choices, columns.task)",
         ),
         ("gqa:limit=5,limit=6", "data source 'gqa:limit=5,limit=6': key 'limit' is given twice"),

@@ -17,7 +17,7 @@ from vtwcli.io.documents import nearest
 LETTERS = string.ascii_uppercase
 IMAGE_MARK = "<image>"  # where a prompt shows an image
 
-_ROLES = {name: name for name in Columns.model_fields} | {
+ROLES = {name: name for name in Columns.model_fields} | {
     "file_name": "image",
     "answers": "answer",
     "caption": "answer",
@@ -29,18 +29,26 @@ class BadRow(VtwError):
     """A row that cannot become a sample; the source adds its place, or skips it."""
 
 
+class NoColumn(BadRow):
+    """A row without a column that is read, ``column``."""
+
+    def __init__(self, message: str, hint: str | None, column: str) -> None:
+        super().__init__(message, hint)
+        self.column = column
+
+
 class Row(dict[str, Any]):
     """One row of a data set; a column that is not there is a ``BadRow`` that names those that are."""
 
     def __missing__(self, column: str) -> Any:
         present = [str(name) for name in self]
         hint: str | None
-        if column in _ROLES:
-            hint = f"name another one with columns.{_ROLES[column]}=COLUMN"
+        if column in ROLES:
+            hint = f"name another one with columns.{ROLES[column]}=COLUMN"
         else:
             close = nearest(column, present)
             hint = f"did you mean {close!r}?" if close else None
-        raise BadRow(f"no column {column!r}; columns: {listed(present) or 'none'}", hint)
+        raise NoColumn(f"no column {column!r}; columns: {listed(present) or 'none'}", hint, column)
 
 
 def shown(value: Any, most: int = 80) -> str:

@@ -15,9 +15,10 @@ from vtwcli.data.cells import BadRow, Row, listed, text
 from vtwcli.data.drawing import Drawing, ranges, sample_content
 from vtwcli.data.metrics import METRICS
 from vtwcli.data.reading import Check, plain_reading, sample_of
-from vtwcli.data.rows import SUFFIXES, Rows, joined, open_hub, open_local
+from vtwcli.data.rows import SUFFIXES, Rows
 from vtwcli.data.sample import Sample
 from vtwcli.data.spec import DataSpec, source_names
+from vtwcli.data.stores import joined, open_hub, open_local
 from vtwcli.data.tasks import TASKS, TaskRow
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io import console

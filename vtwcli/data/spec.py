@@ -45,6 +45,9 @@ class DataSpec(Section):
     config: str | None = Field(default=None, description="configuration of a Hub data set")
     revision: str | None = Field(default=None, description="branch, tag or commit of a Hub data set")
     path: str | None = Field(default=None, description="local copy of a built-in task's data set")
+    folder: str | None = Field(
+        default=None, description="where relative paths of pictures begin; by default beside the file of rows"
+    )
     limit: int | None = Field(default=None, ge=1, description="samples per task")
     order: Literal["shuffle", "first"] = Field(
         default="shuffle",
@@ -82,6 +85,15 @@ class DataSpec(Section):
     @classmethod
     def _split_tasks(cls, value: Any) -> Any:
         return tuple(value.split("+")) if isinstance(value, str) else value
+
+    def written(self, **columns: str) -> str:
+        """The command line's form; ``columns`` name further ones."""
+        values = self.model_dump(exclude_defaults=True, exclude={"source", "columns"})
+        named = self.columns.model_dump(exclude_none=True) | columns
+        values |= {f"columns.{role}": name for role, name in named.items()}
+        texts = {key: "+".join(value) if key == "tasks" else str(value) for key, value in values.items()}
+        keys = ",".join(f"{key}={text}".replace("\n", "\\n") for key, text in texts.items())
+        return f"{self.source}:{keys}" if keys else self.source
 
     @classmethod
     def parse(cls, text: str) -> DataSpec:

@@ -357,7 +357,10 @@ class Recipe(Section):
 
         parts: dict[str, Any] = {
             "model": changed(self.model, "name", "demo"),
-            "data": tuple(changed(changed(spec, "source", "demo", *TASKS), "path") for spec in self.data),
+            "data": tuple(
+                changed(changed(changed(spec, "source", "demo", *TASKS), "path"), "folder")
+                for spec in self.data
+            ),
             "schedule": changed(changed(self.schedule, "file"), "guide", "demo"),
             "eval": changed(self.eval, "baseline", "demo"),
         }
