@@ -365,3 +365,21 @@ def test_answer_lengths_and_prompts_by_source(copies):
 def test_own_prompts_are_other_samples(copies):
     plain, asked = (load(f"gqa:path={copies['gqa']}{more}") for more in ("", ",system=Be brief."))
     assert not set(plain.fingerprints) & set(asked.fingerprints)
+
+
+def test_mme_draws_both_questions_of_a_picture(tmp_path):
+    rows = [
+        {
+            "question_id": f"count/{n // 2}.png",
+            "image": picture(n // 2),
+            "question": f"Are there {n} things? Please answer yes or no.",
+            "answer": ("Yes", "No")[n % 2],
+            "category": "count",
+        }
+        for n in range(40)
+    ]
+    path = hub_layouts.write("mme", tmp_path, {"mme": rows})
+    for seed in range(3):
+        mix = load_data([DataSpec.parse(f"mme:path={path}")], limit=6, seed=seed)
+        pictures = [sample.meta["question_id"] for sample in mix.samples]
+        assert len(pictures) == 6 and all(pictures.count(one) == 2 for one in pictures)

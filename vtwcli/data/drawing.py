@@ -6,7 +6,7 @@ import hashlib
 import heapq
 import json
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import fields
 
 from vtwcli.data.sample import Sample
@@ -85,6 +85,7 @@ class Drawing:
         self._contents = dict(known or {})  # of what is kept, to its id
         self._first = first
         self._random = random.Random(seed)
+        self._groups: dict[Hashable, float] = {}
 
     @property
     def full(self) -> bool:
@@ -92,9 +93,11 @@ class Drawing:
         limit = self.limit
         return self._first and limit is not None and any(len(kept) >= limit for kept in self.kept.values())
 
-    def offer(self, place: int, task: str, make: Callable[[], Sample]) -> None:
-        """Consider one row; ``make`` decodes it."""
+    def offer(self, place: int, task: str, make: Callable[[], Sample], group: Hashable = None) -> None:
+        """Consider one row; ``make`` decodes it. Rows of one group, unless that is None, are drawn together."""
         key = float(place) if self._first else self._random.random()
+        if group is not None and not self._first:
+            key = self._groups.setdefault((task, group), key)
         kept = self.kept.setdefault(task, [])
         crowded = self.limit is not None and len(kept) >= self.limit
         if crowded and -kept[0][0] <= key:

@@ -1,7 +1,7 @@
 """The built-in public tasks: one row each, with prompt, references, metric and where the data lives.
 
 Prompts, answer lengths and metrics are those of lmms-eval, so that numbers can be compared; where they are not, the
-documentation's page ``tasks`` says why. Nothing here imports torch or datasets.
+documentation's page ``data`` says why. Nothing here imports torch or datasets.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class TaskRow:
         meta: columns that the metric reads.
         join: where the images are, if not in the row.
         buffer: rows of a remote set among which samples are drawn; whole sets where rows are sorted by kind.
+        together: column whose equal values mark rows that are drawn together, as their metric needs them.
         longest: tokens of the longest answer; None where lmms-eval leaves it to the model.
         by_model: fields that other models have instead, by transformers' ``model_type``.
     """
@@ -71,6 +72,7 @@ class TaskRow:
     meta: tuple[str, ...] = ()
     join: Join | None = None
     buffer: int = BUFFER_ROWS
+    together: str | None = None
     longest: int | None = None
     by_model: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -273,6 +275,7 @@ TASKS: dict[str, TaskRow] = {
             references=lambda row: (text(row, "answer"),),
             meta=("category", "question_id"),
             buffer=2374,
+            together="question_id",
             longest=16,
             by_model={_PLM: {"prompt": lambda row: text(row, "question").strip()}},
         ),
