@@ -94,13 +94,23 @@ def told(value, kind, name, absent):
 def test_documents_are_what_their_types_say(written, name):
     absent = set()
     told(written[name], KINDS[name], name, absent)
-    # of some models, of other methods, of the metric POPE, of measures that are a KL, of timing with enough rounds
+    # of some models, of other methods, of the metrics POPE, MME and CIDEr, of measures that are a KL, of timing with enough rounds
     timed = {"speed_up", "decode_speed_up", "batches_left_out", "parameters", "findings"}
     # of promises, some of each kind of method
     proved = {"guarantee", "losses", "layer", "candidate", "ordered_on"}
     # of a comparison at equal cost
     equal = {"tokens", "scores", "left_out"}
-    known = {"template_date", "precision", "recall", "f1", "yes_ratio", "positions"}
+    known = {
+        "template_date",
+        "precision",
+        "recall",
+        "f1",
+        "yes_ratio",
+        "positions",
+        "perception",
+        "cognition",
+    }
+    known |= {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"}
     assert absent <= known | timed | proved | equal
 
 
