@@ -94,7 +94,7 @@ def told(value, kind, name, absent):
 def test_documents_are_what_their_types_say(written, name):
     absent = set()
     told(written[name], KINDS[name], name, absent)
-    # of some models, of other methods, of the metrics POPE, MME and CIDEr, of measures that are a KL, of timing with enough rounds
+    # of some models, of other methods, of some metrics, of measures that are a KL, of timing with enough rounds
     timed = {"speed_up", "decode_speed_up", "batches_left_out", "parameters", "findings"}
     # of promises, some of each kind of method
     proved = {"guarantee", "losses", "layer", "candidate", "ordered_on"}
