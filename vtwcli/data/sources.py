@@ -147,7 +147,8 @@ def _read(
                 found[task] = None
                 if spec.tasks is None or task in spec.tasks:
                     make = partial(sample_of, spec, name, reading, rows, check, place, task, row)
-                    drawing.offer(place, task, make, row.get(reading.together))
+                    together = row.get(reading.together) if reading.together else None
+                    drawing.offer(place, task, make, together)
             except BadRow as bad:
                 complaint = NotFoundError(
                     f"{rows.where}, row {place}: {bad.message}", bad.hint or "--skip-bad leaves such rows out"
