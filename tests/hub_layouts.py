@@ -82,6 +82,9 @@ def features():
                 "category": text,
             }
         ),
+        "mme": Features(
+            {"question_id": text, "image": image, "question": text, "answer": text, "category": text}
+        ),
         "flickr30k": Features(
             {"image": image, "caption": List(text), "sentids": List(text), "img_id": text, "filename": text}
         ),
@@ -180,7 +183,7 @@ ROWS = {
             "question": "what is the brand of this Nokia phone?",
             "image": picture(31),
             "image_width": 6,
-            "ocr_tokens": ["NOKIA"],
+            "ocr_tokens": ["NOKIA", "3310"],
             "answers": ["nokia"] * 8 + ["", "phone"],
         },
     ],
@@ -197,6 +200,16 @@ ROWS = {
         for n, (thing, answer, category) in enumerate(
             [("snowboard", "yes", "adversarial"), ("car", "no", "popular"), ("dog", "no", "random")]
         )
+    ],
+    "mme": [
+        {
+            "question_id": "code_reasoning/0020.png",
+            "image": picture(44),
+            "question": f"Is the output {thing}? Please answer yes or no.",
+            "answer": answer,
+            "category": "code_reasoning",
+        }
+        for thing, answer in [("0", "Yes"), ("1", "No")]
     ],
     "flickr30k": [
         {
@@ -248,10 +261,14 @@ FILES = {
         ),
     ],
     "textvqa": [("textvqa", "default", "validation", "data/validation-00000-of-00001.parquet")],
+    "mme": [("mme", "default", "test", "data/test-00000-of-00001.parquet")],
     "pope": [("pope", "default", "test", "data/test-00000-of-00001.parquet")],
     "flickr30k": [("flickr30k", "default", "test", "data/test-00000-of-00001.parquet")],
     "ocrbench": [("ocrbench", "default", "test", "data/test-00000-of-00001.parquet")],
 }
+
+
+FILES["textvqa_ocr"] = FILES["textvqa"]
 
 
 def write(task: str, folder: Path, rows: dict | None = None, *, card: bool = True, **options) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,16 +17,19 @@ from tests.processors import FAMILIES, save_processor
 from vtwcli.calibrate import calibrate
 from vtwcli.data.sample import Sample
 from vtwcli.data.spec import DataSpec
+from vtwcli.evaluate import evaluate
 from vtwcli.io.console import Task
 from vtwcli.machine import distributed
 from vtwcli.measure import batches as module
+from vtwcli.measure.answers import reference_answers
 from vtwcli.measure.batches import answer_bytes, by_length
 from vtwcli.measure.streamed import streamed_answers
 from vtwcli.measure.study import Study
 from vtwcli.models.generation import generate_answers, generate_batches, greedy, plain_generation
 from vtwcli.models.inputs import encode
 from vtwcli.models.loading import LoadedModel, load
-from vtwcli.recipe.recipe import CalibrateSection, ModelSection
+from vtwcli.recipe.recipe import CalibrateSection, EvalSection, ModelSection
+from vtwcli.schedule.schedule import Schedule
 from vtwcli.sweep.decode import decode
 from vtwcli.sweep.layers import Resident
 from vtwcli.sweep.streaming import Streamed
@@ -261,3 +265,53 @@ def test_logits_that_are_no_numbers_name_their_sample(loaded):
     with pytest.raises(NotFoundError, match="sample 'a': the logits are not finite in float32"):
         source = Resident(broken.model, broken.family)
         decode(broken, source, [family.batch(["t3", "t4"])], [["a", "b"]], 2, Task("", None, None))
+
+
+def test_answers_are_as_long_as_their_tasks_allow(loaded):
+    longest = [2, None, 5, None, 2]
+    samples = [replace(one, longest=most) for one, most in zip(ASKED, longest, strict=True)]
+    for size in (None, 2):
+        parts = by_length(loaded, samples, TOKENS, size)
+        assert all(len({longest[place] for place in part}) == 1 for part in parts)
+    free = generate_batches(loaded, [[one] for one in ASKED], TOKENS)
+    wanted = [part[0][1][: most or TOKENS].tolist() for part, most in zip(free, longest, strict=True)]
+    batches = [[samples[place] for place in part] for part in parts]
+    for answers in (
+        generate_batches(loaded, batches, TOKENS),
+        streamed_answers(loaded, Streamed(loaded), batches, TOKENS),
+    ):
+        found = {
+            place: ids
+            for part, row in zip(parts, answers, strict=True)
+            for place, ids in zip(part, tokens_of(row), strict=True)
+        }
+        assert [found[place] for place in range(5)] == wanted
+    spoken = [replace(one, references=("a long answer indeed",)) for one in samples]
+    assert [len(ids) for ids in reference_answers(loaded, spoken, TOKENS)] == [2, 7, 5, 7, 2]
+
+
+@pytest.mark.parametrize("asked", [None, 3])
+def test_a_command_has_one_length_only_if_it_is_asked_for(tiny_dir, data, asked):
+    model = ModelSection(name=str(tiny_dir))
+    other = data.with_name("other.jsonl")
+    other.write_text(data.read_text())
+    specs = [
+        DataSpec(source=str(data), max_new_tokens=2, task="short", limit=1),
+        DataSpec(source=str(other), prompt="x", task="long", limit=1),
+    ]
+    options = EvalSection(limit=2, max_new_tokens=asked, timing=False, bootstrap=0)
+    found, _ = evaluate(model, [("k2", Schedule.withdraw_at(2))], specs, options)
+    said = {one["task"]: len(one["pruned"]["k2"]["kl"]) for one in found["samples"]}
+    assert said == {"short": asked or 2, "long": asked or 48}
+    assert [source.get("max_new_tokens") for source in found["data"]] == (
+        [2, None] if asked is None else [None, None]
+    )
+    assert found["options"]["max_new_tokens"] == asked  # of several lengths there is no one number
+    alike, _ = evaluate(model, [("k2", Schedule.withdraw_at(2))], specs[1:], options)
+    assert alike["options"]["max_new_tokens"] == (asked or 48)
+    for positions, longest in (("answer", (asked or 2, asked or 48)), ("first", (1, 1))):
+        calibrating = CalibrateSection(
+            limit=1, max_new_tokens=asked, bootstrap=0, eta=1e3, positions=positions, answers="generated"
+        )
+        curve = calibrate(model, specs, calibrating)["kl"]["positions"]
+        assert [len(sample[0]) for sample in curve] == list(longest)

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from vtwcli.data.metrics import METRICS, aggregate, scores
-from vtwcli.data.metrics.captions import caption_tokens, cider
+from vtwcli.data.metrics.captions import bleu, caption_tokens, cider, rouge_l
 from vtwcli.data.metrics.choices import mmmu_letter
 from vtwcli.data.metrics.reading import edit_distance
 from vtwcli.data.metrics.text import vqa_normalize
@@ -153,7 +153,7 @@ def test_published_rules_stay_as_published():
         ("B", 1),
         (" b \n", 1),
         ("B. the moon", 1),
-        ("b.", 1),
+        ("b.", 0),
         ("A", 0),
         ("A. B.", 0),
         ("Because", 0),
@@ -163,6 +163,27 @@ def test_published_rules_stay_as_published():
 )
 def test_multiple_choice(answer, expected):
     assert score("multiple_choice", answer, sample("B", choices=["sun", "moon"])) == expected
+    own = sample("B", choices=["sun", "moon"], own=True)
+    assert score("multiple_choice", answer, own) == (1 if answer == "b." else expected)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("B", 1),
+        ("(B)", 1),
+        ("b)", 1),
+        (" 'B' ", 1),
+        ("B. moon", 1),
+        ("b. moon", 0),
+        ("B moon", 0),
+        ("(A)", 0),
+        ("A. B", 0),
+        ("", 0),
+    ],
+)
+def test_ai2d_drops_punctuation(answer, expected):
+    assert score("ai2d", answer, sample("B", choices=["sun", "moon"])) == expected
 
 
 MMMU_CHOICES = ("a red car", "DNA", "the moon", "4")
@@ -248,6 +269,46 @@ def test_pope_summary_by_hand():
     assert aggregate("pope", ["yes"] * 4, [sample("no")] * 4)["yes_ratio"] == 1.0
 
 
+def test_pope_by_the_exact_word():
+    assert [score("pope_exact", said, sample("No")) for said in ("no", " NO\n", "No.", "No, none", "yes")] == [
+        1, 1, 0, 0, 0,
+    ]  # fmt: skip
+    # lmms-eval: what is neither yes nor no counts for nothing, and the ratio is of the references
+    answers, references = ["yes", "Yes, two", "no", "maybe"], ["yes", "yes", "no", "yes"]
+    found = aggregate("pope_exact", answers, [sample(reference) for reference in references])
+    assert found == {"mean": 0.5, "precision": 1.0, "recall": 1.0, "f1": 1.0, "yes_ratio": 0.75}
+    read = aggregate("pope", answers, [sample(reference) for reference in references])
+    assert read == {"mean": 1.0, "precision": 1.0, "recall": 1.0, "f1": 1.0, "yes_ratio": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("answer", "word"),
+    [("Yes.", "yes"), ("y", "yes"), ("N.", "no"), ("x", None), ("Yes, it is", "yes"), ("Not so", "no"),
+     ("It is: yes", None), ("I know", None), ("", None)],
+)  # fmt: skip
+def test_mme_reads_a_word_at_the_beginning(answer, word):
+    assert score("mme", answer, sample("Yes")) == (word == "yes")
+    assert score("mme", answer, sample("No")) == (word == "no")
+
+
+def test_mme_scores_by_hand():
+    def ask(category, picture, reference):
+        return sample(reference, category=category, question_id=picture)
+
+    samples = [
+        ask("OCR", "1", "Yes"), ask("OCR", "1", "No"), ask("OCR", "2", "Yes"), ask("OCR", "2", "No"),
+        ask("count", "1", "Yes"), ask("count", "1", "No"), ask("code_reasoning", "1", "Yes"),
+    ]  # fmt: skip
+    answers = ["yes", "no", "yes", "yes", "no", "no", "yes"]
+    found = aggregate("mme", answers, samples)
+    # OCR: 3 of 4 right and one picture of two: 75 + 50. Count: 1 of 2, no picture: 50. The last has half a picture.
+    assert found == {"mean": pytest.approx(5 / 7), "perception": 175.0}
+    samples.append(ask("code_reasoning", "1", "No"))
+    found = aggregate("mme", [*answers, "n"], samples)
+    assert (found["perception"], found["cognition"]) == (175.0, 200.0)
+    assert aggregate("mme", ["yes"], [sample("yes")]) == {"mean": 1.0}  # somebody's own rows
+
+
 @pytest.mark.parametrize(
     ("a", "b", "distance"),
     [("kitten", "sitting", 3), ("flaw", "lawn", 2), ("", "abc", 3), ("abc", "", 3), ("same", "same", 0)],
@@ -294,7 +355,10 @@ def test_ocrbench_containment():
     assert score("ocrbench", "It says STOP\nHERE.", sample("go", "stop here")) == 1
     assert score("ocrbench", "st op", sample("stop")) == 0
     assert score("ocrbench", "go", sample("", "stop")) == 0  # nothing is contained in everything
+    assert score("ocrbench", "\uff33\uff34\uff2f\uff30\u3000\uff11", sample("stop 1")) == 1  # full width
+    assert score("ocrbench", "stop 1", sample("\uff33\uff34\uff2f\uff30\u3000\uff11 ")) == 1
     formula = sample("x ^ 2 + Y", dataset="HME100k")
+    assert score("ocrbench", "\uff58", sample("x", dataset="HME100k")) == 0
     assert score("ocrbench", "the formula x^2+Y", formula) == 1
     assert score("ocrbench", "the formula x^2+y", formula) == 0
 
@@ -331,6 +395,15 @@ def test_cider_by_hand():
     assert cider(["red ball"], [["red ball"]]) == [0.0]
 
 
+PUBLISHED = {
+    "bleu_1": 0.814227373629354,
+    "bleu_2": 0.6905913468339655,
+    "bleu_3": 0.48591415042095104,
+    "bleu_4": 0.33758956960885156,
+    "rouge_l": 0.6548061066232173,
+}
+
+
 def test_cider_equals_the_caption_evaluation():
     references = [
         [
@@ -350,7 +423,28 @@ def test_cider_equals_the_caption_evaluation():
     assert cider(answers, references) == pytest.approx(published, abs=1e-12)
     samples = [sample(*texts) for texts in references]
     assert scores("cider", answers, samples) == pytest.approx(published, abs=1e-12)
-    assert aggregate("cider", answers, samples)["mean"] == pytest.approx(sum(published) / 3, abs=1e-12)
+    found = aggregate("cider", answers, samples)
+    assert found.pop("mean") == pytest.approx(sum(published) / 3, abs=1e-12)
+    # pycocoevalcap of BLEU and ROUGE-L
+    assert found == pytest.approx(PUBLISHED, abs=1e-8)
+
+
+def test_bleu_and_rouge_by_hand():
+    # 3 of 4 words and 1 of 3 pairs are in the reference, which is a word longer
+    [one, two, three, four] = bleu(["a red ball here"], [["a red big ball there"]])
+    short = math.exp(1 - 5 / 4)
+    assert (one, two) == pytest.approx((short * 3 / 4, short * math.sqrt(3 / 4 / 3)))
+    assert (three, four) == (0.0, 0.0)
+    # of references as far in length the shorter counts; a word counts as often as one reference has it
+    assert bleu(["the the the"], [["the cat", "the cat is so"]])[0] == pytest.approx(1 / 3)
+    assert bleu([""], [["a"]]) == [0.0] * 4
+    # longest common subsequence "a red ball": P = 3/4, R = 3/5
+    assert rouge_l("a red ball here", ["a red big ball there"]) == pytest.approx(
+        2.44 * 0.45 / (0.6 + 1.44 * 0.75)
+    )
+    # the best P and the best R may come from different references
+    assert rouge_l("a b", ["a", "a b c d"]) == pytest.approx(1.0)
+    assert rouge_l("", ["a"]) == rouge_l("a", ["b"]) == 0.0
 
 
 def test_scores_and_aggregate_agree():

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from vtwcli.data import scenes
+from vtwcli.data.cells import BadRow
 from vtwcli.data.drawing import Drawing, ranges, sample_content, sample_fingerprint
 from vtwcli.data.metrics import scores
 from vtwcli.data.sample import Sample
 from vtwcli.data.sources import load_data
 from vtwcli.data.spec import DataSpec
-from vtwcli.data.tasks import BadRow
 from vtwcli.errors import NotFoundError, UsageError
 
 
@@ -937,7 +937,7 @@ def test_sources_that_are_not_there(folder):
     )
     assert failure(NotFoundError, "some/where.jsonl") == (
         "data source 'some/where.jsonl': no such file, directory or built-in task (built-in: demo, scienceqa, ai2d, "
-        "mmmu, gqa, textvqa, pope, flickr30k, ocrbench; a Hub data set is OWNER/NAME)"
+        "mmmu, gqa, textvqa, textvqa_ocr, pope, mme, flickr30k, ocrbench; a Hub data set is OWNER/NAME)"
     )
     assert failure(NotFoundError, "owner/name") == (
         "data set 'owner/name': the Hub is switched off (HF_HUB_OFFLINE) "

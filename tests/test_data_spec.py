@@ -12,7 +12,7 @@ from vtwcli.errors import UsageError
 def test_parse_reads_every_key():
     spec = DataSpec.parse(
         "scienceqa:limit=50,split=validation,task=science,tasks=a+b,config=c,revision=main,path=/some/where,"
-        "order=first,metric=anls,columns.image=photo,columns.task=kind"
+        "order=first,metric=anls,image=pad,system=Be brief.,max_new_tokens=16,columns.image=photo,columns.task=kind"
     )
     assert spec == DataSpec(
         source="scienceqa",
@@ -25,6 +25,9 @@ def test_parse_reads_every_key():
         path="/some/where",
         order="first",
         metric="anls",
+        image="pad",
+        system="Be brief.",
+        max_new_tokens=16,
         columns=Columns(image="photo", task="kind"),
     )
 
@@ -54,12 +57,15 @@ def test_an_existing_path_is_a_path(tmp_path, monkeypatch):
     ("text", "message"),
     [
         ("gqa:limt=5", "data source 'gqa:limt=5': unknown key 'limt' (did you mean 'limit'?)"),
-        ("gqa:image=x", "data source 'gqa:image=x': unknown key 'image' (did you mean 'columns.image'?)"),
+        (
+            "gqa:image=x",
+            "data source 'gqa:image=x': image: 'x' is not pad; a column is named with columns.image",
+        ),
         (
             "gqa:50",
             "data source 'gqa:50': '50' is not KEY=VALUE (known keys: task, tasks, split, config, revision, path, "
-            "limit, order, prompt, metric, columns.image, columns.question, columns.answer, columns.choices, "
-            "columns.task)",
+            "folder, limit, order, prompt, system, image, metric, max_new_tokens, columns.image, columns.question, "
+            "columns.answer, columns.choices, columns.task)",
         ),
         ("gqa:limit=5,limit=6", "data source 'gqa:limit=5,limit=6': key 'limit' is given twice"),
         (

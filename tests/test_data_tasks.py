@@ -47,14 +47,14 @@ EXPECTED = {
     ],
     "mmmu": [
         (
-            "Compare <image 2> with <image 1>.\nA. The <image 3>\nB. Rubens's\nC. neither\n\n" + LETTER,
+            "Comparewith.\nA. TheB. Rubens's\nC. neither\n\n" + LETTER,
             ("B",),
             ("The <image 3>", "Rubens's", "neither"),
-            [11, 12, 13],
+            [12, 11, 13],
             {"id": "validation_Art_1", "question_type": "multiple-choice"},
         ),
         (
-            "How long is the side in <image 1>?\n\n" + SHORT,
+            "How long is the side in?\n\n" + SHORT,
             ("1/4", "0.25"),
             (),
             [15],
@@ -74,6 +74,25 @@ EXPECTED = {
             [31],
             {},
         ),
+    ],
+    "textvqa_ocr": [
+        (
+            "What is the brand of this nokia phone?\nReference OCR token: NOKIA, 3310\n" + SHORT,
+            ("nokia",) * 8 + ("", "phone"),
+            (),
+            [31],
+            {},
+        ),
+    ],
+    "mme": [
+        (
+            f"Is the output {number}?\n" + SHORT,
+            (answer,),
+            (),
+            [44],
+            {"category": "code_reasoning", "question_id": "code_reasoning/0020.png"},
+        )
+        for number, answer in (("0", "Yes"), ("1", "No"))
     ],
     "pope": [
         ("Is there a snowboard in the image?\n" + SHORT, ("yes",), (), [41], {"category": "adversarial"}),
@@ -108,15 +127,20 @@ EXPECTED = {
 }
 METRIC = {
     "scienceqa": "multiple_choice",
-    "ai2d": "multiple_choice",
+    "ai2d": "ai2d",
     "mmmu": "mmmu",
     "gqa": "exact_match",
     "textvqa": "vqa_soft",
+    "textvqa_ocr": "vqa_soft",
+    "mme": "mme",
     "pope": "pope",
     "flickr30k": "cider",
     "ocrbench": "ocrbench",
 }
-SPLIT = {"mmmu": "validation", "gqa": "testdev", "textvqa": "validation"}
+SPLIT = {"mmmu": "validation", "gqa": "testdev", "textvqa": "validation", "textvqa_ocr": "validation"}
+LONGEST = {"scienceqa": 16, "ai2d": 16, "gqa": 16, "mme": 16, "flickr30k": 64}
+LONGEST |= dict.fromkeys(("mmmu", "pope", "ocrbench"), 128)
+PLACES = {"mmmu": [(7, 11, 19), (23,)]}  # of its images in the prompts
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +173,12 @@ def test_rows_become_samples(task, copies):
     for sample, (prompt, references, choices, images, meta) in zip(mix.samples, EXPECTED[task], strict=True):
         assert (sample.prompt, sample.references, sample.choices) == (prompt, references, choices)
         assert (sample.task, sample.metric, sample.meta) == (task, METRIC[task], meta)
+        assert (sample.longest, sample.system) == (LONGEST.get(task), None)
         assert [image.tobytes() for image in sample.images] == [picture(n).tobytes() for n in images]
         assert all(image.mode == "RGB" for image in sample.images)
+    assert [sample.places for sample in mix.samples] == PLACES.get(task, [()] * len(mix.samples))
     (record,) = mix.sources
+    assert record.get("max_new_tokens") == LONGEST.get(task)
     assert record["source"] == task and record["split"] == split
     assert record["path"].startswith(str(copies[task]))
 
@@ -160,7 +187,7 @@ def test_rows_become_samples(task, copies):
 def test_the_reference_itself_is_right(task, copies):
     for sample in load(f"{task}:path={copies[task]}").samples:
         assert scores(sample.metric, [sample.references[0]], [sample]) == [1.0]
-        wrong = "Yes" if sample.references[0] == "no" else "no"
+        wrong = "Yes" if sample.references[0].lower() == "no" else "no"
         assert scores(sample.metric, [wrong], [sample]) == [0.0]
 
 
@@ -281,3 +308,78 @@ def test_the_default_mix():
     assert [spec.source for spec in default_data("llava-hf/llava-1.5-7b-hf")] == list(DEFAULT_MIX)
     kinds = {TASKS[name].metric for name in DEFAULT_MIX}
     assert kinds == {"multiple_choice", "exact_match", "ocrbench", "cider"}
+
+
+@pytest.mark.parametrize(
+    ("task", "model_type", "row", "ending"),
+    [
+        ("scienceqa", "idefics2", 1, "B. quartz\nAnswer:"),
+        ("textvqa", "perception_lm", 0, "phone?\nProvide a short and direct response."),
+        ("ocrbench", "perception_lm", 0, "image?\nProvide a short and direct response."),
+        ("pope", "perception_lm", 0, "image?\nYour response must be concise."),
+        ("mme", "perception_lm", 0, "Is the output 0? Please answer yes or no."),
+        ("mmmu", "qwen3_vl", 0, "C. neither\nAnswer with the option letter only."),
+        (
+            "mmmu",
+            "qwen3_vl_moe",
+            1,
+            "?\nOptions:\n\nPlease select the correct answer from the options above.",
+        ),
+        ("gqa", "qwen3_vl", 0, SHORT),
+        ("scienceqa", "llava", 1, LETTER),
+    ],
+)
+def test_models_that_lmms_eval_asks_otherwise(task, model_type, row, ending, copies):
+    sample = load(f"{task}:path={copies[task]}", model_type=model_type).samples[row]
+    assert sample.prompt.endswith(ending)
+    if task == "mmmu":  # as one text behind all images, in the order of their numbers
+        assert sample.prompt.startswith("Question: ") and "<image 1>" in sample.prompt
+        assert sample.places == () and len(sample.images) == (3, 1)[row]
+        assert sample.images[0].tobytes() == picture((11, 15)[row]).tobytes()
+
+
+def test_an_image_that_is_named_twice_is_shown_once(tmp_path):
+    row = hub_layouts.ROWS["mmmu"][0] | {
+        "question": "See <image 1> and again <image 1>.",
+        "options": "['a', 'b']",
+    }
+    path = hub_layouts.write("mmmu", tmp_path, {"mmmu": [row]})
+    [sample] = load(f"mmmu:path={path}").samples
+    assert sample.prompt.startswith("Seeand again <image 1>.\nA. a") and sample.places == (3,)
+    assert len(sample.images) == 1
+
+
+def test_answer_lengths_and_prompts_by_source(copies):
+    text = f"gqa:path={copies['gqa']},system=Be brief.\\nVery.,image=pad,limit=1"
+    [sample] = load(text).samples
+    assert (sample.longest, sample.system) == (16, "Be brief.\nVery.")
+    [image] = sample.images
+    assert image.size == (6, 6)  # 6 x 5 pixels, and a row of the mean colour
+    assert [image.getpixel((0, y)) == (122, 116, 104) for y in range(6)] == [False] * 5 + [True]
+    assert load(text + ",max_new_tokens=3").samples[0].longest == 3
+    assert load(text + ",max_new_tokens=3", own_lengths=False).samples[0].longest is None
+    asked = rf"textvqa:path={copies['textvqa']},prompt={{question}} {{ocr_tokens}}"
+    assert load(asked).samples[0].prompt == "what is the brand of this Nokia phone? NOKIA, 3310"
+
+
+def test_own_prompts_are_other_samples(copies):
+    plain, asked = (load(f"gqa:path={copies['gqa']}{more}") for more in ("", ",system=Be brief."))
+    assert not set(plain.fingerprints) & set(asked.fingerprints)
+
+
+def test_mme_draws_both_questions_of_a_picture(tmp_path):
+    rows = [
+        {
+            "question_id": f"count/{n // 2}.png",
+            "image": picture(n // 2),
+            "question": f"Are there {n} things? Please answer yes or no.",
+            "answer": ("Yes", "No")[n % 2],
+            "category": "count",
+        }
+        for n in range(40)
+    ]
+    path = hub_layouts.write("mme", tmp_path, {"mme": rows})
+    for seed in range(3):
+        mix = load_data([DataSpec.parse(f"mme:path={path}")], limit=6, seed=seed)
+        pictures = [sample.meta["question_id"] for sample in mix.samples]
+        assert len(pictures) == 6 and all(pictures.count(one) == 2 for one in pictures)

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image, ImageCms
 
 from vtwcli.data import images
+from vtwcli.data.cells import BadRow
 from vtwcli.data.images import decode_image
 from vtwcli.data.pixels import ANIMATED, TRANSPARENT, PictureError, check_resized, read_picture
-from vtwcli.data.tasks import BadRow
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(COLOURS)

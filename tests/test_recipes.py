@@ -12,6 +12,7 @@ from tests import tiny
 from tests.cli import vtw
 from tests.conftest import TEMPLATE, build_processor
 from tests.processors import save_processor
+from vtwcli.data.spec import DataSpec
 from vtwcli.methods import METHODS
 from vtwcli.models.families import FAMILIES
 from vtwcli.pipeline import steps
@@ -66,8 +67,23 @@ def test_published_thresholds(name, eta):
     assert (found.eta, found.policy, found.positions, found.limit) == (eta, "paper", "first", 20)
 
 
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "paper" in name or "visipruner" in name])
+def test_the_papers_prompts(name):
+    for spec in load_recipe(recipe(name)).sources():
+        assert spec.system == VICUNA
+        assert spec.image == (None if "next" in name else "pad")  # LLaVA-NeXT takes pictures in tiles
+
+
 def test_visipruner_is_the_published_rule():
-    section = load_recipe(recipe("visipruner-llava-1.5-7b")).schedule
+    loaded = load_recipe(recipe("visipruner-llava-1.5-7b"))
+    assert [spec.source for spec in loaded.data] == ["gqa", "mme", "textvqa_ocr"]
+    section = loaded.schedule
     assert (section.shallow_mid_layer, section.layer_threshold, section.tokens_threshold) == (6, 0.995, 0.2)
     name, schedule = schedule_of(section)
     assert (name, schedule.is_static) == ("visipruner", False)
@@ -196,6 +212,9 @@ def test_starter_is_valid_and_shows_every_option_with_its_default(model, tmp_pat
         if name in ("data", "model", "output"):
             continue
         section = getattr(everything, name)
+        if name in ("system", "prompt", "image"):
+            assert name in everything.model_fields_set and section is None
+            continue
         assert section.model_fields_set == set(type(section).model_fields), name
         assert section == getattr(Recipe(), name), name
 
@@ -259,3 +278,31 @@ def test_steps_are_sections_in_order():
     )
     files = [file for step in steps.STEPS.values() for file in step.writes.values()]
     assert len(set(files)) == len(files)
+
+
+def test_what_a_recipe_says_of_asking_holds_for_all_its_sources(rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = f"{{source: '{rows}', system: Own., limit: 1}}"
+    text = f"model: demo\nsystem: Be brief.\nprompt: 'Q: {{question}}'\nimage: pad\ndata: ['{rows}', {own}]\nbudget:\n"
+    (tmp_path / "r.yaml").write_text(text)
+    loaded = load_recipe(tmp_path / "r.yaml")
+    assert [(one.system, one.prompt, one.image) for one in loaded.sources()] == [
+        ("Be brief.", "Q: {question}", "pad"),
+        ("Own.", "Q: {question}", "pad"),
+    ]
+    [named] = loaded.sources([DataSpec.parse("gqa:image=pad,system=Mine.")])
+    assert (named.system, named.prompt, named.image) == ("Mine.", "Q: {question}", "pad")
+    assert loaded.asked().asked() == loaded.asked() and loaded.asked().sources() == loaded.sources()
+    (tmp_path / "bare.yaml").write_text("model: demo\nsystem: Be brief.\ncalibrate:\n")
+    done = vtw("run", "bare.yaml", "--dry-run")
+    assert (done.code, done.err) == (
+        2,
+        "error: system goes with data\n  name the sources under data, or with --data\n",
+    )
+    few = ("--limit", 1, "--max-new-tokens", 2, "--json", "--bootstrap", 0, "--no-timing", "--layer", 9)
+    done = vtw("eval", "demo", "--data", "demo:tasks=colour", "--recipe", "bare.yaml", *few)
+    assert done.code == 0, done.err
+    plain = json.loads(vtw("eval", "demo", "--data", "demo:tasks=colour", *few).out)
+    asked = json.loads(done.out)
+    assert asked["samples"][0]["question"] == plain["samples"][0]["question"]
+    assert asked["data"][0]["fingerprint"] != plain["data"][0]["fingerprint"]

@@ -103,7 +103,17 @@ def test_documents_are_what_their_types_say(written, name):
     proved = {"guarantee", "losses", "layer", "candidate", "ordered_on"}
     # of a comparison at equal cost
     equal = {"tokens", "scores", "left_out"}
-    known = {"template_date", "precision", "recall", "f1", "yes_ratio", "positions"}
+    known = {
+        "template_date",
+        "precision",
+        "recall",
+        "f1",
+        "yes_ratio",
+        "positions",
+        "perception",
+        "cognition",
+    }
+    known |= {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"}
     assert absent <= known | timed | visipruner | proved | equal
 
 

@@ -320,7 +320,7 @@ def _propose(study: Study[AnalyzeSection], result: AnalysisDocument) -> None:
         return
     tried = Stages.before(k, [x for x in update["mean"] if x is not None])
     try:
-        found = study.try_(tried, 1 if study.options.positions == "first" else study.options.max_new_tokens)
+        found = study.try_(tried, 1 if study.options.positions == "first" else study.options.longest)
     except UsageError:  # nothing can be frozen in this model
         return
     rows = [described(one, number, found, study.text) for number, one in enumerate(tried)]

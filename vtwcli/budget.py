@@ -62,7 +62,7 @@ def budget(
         for reason, methods in without.items():
             console.note(f"left out, since {reason} when layers are streamed: {', '.join(methods)}")
     free = equal is not None and not study.streamed
-    found = study.try_(chosen, options.max_new_tokens, free=free, lenient=True)
+    found = study.try_(chosen, options.longest, free=free, lenient=True)
     for why in found.refused.values():
         console.note(f"left out: {why}")
     chosen = [one for number, one in enumerate(chosen) if number not in found.refused]

@@ -12,7 +12,7 @@ import numpy as np
 
 from vtwcli.data import metrics
 from vtwcli.data.drawing import sample_content
-from vtwcli.data.sample import Sample
+from vtwcli.data.sample import Sample, answer_tokens
 from vtwcli.data.sources import DataMix
 from vtwcli.data.spec import DataSpec
 from vtwcli.io import console, files
@@ -27,7 +27,7 @@ from vtwcli.measure.answers import Answer, flops_ratio, full_answers, kv_ratio, 
 from vtwcli.measure.batches import by_length
 from vtwcli.measure.guide import folder_of, guide_of
 from vtwcli.measure.promised import changed_tokens, check_enough
-from vtwcli.measure.samples import read_samples
+from vtwcli.measure.samples import read_samples, settled
 from vtwcli.measure.timing import Costs, measured_costs
 from vtwcli.measure.variants import (
     FULL,
@@ -103,13 +103,13 @@ def evaluate(
     mix = read_samples(
         model, specs, options, _calibrated_on(calibration or carried), reader=reader_of(model, options)
     )
-    promise = promise or gates.promise_of(limits)
+    options, promise = settled(options, mix.samples), promise or gates.promise_of(limits)
     if promise is not None:
         check_enough(mix, promise, "the gate risk")
     full, variants = open_variants(model, schedules, options)
     _warn_if_calibrated_on(mix, variants)
     timing = {"load": time.perf_counter() - began}
-    batches = by_length(full, mix.samples, options.max_new_tokens, options.batch_size)
+    batches = by_length(full, mix.samples, options.longest, options.batch_size)
     with kept(state, _key(full, variants, options), _contents(mix.samples, batches)) as finished:
         answers = distributed.gathered(
             partial(_all_answers, full, variants, mix.samples, batches, options, timing, *finished)
@@ -200,13 +200,13 @@ def _all_answers(
                 done |= {place: [Answer(**answer) for answer in known[place]] for place in part}
             else:
                 drawn = [samples[place] for place in part]
-                inputs = batches_of(full, variants, drawn)
+                inputs, tokens = batches_of(full, variants, drawn), answer_tokens(drawn, options.longest)
                 with plain_generation(full):
                     names = [sample.id for sample in drawn]
-                    whole = full_answers(full, inputs[0], options.max_new_tokens, names)
+                    whole = full_answers(full, inputs[0], tokens, names)
                 along = {} if engine is None else engine.along(drawn, inputs[0], whole.answers)
                 columns = [whole.answers] + [
-                    variant.answers(batch, whole, options.max_new_tokens, along.get(number))
+                    variant.answers(batch, whole, tokens, along.get(number))
                     for number, (variant, batch) in enumerate(zip(variants, inputs[1:], strict=True))
                 ]
                 for place, *row in zip(part, *columns, strict=True):

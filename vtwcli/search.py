@@ -125,7 +125,7 @@ def search(
     }
     if ordered:
         promised = of_candidates(
-            study.of(parts.guarantee), promise, [by_name[name] for name in ordered], options.max_new_tokens
+            study.of(parts.guarantee), promise, [by_name[name] for name in ordered], options.longest
         )
         held = [one["candidate"] for one in promised["tested"] if one["holds"]]
         best = ordered[0] if options.closest or not held else held[-1]

@@ -124,7 +124,7 @@ DATA = flag(
     "data",
     list[str],
     "Where samples come from; may be given several times. demo, a built-in task (scienceqa, ai2d, mmmu, "
-    "gqa, textvqa, pope, flickr30k, ocrbench), a local file or directory, or a Hub data set. "
+    "gqa, textvqa, textvqa_ocr, pope, mme, flickr30k, ocrbench), a local file or directory, or a Hub data set. "
     "By default demo for the demo model, else scienceqa, gqa, ocrbench and flickr30k.",
     metavar="SOURCE[:KEY=VALUE,...]",
     panel="Data",

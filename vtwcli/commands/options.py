@@ -67,7 +67,7 @@ def data_of(given: dict[str, Any], recipe: Recipe) -> list[DataSpec]:
     """
     from vtwcli.data.sources import place
 
-    specs = [DataSpec.parse(text) for text in given.get("data") or ()] or list(recipe.data)
+    specs = recipe.sources([DataSpec.parse(text) for text in given.get("data") or ()])
     for spec in specs:
         place(spec)
     return specs

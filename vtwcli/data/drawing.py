@@ -6,20 +6,24 @@ import hashlib
 import heapq
 import json
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import fields
 
 from vtwcli.data.sample import Sample
 
+_NEWER = ("system", "longest")  # where they say nothing, digests are those of earlier versions
+
 
 def sample_fingerprint(sample: Sample) -> str:
-    """SHA-256 of what a sample says: prompt, references, and its images' places, sizes
-    and RGB pixels; not its id."""
+    """SHA-256 of what a sample says: prompt, references, system turn, and its images' places,
+    sizes and RGB pixels; not its id."""
     digest = hashlib.sha256()
     for part in (sample.prompt, *sample.references):
         digest.update(f"{len(part)}:{part}".encode("utf-8", "surrogatepass"))
     if sample.places:
         digest.update(f"places:{sample.places}".encode())
+    if sample.system:
+        digest.update(f"system:{sample.system}".encode("utf-8", "surrogatepass"))
     for image in sample.images:
         digest.update(str(image.size).encode() + image.tobytes())
     return digest.hexdigest()
@@ -32,7 +36,9 @@ def sample_content(sample: Sample, fingerprint: str | None = None) -> str:
         fingerprint: ``sample_fingerprint`` of it, if it is known already.
     """
     others = {one.name for one in fields(sample)} - {"id", "images", "prompt", "references"}
-    rest = json.dumps({name: getattr(sample, name) for name in others}, sort_keys=True, default=repr)
+    values = {name: getattr(sample, name) for name in others}
+    said = {name: value for name, value in values.items() if name not in _NEWER or value is not None}
+    rest = json.dumps(said, sort_keys=True, default=repr)
     return hashlib.sha256(f"{fingerprint or sample_fingerprint(sample)}:{rest}".encode()).hexdigest()
 
 
@@ -79,6 +85,7 @@ class Drawing:
         self._contents = dict(known or {})  # of what is kept, to its id
         self._first = first
         self._random = random.Random(seed)
+        self._groups: dict[Hashable, float] = {}
 
     @property
     def full(self) -> bool:
@@ -86,9 +93,11 @@ class Drawing:
         limit = self.limit
         return self._first and limit is not None and any(len(kept) >= limit for kept in self.kept.values())
 
-    def offer(self, place: int, task: str, make: Callable[[], Sample]) -> None:
-        """Consider one row; ``make`` decodes it."""
+    def offer(self, place: int, task: str, make: Callable[[], Sample], group: Hashable = None) -> None:
+        """Consider one row; ``make`` decodes it. Rows of one group, unless that is None, are drawn together."""
         key = float(place) if self._first else self._random.random()
+        if group is not None and not self._first:
+            key = self._groups.setdefault((task, group), key)
         kept = self.kept.setdefault(task, [])
         crowded = self.limit is not None and len(kept) >= self.limit
         if crowded and -kept[0][0] <= key:

@@ -11,9 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtwcli.data.cells import BadRow, shown
 from vtwcli.data.rows import LONGEST_REASON
 from vtwcli.data.spec import is_path
-from vtwcli.data.tasks import BadRow, shown
 from vtwcli.errors import first_line
 from vtwcli.io import console
 from vtwcli.io.files import regular
@@ -21,6 +21,7 @@ from vtwcli.io.files import regular
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+CLIP_MEAN = (122, 116, 104)  # of 255, rounded down: 0.48145466, 0.4578275 and 0.40821073
 MAX_BYTES = 256 << 20  # of one picture's file inside an archive or on the Hub
 _ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")  # what an address may look into
 _DATA = re.compile(r"data:[\w.+/-]*(?:;[\w.+-]+=[^;,]*)*(;base64)?,", re.IGNORECASE)
@@ -65,6 +66,21 @@ def decode_image(value: Any, column: str, folder: Path | None, within: str | Non
     for what in left_out:
         warn_once(what)
     return image
+
+
+def squared(image: Image) -> Image:
+    """A picture in the middle of a square of its longer side, with bars beside it, as LLaVA-1.5 was trained and run.
+
+    The bars have the mean colour of CLIP's images, so that behind its normalisation they are zero.
+    """
+    from PIL import Image as Pillow
+
+    edge = max(image.size)
+    if image.size == (edge, edge):
+        return image
+    square = Pillow.new("RGB", (edge, edge), CLIP_MEAN)
+    square.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
+    return square
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ class Sample:
         metric: key of the metric that judges an answer (``vtwcli.data.metrics``).
         choices: texts of a multiple-choice question's options, else empty.
         meta: further columns that the metric reads; ``own`` where no published rule says how to judge.
+        system: text of a system turn before the user's; None sends none.
+        longest: tokens of its longest answer; None where its task says nothing.
     """
 
     id: str
@@ -35,3 +38,10 @@ class Sample:
     choices: tuple[str, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
     places: tuple[int, ...] = ()
+    system: str | None = None
+    longest: int | None = None
+
+
+def answer_tokens(samples: Iterable[Sample], otherwise: int) -> int:
+    """The longest answer, in tokens, of samples that are answered together; ``otherwise`` where a task says nothing."""
+    return max((sample.longest or otherwise for sample in samples), default=otherwise)

@@ -4,41 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from vtwcli.data.cells import BadRow, Row, listed, text
 from vtwcli.data.drawing import Drawing, ranges, sample_content
-from vtwcli.data.images import decode_image
 from vtwcli.data.metrics import METRICS
-from vtwcli.data.rows import SUFFIXES, Rows, joined, open_hub, open_local
+from vtwcli.data.reading import Check, plain_reading, sample_of
+from vtwcli.data.rows import SUFFIXES, Rows
 from vtwcli.data.sample import Sample
-from vtwcli.data.spec import Columns, DataSpec, source_names
-from vtwcli.data.tasks import (
-    LETTER_LINE,
-    TASKS,
-    BadRow,
-    Row,
-    TaskRow,
-    fill,
-    letter_of,
-    lettered,
-    listed,
-    missing,
-    options,
-    shown,
-    text,
-    texts,
-)
+from vtwcli.data.spec import DataSpec, source_names
+from vtwcli.data.stores import joined, open_hub, open_local
+from vtwcli.data.tasks import TASKS, TaskRow
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io import console
 from vtwcli.io.documents import nearest
 
-IMAGE_MARK = "<image>"
-Check = Callable[[Sample], None]
 DEMO_SPLITS = ("calibration", "test")
 
 
@@ -52,7 +37,8 @@ class DataMix:
         sources: per source its ``source``, ``tasks`` (name to number of samples), where it was read
             (``repository``, ``config``, ``revision`` or ``path``; ``split``), ``choice`` (how samples were drawn),
             ``rows`` (0-based row numbers used, as ranges), ``skipped``, ``duplicates`` (rows that were passed over
-            because they equal one that is used) and ``fingerprint`` (over ids and contents).
+            because they equal one that is used), ``fingerprint`` (over ids and contents) and, where the task says
+            so, ``max_new_tokens`` (the longest answer).
         skipped: unreadable rows left out, over all sources.
         excluded: samples that came up and were passed over because they were not wanted.
     """
@@ -72,6 +58,8 @@ def load_data(
     skip_bad: bool = False,
     exclude: Collection[str] = (),
     check: Check | None = None,
+    model_type: str | None = None,
+    own_lengths: bool = True,
 ) -> DataMix:
     """Read the samples of a mix.
 
@@ -87,6 +75,8 @@ def load_data(
         skip_bad: leave out rows that cannot be read, and count them, instead of failing.
         exclude: fingerprints of samples that must not come up, for example those of a calibration.
         check: raises ``BadRow`` for a sample that the model cannot use; its row then counts as a bad one.
+        model_type: of the model that is asked, in transformers; some built-in tasks have a prompt of its own for it.
+        own_lengths: whether samples say how long their answers may be.
 
     Raises:
         UsageError: contradicting options, or two sources that give the same rows.
@@ -100,7 +90,9 @@ def load_data(
     for spec, name in zip(specs, source_names(specs, ("demo", *TASKS)), strict=True):
         first = spec.order == "first"
         drawing = Drawing(spec.limit or limit, seed, first=first, exclude=exclude, known=contents)
-        record = _read(spec, name, drawing, skip_bad, check)
+        reading = (TASKS.get(spec.source) or plain_reading(spec)).of(model_type)
+        longest = (spec.max_new_tokens or reading.longest) if own_lengths else None
+        record = _read(spec, name, replace(reading, longest=longest), drawing, skip_bad, check)
         chosen = drawing.chosen()
         contents |= {sample_content(sample, fingerprint): sample.id for _, fingerprint, sample in chosen}
         known = {sample.id for sample in samples}
@@ -129,13 +121,14 @@ def identify(spec: DataSpec, *, limit: int, seed: int, skip_bad: bool = False) -
     return load_data([spec], limit=limit, seed=seed, skip_bad=skip_bad).sources[0]
 
 
-def _read(spec: DataSpec, name: str, drawing: Drawing, skip_bad: bool, check: Check | None) -> dict[str, Any]:
+def _read(
+    spec: DataSpec, name: str, reading: TaskRow, drawing: Drawing, skip_bad: bool, check: Check | None
+) -> dict[str, Any]:
     """Read one source, which ids call ``name``, into the drawing; its record for result files."""
     if spec.metric is not None and spec.metric not in METRICS:
         close = nearest(spec.metric, METRICS)
         hint = f"did you mean {close!r}?" if close else f"known metrics: {', '.join(METRICS)}"
         raise UsageError(f"data source {spec.source!r}: unknown metric {spec.metric!r}", hint)
-    reading = TASKS.get(spec.source) or _plain_reading(spec)
     rows = _open(spec, drawing)
     most = None
     if rows.remote and drawing.limit is not None:
@@ -153,8 +146,9 @@ def _read(spec: DataSpec, name: str, drawing: Drawing, skip_bad: bool, check: Ch
                 task = spec.task or _task_of(spec, reading, row)
                 found[task] = None
                 if spec.tasks is None or task in spec.tasks:
-                    make = partial(_sample, spec, name, reading, rows, check, place, task, row)
-                    drawing.offer(place, task, make)
+                    make = partial(sample_of, spec, name, reading, rows, check, place, task, row)
+                    together = row.get(reading.together) if reading.together else None
+                    drawing.offer(place, task, make, together)
             except BadRow as bad:
                 complaint = NotFoundError(
                     f"{rows.where}, row {place}: {bad.message}", bad.hint or "--skip-bad leaves such rows out"
@@ -199,6 +193,7 @@ def _read(spec: DataSpec, name: str, drawing: Drawing, skip_bad: bool, check: Ch
         "skipped": skipped,
         "duplicates": drawing.duplicates,
         "fingerprint": digest.hexdigest(),
+        **({} if reading.longest is None else {"max_new_tokens": reading.longest}),
     }
 
 
@@ -293,113 +288,3 @@ def _has_tasks(spec: DataSpec, row: Row | BadRow) -> bool:
 
 def _task_of(spec: DataSpec, reading: TaskRow, row: Row) -> str:
     return text(row, spec.columns.task or "task") if _has_tasks(spec, row) else reading.name
-
-
-def _plain_reading(spec: DataSpec) -> TaskRow:
-    """How rows are read that no built-in task describes: by the usual or the given column names."""
-    columns = spec.columns
-
-    def named(row: Row, given: str | None, *usual: str) -> str:
-        """The given column, else the first usual one that is there, else the first usual one."""
-        return given or next((name for name in usual if name in row), usual[0])
-
-    def choices(row: Row) -> tuple[str, ...]:
-        column = columns.choices or "choices"
-        absent = columns.choices is None and (missing(row.get(column)) or row[column] == [])
-        return () if absent else options(row, column)
-
-    def prompt(row: Row) -> str:
-        question = text(row, columns.question or "question")
-        return f"{question}\n{lettered(choices(row))}\n{LETTER_LINE}" if choices(row) else question
-
-    def references(row: Row) -> tuple[str, ...]:
-        column = named(row, columns.answer, "answer", "answers")
-        if columns.answer is None and column not in row:
-            return ()  # data without labels: enough for calibration
-        return (letter_of(row, column, choices(row)),) if choices(row) else texts(row, column)
-
-    return TaskRow(
-        name=Path(spec.source).stem,
-        title=spec.source,
-        repository=spec.source,
-        config=None,
-        split="",
-        metric="exact_match",
-        columns=Columns(question=columns.question or "question"),
-        prompt=prompt,
-        references=references,
-        choices=choices,
-        images=lambda row: (named(row, columns.image, "image", "file_name"),),
-    )
-
-
-def _sample(
-    spec: DataSpec,
-    name: str,
-    reading: TaskRow,
-    rows: Rows,
-    check: Check | None,
-    place: int,
-    task: str,
-    row: Row,
-) -> Sample:
-    """One row as a sample.
-
-    Raises:
-        BadRow: it cannot be one.
-    """
-    for role, usual in reading.columns:
-        given = getattr(spec.columns, role)
-        if given is not None and usual is not None and given != usual:
-            row = Row(row, **{usual: row[given]})
-    choices = reading.choices(row)
-    if spec.prompt is None:
-        prompt = reading.prompt(row)
-    else:
-        prompt = fill(spec.prompt, row, reading.columns.question or "question", choices)
-    images = []
-    within = f"hf://datasets/{rows.record['repository']}@" if rows.remote else None
-    for column in reading.images(row):
-        values = row[column] if isinstance(row[column], list) else [row[column]]
-        images += [decode_image(value, column, rows.folder, within) for value in values]
-    prompt, places = _placed(prompt, len(images))
-    references = reading.references(row)
-    metric = spec.metric or (
-        "multiple_choice" if choices and reading.metric == "exact_match" else reading.metric
-    )
-    if metric == "pope" and any(one.strip().lower() not in ("yes", "no") for one in references):
-        raise BadRow(f"the metric pope judges yes and no, but the answer is {shown(references[0])}")
-    split = rows.record.get("split")
-    identity = row["id"] if spec.source == "demo" else place
-    sample = Sample(
-        id=":".join(str(part) for part in (name, split, identity) if part is not None),
-        task=task,
-        images=tuple(images),
-        prompt=prompt,
-        references=references,
-        metric=metric,
-        choices=choices,
-        meta={name: row[name] for name in reading.meta} | ({} if spec.source in TASKS else {"own": True}),
-        places=places,
-    )
-    if check is not None:
-        check(sample)
-    return sample
-
-
-def _placed(prompt: str, images: int) -> tuple[str, tuple[int, ...]]:
-    """A prompt without its marks of images, and where they were (``Sample.places``).
-
-    Raises:
-        BadRow: there are marks, but not one for each image.
-    """
-    pieces = prompt.split(IMAGE_MARK)
-    marks = len(pieces) - 1
-    if marks not in (0, images):
-        raise BadRow(
-            f"the prompt has {marks} marks {IMAGE_MARK}, but the row has {images} images: "
-            "write one for each image, or none"
-        )
-    if not any(piece.strip() for piece in pieces[:-1]):
-        return (pieces[-1].strip() if marks else prompt), ()
-    return "".join(pieces), tuple(accumulate(map(len, pieces[:-1])))

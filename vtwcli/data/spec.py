@@ -45,13 +45,26 @@ class DataSpec(Section):
     config: str | None = Field(default=None, description="configuration of a Hub data set")
     revision: str | None = Field(default=None, description="branch, tag or commit of a Hub data set")
     path: str | None = Field(default=None, description="local copy of a built-in task's data set")
+    folder: str | None = Field(
+        default=None, description="where relative paths of pictures begin; by default beside the file of rows"
+    )
     limit: int | None = Field(default=None, ge=1, description="samples per task")
     order: Literal["shuffle", "first"] = Field(
         default="shuffle",
         description="shuffle: a seeded draw; first: the first rows, as published searches do",
     )
     prompt: str | None = Field(default=None, description="template with {question}, {choices} or any column")
+    system: str | None = Field(
+        default=None, description="text of a system turn, for templates that send none of their own"
+    )
+    image: Literal["pad"] | None = Field(
+        default=None,
+        description="pad: pictures are made square with bars of CLIP's mean colour, as LLaVA-1.5 saw them",
+    )
     metric: str | None = Field(default=None, description="metric that judges the answers")
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, description="longest answer in tokens, where the command names none"
+    )
     columns: Columns = Columns()
 
     @field_validator("source")
@@ -61,18 +74,34 @@ class DataSpec(Section):
             raise ValueError("a data source needs a name or a path")
         return value
 
+    @field_validator("image", mode="before")
+    @classmethod
+    def _is_no_column(cls, value: Any) -> Any:
+        if value not in (None, "pad"):
+            raise ValueError(f"{value!r} is not pad; a column is named with columns.image")
+        return value
+
     @field_validator("tasks", mode="before")
     @classmethod
     def _split_tasks(cls, value: Any) -> Any:
         return tuple(value.split("+")) if isinstance(value, str) else value
+
+    def written(self, **columns: str) -> str:
+        """The command line's form; ``columns`` name further ones."""
+        values = self.model_dump(exclude_defaults=True, exclude={"source", "columns"})
+        named = self.columns.model_dump(exclude_none=True) | columns
+        values |= {f"columns.{role}": name for role, name in named.items()}
+        texts = {key: "+".join(value) if key == "tasks" else str(value) for key, value in values.items()}
+        keys = ",".join(f"{key}={text}".replace("\n", "\\n") for key, text in texts.items())
+        return f"{self.source}:{keys}" if keys else self.source
 
     @classmethod
     def parse(cls, text: str) -> DataSpec:
         """Read the command line's form ``SOURCE[:key=value,...]``.
 
         Keys are this class's fields and ``columns.NAME``; ``tasks`` takes names joined by ``+``; ``\\n`` in a
-        prompt is a line break. A comma begins a new key only if ``key=`` follows it, so that prompts may hold
-        commas. Text that is an existing path is a path, whatever characters it holds.
+        prompt or a system turn is a line break. A comma begins a new key only if ``key=`` follows it, so that prompts
+        may hold commas. Text that is an existing path is a path, whatever characters it holds.
 
         Raises:
             UsageError: unknown or repeated keys, values of the wrong type, or no source.
@@ -98,7 +127,7 @@ class DataSpec(Section):
             target, name = (columns, key[len("columns.") :]) if key.startswith("columns.") else (values, key)
             if name in target:
                 raise UsageError(f"data source {text!r}: key {key!r} is given twice")
-            target[name] = value.replace("\\n", "\n") if key == "prompt" else value
+            target[name] = value.replace("\\n", "\n") if key in ("prompt", "system") else value
         try:
             return cls(**values, columns=Columns(**columns))
         except ValidationError as error:

@@ -1,22 +1,18 @@
 """The built-in public tasks: one row each, with prompt, references, metric and where the data lives.
 
-Prompts are those of lmms-eval, so that numbers can be compared. Nothing here imports torch or datasets.
+Prompts, answer lengths and metrics are those of lmms-eval, so that numbers can be compared; where they are not, the
+documentation's page ``data`` says why. Nothing here imports torch or datasets.
 """
 
 from __future__ import annotations
 
-import ast
-import math
 import re
-import string
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from decimal import Decimal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vtwcli.data.cells import IMAGE_MARK, BadRow, Row, letter_at, lettered, options, text, texts
 from vtwcli.data.spec import Columns
-from vtwcli.errors import VtwError
-from vtwcli.io.documents import nearest
 
 DEFAULT_MIX = ("scienceqa", "gqa", "ocrbench", "flickr30k")
 """Read from the Hub for a real model when nothing else is asked for: choice, short answer, text, caption."""
@@ -24,175 +20,9 @@ DEFAULT_MIX = ("scienceqa", "gqa", "ocrbench", "flickr30k")
 ORGANISATIONS = ("lmms-lab-encoder", "lmms-lab")
 """Where lmms-eval keeps its image data sets, newest place first; the first one that answers is read."""
 
-LETTERS = string.ascii_uppercase
 BUFFER_ROWS = 200
 LETTER_LINE = "Answer with the option's letter from the given choices directly."
 SHORT_LINE = "Answer the question using a single word or phrase."
-
-
-_ROLES = {name: name for name in Columns.model_fields} | {
-    "file_name": "image",
-    "answers": "answer",
-    "caption": "answer",
-    "options": "choices",
-}  # which option names another column
-
-
-class BadRow(VtwError):
-    """A row that cannot become a sample; the source adds its place, or skips it."""
-
-
-class Row(dict[str, Any]):
-    """One row of a data set; a column that is not there is a ``BadRow`` that names those that are."""
-
-    def __missing__(self, column: str) -> Any:
-        present = [str(name) for name in self]
-        hint: str | None
-        if column in _ROLES:
-            hint = f"name another one with columns.{_ROLES[column]}=COLUMN"
-        else:
-            close = nearest(column, present)
-            hint = f"did you mean {close!r}?" if close else None
-        raise BadRow(f"no column {column!r}; columns: {listed(present) or 'none'}", hint)
-
-
-def shown(value: Any, most: int = 80) -> str:
-    """A value for a message: on one line, and what is long only by its beginning."""
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
-
-
-def listed(names: Iterable[str], most: int = 300) -> str:
-    """Names for a message, with commas; of many or long ones the first."""
-    text = ", ".join(names)
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-def missing(value: Any) -> bool:
-    """Whether a cell holds nothing: None, no text, or NaN, which is what tables of numbers put there."""
-    return value is None or value == "" or (isinstance(value, float | Decimal) and math.isnan(value))
-
-
-def _written(value: Any, column: str) -> str:
-    """Text or a number as text; whole numbers have no point, as tables with a gap make floats of them."""
-    if isinstance(value, float | Decimal):
-        if not math.isfinite(value):
-            raise BadRow(f"column {column!r} holds {value}, not a number")
-        return str(int(value)) if value == int(value) and abs(int(value)) < 10**16 else str(value)
-    if isinstance(value, int):
-        return str(value)
-    if not isinstance(value, str):
-        raise BadRow(f"column {column!r} holds a {type(value).__name__}, not text")
-    if re.search("[\ud800-\udfff]", value):
-        raise BadRow(f"column {column!r} holds {shown(value)}, which is not text in UTF-8")
-    return value
-
-
-def text(row: Row, column: str) -> str:
-    """A column that must hold text; numbers are written out.
-
-    Raises:
-        BadRow: the column is missing, empty, of another kind, or holds halves of surrogate pairs.
-    """
-    value = row[column]
-    if missing(value):
-        raise BadRow(f"column {column!r} is empty")
-    return _written(value, column)
-
-
-def texts(row: Row, column: str) -> tuple[str, ...]:
-    """A column that holds one text or several; some of several may be empty, but not all.
-
-    VQA's own form, a list of records with an ``answer`` each, is read too. NaN is no answer.
-    """
-    value = row[column]
-    if isinstance(value, dict) and "answer" in value:
-        value = value["answer"]
-    if not isinstance(value, list | tuple):
-        return (text(Row({column: value}), column),)
-    found = []
-    for one in value:
-        answer = one["answer"] if isinstance(one, dict) and "answer" in one else one
-        if not isinstance(answer, str | int | float | Decimal):
-            raise BadRow(f"column {column!r} holds a {type(answer).__name__} among its texts")
-        if answer == "" or not missing(answer):
-            found.append(_written(answer, column))
-    if not any(one.strip() for one in found):
-        raise BadRow(f"column {column!r} is empty")
-    return tuple(found)
-
-
-def options(row: Row, column: str) -> tuple[str, ...]:
-    """A column that holds a list of options, or a string that writes one down as in MMMU and in CSV files."""
-    value = row[column]
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            value = None
-    if not isinstance(value, list | tuple) or not value:
-        raise BadRow(f"column {column!r} is not a list of choices")
-    if len(value) > len(LETTERS):
-        raise BadRow(f"column {column!r} has {len(value)} choices; at most {len(LETTERS)} have a letter")
-    return tuple(_written(one, column) for one in value)
-
-
-def lettered(choices: Sequence[str]) -> str:
-    """One line ``A. text`` per choice."""
-    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
-
-
-def letter_at(row: Row, column: str, choices: Sequence[str]) -> str:
-    """The letter of the choice whose 0-based place the column holds, as a number or as digits."""
-    value = row[column]
-    try:
-        place = int(value)
-        if place != value and not isinstance(value, str):
-            raise ValueError("between two places")
-    except (TypeError, ValueError, OverflowError):
-        raise BadRow(f"column {column!r} holds {shown(value)}, not the place of a choice") from None
-    if not 0 <= place < len(choices):
-        raise BadRow(f"column {column!r} holds {place}, but there are {len(choices)} choices")
-    return LETTERS[place]
-
-
-def letter_of(row: Row, column: str, choices: Sequence[str]) -> str:
-    """The letter of the right choice, however the column names it: as text, as a letter or as a 0-based place."""
-    value = row[column]
-    if missing(value):
-        raise BadRow(f"column {column!r} is empty")
-    if isinstance(value, float | Decimal):
-        value = _written(value, column)
-    said = str(value).strip().casefold()
-    by_text = {choice.strip().casefold(): letter for letter, choice in zip(LETTERS, choices, strict=False)}
-    by_letter = {letter.casefold(): letter for letter in LETTERS[: len(choices)]}
-    for accepted in (by_text, by_letter):
-        if said in accepted:
-            return accepted[said]
-    if isinstance(value, str) and not said.isdecimal():
-        raise BadRow(f"column {column!r} holds {shown(value)}, which is none of the choices")
-    return letter_at(Row({column: value}), column, choices)
-
-
-def fill(template: str, row: Row, question: str, choices: Sequence[str]) -> str:
-    """Put a row into a prompt template.
-
-    Args:
-        template: text with ``{question}``, ``{choices}`` (lettered lines) or ``{COLUMN}`` of any column.
-        row: the row.
-        question: name of its question column.
-        choices: its options.
-
-    Raises:
-        BadRow: the template names a column that is not there.
-    """
-
-    def value(name: re.Match[str]) -> str:
-        if name[1] == "choices":
-            return lettered(choices)
-        return text(row, question if name[1] == "question" else name[1])
-
-    return re.sub(r"\{(\w+)\}", value, template)
 
 
 @dataclass(frozen=True)
@@ -223,6 +53,9 @@ class TaskRow:
         meta: columns that the metric reads.
         join: where the images are, if not in the row.
         buffer: rows of a remote set among which samples are drawn; whole sets where rows are sorted by kind.
+        together: column whose equal values mark rows that are drawn together, as their metric needs them.
+        longest: tokens of the longest answer; None where lmms-eval leaves it to the model.
+        by_model: fields that other models have instead, by transformers' ``model_type``.
     """
 
     name: str
@@ -239,11 +72,18 @@ class TaskRow:
     meta: tuple[str, ...] = ()
     join: Join | None = None
     buffer: int = BUFFER_ROWS
+    together: str | None = None
+    longest: int | None = None
+    by_model: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def of(self, model_type: str | None) -> TaskRow:
+        """As this model is asked."""
+        return replace(self, **self.by_model.get(model_type or "", {}))
 
 
-def _scienceqa_prompt(row: Row) -> str:
+def _scienceqa_prompt(row: Row, line: str = LETTER_LINE) -> str:
     context = f"Context: {row['hint']}\n" if row["hint"] else ""
-    return f"{context}{text(row, 'question')}\n{lettered(options(row, 'choices'))}\n{LETTER_LINE}"
+    return f"{context}{text(row, 'question')}\n{lettered(options(row, 'choices'))}\n{line}"
 
 
 def _mmmu_choices(row: Row) -> tuple[str, ...]:
@@ -265,14 +105,64 @@ def _mmmu_references(row: Row) -> tuple[str, ...]:
 
 
 def _mmmu_images(row: Row) -> tuple[str, ...]:
-    shown = " ".join((text(row, "question"), *_mmmu_choices(row)))
-    named = sorted({int(number) for number in re.findall(r"<image (\d+)>", shown)})
+    """The images in the order in which the prompt names them; all where it names none."""
+    named = list(dict.fromkeys(re.findall(r"<image (\d+)>", _mmmu_prompt(row))))
     present = [number for number in range(1, 8) if row.get(f"image_{number}") is not None]
     return tuple(f"image_{number}" for number in named or present or [1])
 
 
+def _mmmu_interleaved(row: Row) -> str:
+    """The prompt with the images where it first names them, without the white space around, as lmms-eval has it."""
+    shown = set[str]()
+
+    def mark(name: re.Match[str]) -> str:
+        if name[1] in shown:
+            return name[0]
+        shown.add(name[1])
+        return IMAGE_MARK
+
+    return re.sub(r"\s*<image (\d+)>\s*", mark, _mmmu_prompt(row))
+
+
+def _mmmu_qwen3(row: Row) -> str:
+    choices = options(row, "options") if row["options"] not in ("[]", "") else ()
+    line = "Answer with the option letter only."
+    if not _mmmu_choices(row):
+        line = "Please select the correct answer from the options above."
+    return f"Question: {text(row, 'question')}\nOptions:\n{lettered(choices)}\n{line}"
+
+
+_MMMU_QWEN3 = {"prompt": _mmmu_qwen3, "images": lambda row: tuple(sorted(_mmmu_images(row)))}
+
+
 def _short(row: Row) -> str:
-    return f"{text(row, 'question').strip()}\n{SHORT_LINE}"
+    return f"{text(row, 'question')}\n{SHORT_LINE}"
+
+
+def _pope(row: Row, line: str = SHORT_LINE) -> str:
+    return f"{text(row, 'question').strip()}\n{line}"
+
+
+_YES_OR_NO = " Please answer yes or no."  # as MME ends its questions
+
+
+def _mme(row: Row) -> str:
+    return f"{text(row, 'question').strip().replace(_YES_OR_NO, '')}\n{SHORT_LINE}"
+
+
+def _textvqa(row: Row, between: str = "", line: str = SHORT_LINE) -> str:
+    # As published: capitalize() also puts names into lower case.
+    return f"{text(row, 'question').capitalize()}{between}\n{line}"
+
+
+def _ocr_tokens(row: Row) -> str:
+    tokens = row["ocr_tokens"]
+    if not isinstance(tokens, list):
+        raise BadRow("column 'ocr_tokens' is not a list of texts")
+    return f"\nReference OCR token: {', '.join(map(str, tokens))}"
+
+
+_PLM, _PLM_SHORT = "perception_lm", "Provide a short and direct response."
 
 
 TASKS: dict[str, TaskRow] = {
@@ -289,6 +179,8 @@ TASKS: dict[str, TaskRow] = {
             prompt=_scienceqa_prompt,
             references=lambda row: (letter_at(row, "answer", options(row, "choices")),),
             choices=lambda row: options(row, "choices"),
+            longest=16,
+            by_model={"idefics2": {"prompt": lambda row: _scienceqa_prompt(row, "Answer:")}},
         ),
         TaskRow(
             name="ai2d",
@@ -296,11 +188,12 @@ TASKS: dict[str, TaskRow] = {
             repository="*/ai2d",
             config=None,
             split="test",
-            metric="multiple_choice",
+            metric="ai2d",
             columns=Columns(image="image", question="question", answer="answer", choices="options"),
             prompt=lambda row: f"{text(row, 'question')}\n{lettered(options(row, 'options'))}\n{LETTER_LINE}",
             references=lambda row: (letter_at(row, "answer", options(row, "options")),),
             choices=lambda row: options(row, "options"),
+            longest=16,
         ),
         TaskRow(
             name="mmmu",
@@ -310,12 +203,14 @@ TASKS: dict[str, TaskRow] = {
             split="validation",
             metric="mmmu",
             columns=Columns(question="question", answer="answer", choices="options"),
-            prompt=_mmmu_prompt,
+            prompt=_mmmu_interleaved,
             references=_mmmu_references,
             choices=_mmmu_choices,
             images=_mmmu_images,
             meta=("id", "question_type"),
             buffer=900,
+            longest=128,
+            by_model=dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), _MMMU_QWEN3),
         ),
         TaskRow(
             name="gqa",
@@ -328,6 +223,7 @@ TASKS: dict[str, TaskRow] = {
             prompt=_short,
             references=lambda row: (text(row, "answer"),),
             join=Join(config="testdev_balanced_images", key="imageId", id="id"),
+            longest=16,
         ),
         TaskRow(
             name="textvqa",
@@ -337,9 +233,21 @@ TASKS: dict[str, TaskRow] = {
             split="validation",
             metric="vqa_soft",
             columns=Columns(image="image", question="question", answer="answers"),
-            # As published: capitalize() also puts names into lower case.
-            prompt=lambda row: f"{text(row, 'question').capitalize()}\n{SHORT_LINE}",
+            prompt=_textvqa,
             references=lambda row: texts(row, "answers"),
+            by_model={_PLM: {"prompt": lambda row: _textvqa(row, line=_PLM_SHORT)}},
+        ),
+        TaskRow(
+            name="textvqa_ocr",
+            title="TextVQA, with the words that a text recogniser read",
+            repository="*/textvqa",
+            config=None,
+            split="validation",
+            metric="vqa_soft",
+            columns=Columns(image="image", question="question", answer="answers"),
+            prompt=lambda row: _textvqa(row, _ocr_tokens(row)),
+            references=lambda row: texts(row, "answers"),
+            by_model={_PLM: {"prompt": lambda row: _textvqa(row, _ocr_tokens(row), _PLM_SHORT)}},
         ),
         TaskRow(
             name="pope",
@@ -349,9 +257,27 @@ TASKS: dict[str, TaskRow] = {
             split="test",
             metric="pope",
             columns=Columns(image="image", question="question", answer="answer"),
-            prompt=_short,
+            prompt=_pope,
             references=lambda row: (text(row, "answer"),),
             meta=("category",),
+            longest=128,
+            by_model={_PLM: {"prompt": lambda row: _pope(row, "Your response must be concise.")}},
+        ),
+        TaskRow(
+            name="mme",
+            title="MME, perception and cognition",
+            repository="*/MME",
+            config=None,
+            split="test",
+            metric="mme",
+            columns=Columns(image="image", question="question", answer="answer"),
+            prompt=_mme,
+            references=lambda row: (text(row, "answer"),),
+            meta=("category", "question_id"),
+            buffer=2374,
+            together="question_id",
+            longest=16,
+            by_model={_PLM: {"prompt": lambda row: text(row, "question").strip()}},
         ),
         TaskRow(
             name="flickr30k",
@@ -363,6 +289,7 @@ TASKS: dict[str, TaskRow] = {
             columns=Columns(image="image", answer="caption"),
             prompt=lambda row: "Provide a one-sentence caption for the provided image.",
             references=lambda row: texts(row, "caption"),
+            longest=64,
         ),
         TaskRow(
             name="ocrbench",
@@ -376,6 +303,10 @@ TASKS: dict[str, TaskRow] = {
             references=lambda row: texts(row, "answer"),
             meta=("dataset", "question_type"),
             buffer=1000,
+            longest=128,
+            by_model={
+                _PLM: {"prompt": lambda row: f"{text(row, 'question').strip()}\n{_PLM_SHORT}"},
+            },
         ),
     )
 }

@@ -133,8 +133,8 @@ def verify(
 
 def sample_of(image: Path | None) -> Sample:
     """What an export is asked: about an image, or about a drawn scene."""
+    from vtwcli.data.cells import BadRow
     from vtwcli.data.images import decode_image
-    from vtwcli.data.tasks import BadRow
 
     if image is None:
         from vtwcli.data.scenes import examples

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from vtwcli.data.sample import Sample
+from vtwcli.data.sample import Sample, answer_tokens
 from vtwcli.errors import UsageError
 from vtwcli.io import console
 from vtwcli.judge.flops import DEFAULT_CONVENTION, Convention, TextShape, kv_bytes, prefill_cost
@@ -121,7 +121,7 @@ class Full:
 def reference_answers(
     loaded: LoadedModel, samples: Sequence[Sample], max_new_tokens: int
 ) -> list[Tensor | None]:
-    """Each sample's first reference as tokens, cut to so many; None where it has none.
+    """Each sample's first reference as tokens, cut to so many where its task says nothing; None where it has none.
 
     Raises:
         UnusableSampleError: the chat template makes another text of it.
@@ -129,7 +129,10 @@ def reference_answers(
     if max_new_tokens > 1 and (without := sum(not sample.references for sample in samples)):
         console.warn(f"{without} samples have no reference answer; only their first position is compared")
     forced = [_reference(loaded, sample) for sample in samples]
-    return [None if ids is None else ids[:max_new_tokens] for ids in forced]
+    return [
+        None if ids is None else ids[: answer_tokens([sample], max_new_tokens)]
+        for sample, ids in zip(samples, forced, strict=True)
+    ]
 
 
 def _reference(loaded: LoadedModel, sample: Sample) -> Tensor | None:

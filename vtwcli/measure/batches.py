@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vtwcli.data.sample import Sample
+from vtwcli.data.sample import Sample, answer_tokens
 from vtwcli.io import console
 from vtwcli.judge.flops import TextShape, kv_bytes
 from vtwcli.machine import distributed
@@ -33,12 +33,14 @@ def lengths_of(loaded: LoadedModel, samples: Sequence[Sample]) -> list[int]:
 def by_length(
     loaded: LoadedModel, samples: Sequence[Sample], tokens: int, size: int | None = None
 ) -> list[list[int]]:
-    """Batches as places of samples, shortest prompts first; all processes must call it, and get the same.
+    """Batches as places of samples, shortest answers and prompts first; all processes must call it, and get the same.
+
+    Samples of one batch have the same longest answer.
 
     Args:
         loaded: the model; its free memory is that of the process with least.
         samples: all of the command's.
-        tokens: longest answer.
+        tokens: longest answer where no task says otherwise.
         size: of a batch; by default ``MOST``, or as many as memory has room for.
 
     Raises:
@@ -52,10 +54,12 @@ def by_length(
         here = memory_available(loaded.device) * SHARE
         room = min(distributed.gathered(lambda: {distributed.rank(): here}))
     batches: list[list[int]] = []
-    for place in sorted(range(len(samples)), key=lambda place: (lengths[place], place)):
-        count = len(batches[-1]) + 1 if batches else 0
+    longest = [answer_tokens([sample], tokens) for sample in samples]
+    for place in sorted(range(len(samples)), key=lambda place: (longest[place], lengths[place], place)):
+        alike = bool(batches) and longest[batches[-1][0]] == longest[place]
+        count = len(batches[-1]) + 1 if alike else 0
         if size is None:
-            fits = count <= MOST and count * answer_bytes(loaded, lengths[place], tokens) <= room
+            fits = count <= MOST and count * answer_bytes(loaded, lengths[place], longest[place]) <= room
         else:
             fits = count <= size
         if count and fits:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from vtwcli.data.sample import Sample
+from vtwcli.data.sample import Sample, answer_tokens
 from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.io import console
 from vtwcli.io.console import Task
@@ -96,6 +96,7 @@ def tried(
     """Force every candidate along the full model's own greedy answers; with several processes each takes its share.
 
     Args:
+        max_new_tokens: longest answer where no task says otherwise.
         batches: places of the samples that are answered together, see ``measure.batches``.
         free: let every schedule answer by itself too; not where layers are streamed.
         lenient: go on without candidates that cannot be executed, see ``Tried.refused``.
@@ -159,7 +160,8 @@ def _mine(
         for places in mine:
             part = [samples[place] for place in places]
             batch = encode_batch(loaded, part)
-            told = [heard[place, max_new_tokens] for place in places if (place, max_new_tokens) in heard]
+            tokens = answer_tokens(part, max_new_tokens)
+            told = [heard[place, tokens] for place in places if (place, tokens) in heard]
             columns: dict[int, list[Answer]] = {}
             if many is not None and not free and alone == 0 and len(told) == len(part):
                 columns = many.along(part, batch, told, bar)
@@ -167,8 +169,8 @@ def _mine(
                 for b, place in enumerate(places):
                     done[place] = [told[b], *(columns[c][b] for c in range(len(candidates)))]
                 continue
-            full = full_answers(loaded, batch, max_new_tokens, [sample.id for sample in part])
-            heard |= {(p, max_new_tokens): one for p, one in zip(places, full.answers, strict=True)}
+            full = full_answers(loaded, batch, tokens, [sample.id for sample in part])
+            heard |= {(p, tokens): one for p, one in zip(places, full.answers, strict=True)}
             columns = {} if many is None else many.along(part, batch, full.answers, bar)
             for c, one in enumerate(candidates):
                 if c in columns and not free:
@@ -182,7 +184,7 @@ def _mine(
                             one.schedule,
                             guides.beside(batch, part, one.schedule),
                             full,
-                            max_new_tokens,
+                            tokens,
                             free=free,
                             along=along,
                         )

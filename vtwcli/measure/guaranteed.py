@@ -102,7 +102,7 @@ def metric_drop(study: Study[CalibrateSection | SearchSection]) -> Callable[[str
     Raises:
         UsageError: a schedule that this model cannot execute.
     """
-    loaded, samples, longest = study.loaded, study.samples, study.options.max_new_tokens
+    loaded, samples, longest = study.loaded, study.samples, study.options.longest
     parts = study.batches(longest)
 
     def scores() -> NDArray[np.float64]:

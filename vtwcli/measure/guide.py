@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtwcli.data.sample import Sample
+from vtwcli.data.sample import Sample, answer_tokens
 from vtwcli.errors import UsageError
 from vtwcli.io import console
 from vtwcli.machine import distributed
@@ -67,7 +67,7 @@ class Guides:
         """
         Args:
             loaded: the model whose tokens they choose; guides run on its device, in its type.
-            max_new_tokens: longest answer of a guide.
+            max_new_tokens: longest answer of a guide where no task says otherwise.
         """
         self.loaded, self.longest = loaded, max_new_tokens
         self._open: dict[str, LoadedModel] = {}
@@ -132,12 +132,12 @@ def attention_received(loaded: LoadedModel, sample: Sample, max_new_tokens: int)
     Raises:
         UsageError: its attention returns no weights.
     """
-    batch = encode_batch(loaded, [sample])
+    batch, tokens = encode_batch(loaded, [sample]), answer_tokens([sample], max_new_tokens)
     visual = visual_mask(batch["input_ids"], loaded.placeholder_ids)[0]
     # rows that are fed behind the end token do not count, and are known only once the answer is
     steps: list[Tensor] = []
     with _watched(loaded, visual, steps), plain_generation(loaded):
-        said = greedy(loaded, batch, max_new_tokens, [sample.id])[0][0].tolist()
+        said = greedy(loaded, batch, tokens, [sample.id])[0][0].tolist()
     return torch.stack(steps[: max(len(answer_of(loaded, said)), 1)]).sum(0)
 
 

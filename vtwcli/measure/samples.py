@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from vtwcli.data.sample import Sample
+from vtwcli.data.cells import BadRow
+from vtwcli.data.sample import Sample, answer_tokens
 from vtwcli.data.sources import DataMix, load_data
 from vtwcli.data.spec import DataSpec
-from vtwcli.data.tasks import BadRow
+from vtwcli.data.tasks import TASKS
 from vtwcli.errors import NotFoundError
 from vtwcli.io import console
 from vtwcli.machine import distributed
@@ -74,6 +75,9 @@ class SampleOptions(Protocol):
         """Whether unreadable samples are skipped and counted."""
 
 
+Given = TypeVar("Given", bound=SampleOptions)
+
+
 def read_samples(
     model: ModelSection,
     data: Sequence[DataSpec],
@@ -96,6 +100,12 @@ def read_samples(
         NotFoundError, UsageError: data missing or unreadable; or too few samples for what is to be promised.
     """
     specs = list(data) or default_data(model.name)
+    model_type = None
+    if any(TASKS[spec.source].by_model for spec in specs if spec.source in TASKS):
+        asked = resolve(reader or model.name, trust_remote_code=model.trust_remote_code, weights=False)
+        model_type = asked.family.model_type
+    answered = getattr(options, "positions", "answer") == "answer"
+    own_lengths = answered and getattr(options, "max_new_tokens", 1) is None
     check = None
     if options.skip_bad:
         # the skeleton is enough: nothing is computed
@@ -110,6 +120,8 @@ def read_samples(
         skip_bad=options.skip_bad,
         exclude=exclude,
         check=check,
+        model_type=model_type,
+        own_lengths=own_lengths,
     )
     if mix.skipped:
         console.warn(f"skipped {mix.skipped} unreadable samples")
@@ -118,6 +130,15 @@ def read_samples(
         console.warn(f"{rows} in image, question, answer and task; equal rows count once")
     check_samples(mix, options)
     return mix
+
+
+def settled(options: Given, samples: Sequence[Sample]) -> Given:
+    """The options with the longest answer as a number, where it is the same for all samples."""
+    section: Any = options
+    if getattr(section, "max_new_tokens", 1) is not None or any(sample.longest for sample in samples):
+        return options
+    found: Given = section.model_copy(update={"max_new_tokens": section.longest})
+    return found
 
 
 def _check_usable(loaded: LoadedModel, options: SampleOptions, forced: bool, sample: Sample) -> None:
@@ -135,7 +156,7 @@ def _check_usable(loaded: LoadedModel, options: SampleOptions, forced: bool, sam
     longest = 0
     try:
         if getattr(options, "positions", "first") == "answer":
-            longest = int(getattr(options, "max_new_tokens", 1)) - 1
+            longest = answer_tokens([sample], getattr(options, "longest", 1)) - 1
             if forced and sample.references:
                 longest = min(longest, len(answer_ids(loaded, sample.references[0])) - 1)
         encode(loaded, sample, torch.zeros(longest, dtype=torch.long) if longest else None)

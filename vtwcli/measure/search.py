@@ -90,7 +90,7 @@ def search(
     seen = measured(ordering, method)
     answers = answered(seen, ordering.samples, options)
     candidates = method.candidates(study.shape, answers, rule)
-    longest = 1 if options.positions == "first" else options.max_new_tokens
+    longest = 1 if options.positions == "first" else options.longest
     beside = Beside.run(ordering, candidates, longest) if method.leaves_alone else None
     found = beside.found if beside else ordering.try_(candidates, longest)
     candidates, found = grown(ordering, candidates, found, longest)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from vtwcli.data.sample import Sample
+from vtwcli.data.sample import Sample, answer_tokens
 from vtwcli.io import console
 from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.machine.memory import memory_available
@@ -28,12 +28,14 @@ def streamed_answers(
     Raises:
         NotFoundError: a sample that cannot be encoded, or numbers that are not finite.
     """
+    tokens = [answer_tokens(part, longest) for part in batches]
+    longest = max(tokens, default=longest)
     room = memory_available(loaded.device) * SHARE
     groups: list[list[int]] = []
     free, inputs = 0.0, []
     for number, part in enumerate(batches):
         inputs.append(encode_batch(loaded, part))
-        needed = len(part) * answer_bytes(loaded, inputs[-1]["input_ids"].shape[1], longest)
+        needed = len(part) * answer_bytes(loaded, inputs[-1]["input_ids"].shape[1], tokens[number])
         if not groups or needed > free:
             groups.append([])
             free = room
@@ -51,6 +53,7 @@ def streamed_answers(
         for done, group in enumerate(groups, 1):
             names = [[sample.id for sample in batches[number]] for number in group]
             said = decode(loaded, source, [inputs[number] for number in group], names, longest, task)
-            found += [[spelled(loaded, row) for row in rows] for rows in said]
+            for number, rows in zip(group, said, strict=True):
+                found.append([spelled(loaded, row[: tokens[number]]) for row in rows])
             task.advance(done * longest - task.done)
     return found

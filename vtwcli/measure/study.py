@@ -25,7 +25,7 @@ from vtwcli.measure.answers import Answer, reference_answers
 from vtwcli.measure.batches import by_length
 from vtwcli.measure.candidates import Tried, tried
 from vtwcli.measure.promised import check_loss
-from vtwcli.measure.samples import SampleOptions, check_model, load_model, read_samples, swept
+from vtwcli.measure.samples import Given, SampleOptions, check_model, load_model, read_samples, settled, swept
 from vtwcli.measure.streamed import streamed_answers
 from vtwcli.methods.method import Candidate, Shape
 from vtwcli.models.generation import generate_batches
@@ -45,8 +45,8 @@ class AnswerOptions(SampleOptions, Protocol):
     """The options that choosing samples and answering them needs."""
 
     @property
-    def max_new_tokens(self) -> int:
-        """Longest answer."""
+    def longest(self) -> int:
+        """Tokens of the longest answer where no task says otherwise."""
 
     @property
     def batch_size(self) -> int | None:
@@ -72,7 +72,6 @@ class SweepOptions(AnswerOptions, Protocol):
 STREAMED = "layers are streamed: schedules are compared along the samples' reference answers"
 
 Options = TypeVar("Options", bound=SampleOptions, covariant=True)
-Given = TypeVar("Given", bound=SampleOptions)
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Study(Generic[Options]):
         mix = read_samples(model, data, options)
         streamed = _streams(model)
         loaded = load_model(model, weights=not streamed)
-        study = Study(loaded, mix, options, streamed, _began=began)
+        study = Study(loaded, mix, settled(options, mix.samples), streamed, _began=began)
         study.timing["load"] = time.perf_counter() - began
         return study
 
@@ -178,7 +177,7 @@ class Study(Generic[Options]):
     def _parts(self: Study[SweepOptions]) -> list[list[int]]:
         """Samples that stay together on one process: those that are answered together."""
         if self._whose == "generated":
-            return self.batches(self.options.max_new_tokens)
+            return self.batches(self.options.longest)
         return [[place] for place in range(len(self.samples))]
 
     @property
@@ -216,7 +215,7 @@ class Study(Generic[Options]):
 
     def _answers(self: Study[SweepOptions], mine: Sequence[int]) -> list[Tensor | None]:
         """The answer tokens to force behind each prompt; None compares the first position only."""
-        samples, longest = [self.samples[place] for place in mine], self.options.max_new_tokens
+        samples, longest = [self.samples[place] for place in mine], self.options.longest
         if self._whose is None or not samples:
             return [None] * len(samples)
         if self._whose == "reference":

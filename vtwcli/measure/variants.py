@@ -264,7 +264,7 @@ def open_variants(
     own = _load(model, model.name)
     full = own if options.baseline in (None, model.name) else _load(model, options.baseline)
     _check_family(full, own.family.model_type, model.name)
-    guides = Guides(own, options.max_new_tokens)
+    guides = Guides(own, options.longest)
     return full, [Scheduled(name, schedule, own, guides) for name, schedule in schedules]
 
 

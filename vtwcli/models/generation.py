@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtwcli.data.sample import Sample
+from vtwcli.data.sample import Sample, answer_tokens
 from vtwcli.errors import NotFoundError, VtwError, first_line
 from vtwcli.io import console
 from vtwcli.judge.kl import check_generation
@@ -57,7 +57,8 @@ def _answered(
     """The answers to one batch; where it fails, to one sample after the other, so that the bad one has a name."""
     batch = encode_batch(loaded, samples)
     try:
-        output, _ = greedy(loaded, batch, max_new_tokens, [sample.id for sample in samples])
+        tokens = answer_tokens(samples, max_new_tokens)
+        output, _ = greedy(loaded, batch, tokens, [sample.id for sample in samples])
         return [spelled(loaded, row) for row in output.cpu()]
     except VtwError:
         raise

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtwcli.data.cells import shown
 from vtwcli.data.pixels import PictureError, check_resized
 from vtwcli.data.sample import Sample
-from vtwcli.data.tasks import shown
 from vtwcli.errors import NotFoundError, first_line
 from vtwcli.io import console
 from vtwcli.machine.libraries import quiet_libraries
@@ -26,6 +26,9 @@ from vtwcli.models.loading import LoadedModel
 
 _ANSWER = "ANSWER"  # stands for an answer where only the template around it is looked at
 _MARKUP = re.compile(r"(?:\s|<[^<>]*>|\[/?[A-Z_]+\])*")  # what may stand between a prompt and an answer
+_OTHER_TEMPLATE = (
+    "use the template of the base model, or one that reads the parts of a message's content in their order"
+)
 _SKIP = "--skip-bad leaves such rows out"
 
 
@@ -69,21 +72,18 @@ def visual_mask(input_ids: Tensor, ids: Sequence[int]) -> Tensor:
     return torch.isin(input_ids, torch.tensor(list(ids), dtype=input_ids.dtype, device=input_ids.device))
 
 
-def encode(
-    loaded: LoadedModel, sample: Sample, answer_ids: Tensor | None = None, *, system: str | None = None
-) -> Encoded:
+def encode(loaded: LoadedModel, sample: Sample, answer_ids: Tensor | None = None) -> Encoded:
     """A sample as model inputs, on the model's device, with pixels in the model's dtype.
 
     Args:
         loaded: the model and its processor.
         sample: the question and its images.
         answer_ids: [A] token ids to append behind the prompt, for teacher forcing.
-        system: text of a system turn.
 
     Raises:
         NotFoundError: no chat template, a prompt that does not fit, or placeholders that do not match the images.
     """
-    inputs = _process(loaded, [sample], "left", system)
+    inputs = _process(loaded, [sample], "left")
     prompt_length = int(inputs["input_ids"].shape[1])
     visual = visual_mask(inputs["input_ids"][0], loaded.placeholder_ids)
     if answer_ids is not None:
@@ -94,11 +94,9 @@ def encode(
     return Encoded(inputs, prompt_length, visual)
 
 
-def encode_batch(
-    loaded: LoadedModel, samples: Sequence[Sample], side: str = "left", *, system: str | None = None
-) -> dict[str, Tensor]:
+def encode_batch(loaded: LoadedModel, samples: Sequence[Sample], side: str = "left") -> dict[str, Tensor]:
     """Samples as one batch, padded on ``side`` ("left" for generation); per-token entries are [B, S]."""
-    inputs = _process(loaded, samples, side, system)
+    inputs = _process(loaded, samples, side)
     lengths = inputs["attention_mask"].sum(1).tolist() if "attention_mask" in inputs else []
     _check_length(loaded, samples, lengths or [int(inputs["input_ids"].shape[1])] * len(samples))
     return inputs
@@ -132,9 +130,9 @@ def answer_ids(loaded: LoadedModel, text: str) -> Tensor:
     """
     tokenizer = loaded.processor.tokenizer
     question = Sample("answer", "answer", (), "?")
-    prompt = _prompt(loaded, question, None)
+    prompt = prompt_text(loaded, question)
     lead, tail = " " if prompt.endswith(":") else "", ""
-    for turn in _renderings(loaded, question, None, _ANSWER):
+    for turn in _renderings(loaded, question, _ANSWER):
         behind = turn[len(prompt) :] if turn.startswith(prompt) else ""
         if _ANSWER in behind and not prompts.printed_list(turn, ""):
             lead, _, tail = behind.partition(_ANSWER)
@@ -178,9 +176,7 @@ def _template_file(loaded: LoadedModel) -> str:
     return templates.template_file(loaded.path)
 
 
-def _renderings(
-    loaded: LoadedModel, sample: Sample, system: str | None, answer: str | None = None
-) -> Iterator[str]:
+def _renderings(loaded: LoadedModel, sample: Sample, answer: str | None = None) -> Iterator[str]:
     """The chat template's texts for the forms in which a sample can be given to it; none without a template.
 
     Raises:
@@ -189,7 +185,7 @@ def _renderings(
     failure: NotFoundError | None = None
     rendered = False
     token = getattr(loaded.processor, "image_token", None)
-    for turns in prompts.conversations(sample, system, answer, token):
+    for turns in prompts.conversations(sample, answer, token):
         try:
             text = _render(loaded, turns, answer is None)
         except NotFoundError as error:
@@ -232,14 +228,10 @@ def prompt_text(loaded: LoadedModel, sample: Sample) -> str:
         NotFoundError: no chat template, or one that fails.
         UnusableSampleError: the template does not show the sample's text as it is.
     """
-    return _prompt(loaded, sample, None)
-
-
-def _prompt(loaded: LoadedModel, sample: Sample, system: str | None) -> str:
     tokens = prompts.media_tokens(loaded.processor, loaded.placeholder_ids)
     seen = False
-    for text in _renderings(loaded, sample, system):
-        if prompts.shows(text, sample, system, tokens):
+    for text in _renderings(loaded, sample):
+        if prompts.shows(text, sample, tokens):
             return text
         seen = True
     if seen:
@@ -247,7 +239,7 @@ def _prompt(loaded: LoadedModel, sample: Sample, system: str | None) -> str:
         raise UnusableSampleError(
             f"the chat template {_template_file(loaded)} does not show the text of sample {sample.id!r} "
             f"as it is{places}",
-            "use the template of the base model, or one that reads the parts of a message's content in their order",
+            "the template may know no system turn: leave out system" if sample.system else _OTHER_TEMPLATE,
         )
     if loaded.family.prompt is None:
         raise NotFoundError(
@@ -257,15 +249,13 @@ def _prompt(loaded: LoadedModel, sample: Sample, system: str | None) -> str:
     token = loaded.processor.image_token
     images = "" if sample.places else token * len(sample.images)
     text = prompts.written(sample, token) if sample.places else sample.prompt
-    return f"{system} " * bool(system) + loaded.family.prompt.format(images=images, text=text)
+    return f"{sample.system} " * bool(sample.system) + loaded.family.prompt.format(images=images, text=text)
 
 
-def _process(
-    loaded: LoadedModel, samples: Sequence[Sample], side: str, system: str | None
-) -> dict[str, Tensor]:
+def _process(loaded: LoadedModel, samples: Sequence[Sample], side: str) -> dict[str, Tensor]:
     for sample in samples:
         _check_sample(loaded, sample)
-    texts = [_prompt(loaded, sample, system) for sample in samples]
+    texts = [prompt_text(loaded, sample) for sample in samples]
     try:
         return _processed(loaded, samples, texts, side)
     except UnusableSampleError:
@@ -278,13 +268,14 @@ def _process(
 def _check_sample(loaded: LoadedModel, sample: Sample) -> None:
     """Refuse what no processor must see: text that is taken for an image, and images that grow without bounds."""
     processor = loaded.processor
+    said = sample.prompt + (sample.system or "")
     for token in prompts.media_tokens(processor, loaded.placeholder_ids):
-        if token in sample.prompt:
+        if token in said:
             raise UnusableSampleError(
                 f"the prompt of sample {sample.id!r} contains the image placeholder {token!r}",
                 "prompts hold text only; the images' places are set by the chat template",
             )
-    if control := [token for token in processor.tokenizer.all_special_tokens if token in sample.prompt]:
+    if control := [token for token in processor.tokenizer.all_special_tokens if token in said]:
         warn_of_control(control[0])
     size = getattr(processor.image_processor, "size", None) or {}
     edge = size.get("shortest_edge") if hasattr(size, "get") else None

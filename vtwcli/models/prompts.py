@@ -54,14 +54,11 @@ def media_tokens(processor: Any, ids: Sequence[int]) -> tuple[str, ...]:
     return tuple(sorted(tokens, key=lambda token: (-len(token), token)))
 
 
-def conversations(
-    sample: Sample, system: str | None, answer: str | None, image_token: str | None
-) -> Iterator[list[Message]]:
+def conversations(sample: Sample, answer: str | None, image_token: str | None) -> Iterator[list[Message]]:
     """The turns of a sample in the forms in which templates want them, the usual one first.
 
     Args:
-        sample: the user's turn.
-        system: text of a system turn.
+        sample: the user's turn, and the system's before it.
         answer: text of an assistant's turn behind it.
         image_token: what stands for an image in text; where a template moves images, their places are written so.
     """
@@ -69,7 +66,7 @@ def conversations(
     doubled = [part | {"content": part["text"]} if "text" in part else part for part in usual]
 
     def turns(content: Any, others: Any) -> list[Message]:
-        said = [("system", others(system))] if system else []
+        said = [("system", others(sample.system))] if sample.system else []
         said.append(("user", content))
         if answer is not None:
             said.append(("assistant", others(answer)))
@@ -92,17 +89,17 @@ def written(sample: Sample, image_token: str) -> str:
     return image_token.join(_pieces(sample))
 
 
-def shows(prompt: str, sample: Sample, system: str | None, tokens: Collection[str]) -> bool:
-    """Whether a rendered prompt holds a sample's text as it is, and images in the places that the sample gives.
+def shows(prompt: str, sample: Sample, tokens: Collection[str]) -> bool:
+    """Whether a rendered prompt holds a sample's texts as they are, and images in the places that the sample gives.
 
     White space around a turn's text does not count. ``tokens`` are those of ``media_tokens``.
     """
     pieces = [re.escape(piece.strip()) for piece in _pieces(sample)]
     image = ".*?(?:" + "|".join(map(re.escape, tokens)) + ").*?"
     found = re.search(image.join(pieces), prompt, re.DOTALL)
-    if found is None or (system and system.strip() not in prompt):
+    if found is None or (sample.system and sample.system.strip() not in prompt):
         return False
-    return not printed_list(prompt, sample.prompt + (system or ""))
+    return not printed_list(prompt, sample.prompt + (sample.system or ""))
 
 
 def printed_list(text: str, said: str) -> bool:

@@ -65,6 +65,7 @@ def make_plan(
         UsageError: nothing to run, a step that is not there, or a file that the run did not write is in its way.
         NotFoundError: model or data missing or unreadable.
     """
+    recipe = recipe.asked()
     names = steps_of(recipe)
     for name in [*only, *([] if start is None else [start])]:
         if name not in names:

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from vtwcli.io.section import Section
-from vtwcli.recipe.fields import BATCH_SIZE, Answers, Limit, Positions, SkipBad
+from vtwcli.recipe.fields import BATCH_SIZE, LONGEST, Answers, Limit, Positions, SkipBad
 
 
 class AnalyzeSection(Section):
@@ -30,7 +30,7 @@ class AnalyzeSection(Section):
     )
     positions: Positions = "answer"
     answers: Answers = "auto"
-    max_new_tokens: int = Field(48, ge=1, description="longest answer, in tokens")
+    max_new_tokens: int | None = Field(None, ge=1, description=LONGEST.format(48))
     batch_size: int | None = Field(None, ge=1, description=BATCH_SIZE)
     lens: int = Field(
         3,
@@ -70,6 +70,11 @@ class AnalyzeSection(Section):
     )
     seed: int = Field(0, ge=0, description="which samples are drawn; the same seed gives the same result")
     skip_bad: SkipBad = False
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest answer where no task says otherwise."""
+        return self.max_new_tokens or 48
 
     @field_validator("map_layers", mode="before")
     @classmethod

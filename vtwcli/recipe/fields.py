@@ -9,6 +9,7 @@ from pydantic import Field
 from vtwcli.methods import METHODS
 
 BATCH_SIZE = "samples answered at once; by default 8, fewer where memory is short"
+LONGEST = "longest answer, in tokens; by default the task's own, else {}"
 Limit = Annotated[int, Field(ge=1, description="samples of each task")]
 Positions = Annotated[
     Literal["first", "answer"],

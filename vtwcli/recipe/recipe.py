@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -16,8 +16,9 @@ from vtwcli.methods import METHODS
 from vtwcli.methods.method import Method
 from vtwcli.methods.visipruner import Rule
 from vtwcli.recipe.analysis import AnalyzeSection
+from vtwcli.recipe.evaluation import EvalSection
 from vtwcli.recipe.exports import ExportSection
-from vtwcli.recipe.fields import BATCH_SIZE, Answers, Limit, Loss, MethodName, Positions, SkipBad
+from vtwcli.recipe.fields import BATCH_SIZE, LONGEST, Answers, Limit, Loss, MethodName, Positions, SkipBad
 from vtwcli.recipe.gates import GatesSection
 from vtwcli.recipe.search import SearchSection
 
@@ -65,7 +66,7 @@ class CalibrateSection(Section):
     )
     positions: Positions = "answer"
     answers: Answers = "auto"
-    max_new_tokens: int = Field(48, ge=1, description="longest answer, in tokens")
+    max_new_tokens: int | None = Field(None, ge=1, description=LONGEST.format(48))
     batch_size: int | None = Field(None, ge=1, description=BATCH_SIZE)
     quantile: float = Field(
         0.95,
@@ -109,6 +110,11 @@ class CalibrateSection(Section):
     resume: bool = Field(
         False, description="go on with the samples that were finished before an interruption"
     )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest answer where no task says otherwise."""
+        return self.max_new_tokens or 48
 
     def recorded(self) -> dict[str, Any]:
         """What result documents say of it: what a promise needs only where one is given."""
@@ -218,12 +224,17 @@ class BudgetSection(Section):
         min_length=1,
         description="VisiPruner: values of its tokens threshold to try",
     )
-    max_new_tokens: int = Field(32, ge=1, description="longest answer, in tokens")
+    max_new_tokens: int | None = Field(None, ge=1, description=LONGEST.format(32))
     batch_size: int | None = Field(None, ge=1, description=BATCH_SIZE)
     seed: int = Field(
         0, ge=0, description="which samples are drawn, and which tokens the random control keeps"
     )
     skip_bad: SkipBad = False
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest answer where no task says otherwise."""
+        return self.max_new_tokens or 32
 
     @field_validator("methods", "ratios", "tokens", "thresholds", mode="before")
     @classmethod
@@ -231,52 +242,12 @@ class BudgetSection(Section):
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
-class EvalSection(Section):
-    """How a schedule is judged."""
-
-    limit: Limit = 50
-    max_new_tokens: int = Field(48, ge=1, description="longest answer, in tokens")
-    batch_size: int | None = Field(None, ge=1, description=BATCH_SIZE)
-    bootstrap: int = Field(
-        1000,
-        ge=0,
-        description="how often samples are redrawn for the 95 % intervals of differences; 0 for none",
-    )
-    seed: int = Field(
-        0, ge=0, description="which samples are drawn, and redrawn; the same seed gives the same result"
-    )
-    skip_bad: SkipBad = False
-    timing: bool = Field(
-        True, description="measure the time to the first token and per token, full and pruned in turn"
-    )
-    repeats: int = Field(
-        9,
-        ge=1,
-        description="how often everything is timed; with 6 and more it can be told whether a speed-up is real",
-    )
-    timing_tokens: int = Field(8, ge=1, description="tokens generated to time decoding")
-    timing_batch: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (1,), min_length=1, description="how many samples at once, to measure tokens a second"
-    )
-    baseline: str | None = Field(
-        None,
-        description="full model to compare with; by default the model itself, of ONNX graphs their base model",
-    )
-    backend: Literal["auto", "torch", "onnx"] = Field(
-        "auto", description="what runs MODEL: torch, or onnx for a directory of ONNX graphs"
-    )
-    resume: bool = Field(
-        False, description="go on with the samples that were finished before an interruption"
-    )
-
-    @field_validator("timing_batch", mode="before")
-    @classmethod
-    def _split_sizes(cls, value: Any) -> Any:
-        return tuple(value.split(",")) if isinstance(value, str) else value
-
-
 STEPS = ("calibrate", "analyze", "budget", "search", "eval", "export")
 """The sections that are steps of a run, in order; what each does stands in ``pipeline.steps``."""
+
+
+_ASKED = ("system", "prompt", "image")
+_PLAIN = (*_ASKED, "data", "output")  # what of a recipe is no section
 
 
 def _short_source(value: Any) -> Any:
@@ -296,6 +267,15 @@ class Recipe(Section):
     """
 
     model: ModelSection = ModelSection()
+    system: str | None = Field(
+        None, description="system turn of every source under data that has none of its own"
+    )
+    prompt: str | None = Field(
+        None, description="prompt template of every source under data that has none of its own"
+    )
+    image: Literal["pad"] | None = Field(
+        None, description="pad makes the pictures of every source under data square"
+    )
     data: tuple[Annotated[DataSpec, BeforeValidator(_short_source)], ...] = ()
     calibrate: CalibrateSection = CalibrateSection()
     analyze: AnalyzeSection = AnalyzeSection()
@@ -314,10 +294,36 @@ class Recipe(Section):
         if not isinstance(value, dict):
             return value
         return {
-            key: {} if one is None and key in cls.model_fields and key not in ("data", "output") else one
+            key: {} if one is None and key in cls.model_fields and key not in _PLAIN else one
             for key, one in value.items()
             if one is not None or key != "data"
         }
+
+    def sources(self, given: Sequence[DataSpec] = ()) -> list[DataSpec]:
+        """The data sources that are given, or else the recipe's, asked as the recipe says.
+
+        Raises:
+            UsageError: the recipe says how to ask, and there are none.
+        """
+        asked = {name: one for name in _ASKED if (one := getattr(self, name)) is not None}
+        specs = list(given or self.data)
+        if asked and not specs:
+            raise UsageError(
+                f"{next(iter(asked))} goes with data", "name the sources under data, or with --data"
+            )
+        return [
+            spec.model_copy(update={name: one for name, one in asked.items() if getattr(spec, name) is None})
+            for spec in specs
+        ]
+
+    def asked(self) -> Recipe:
+        """The same recipe with what it says of asking in its sources.
+
+        Raises:
+            UsageError: as ``sources``.
+        """
+        sources = tuple(self.sources())
+        return self.model_copy(update={**dict.fromkeys(_ASKED), "data": sources}) if sources else self
 
     @field_validator("model", mode="before")
     @classmethod
@@ -352,7 +358,10 @@ class Recipe(Section):
 
         parts: dict[str, Any] = {
             "model": changed(self.model, "name", "demo"),
-            "data": tuple(changed(changed(spec, "source", "demo", *TASKS), "path") for spec in self.data),
+            "data": tuple(
+                changed(changed(changed(spec, "source", "demo", *TASKS), "path"), "folder")
+                for spec in self.data
+            ),
             "schedule": changed(changed(self.schedule, "file"), "guide", "demo"),
             "eval": changed(self.eval, "baseline", "demo"),
         }

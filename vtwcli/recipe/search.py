@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from vtwcli.io.section import Section
 from vtwcli.methods import METHODS
-from vtwcli.recipe.fields import BATCH_SIZE, Limit, Loss, MethodName, SkipBad
+from vtwcli.recipe.fields import BATCH_SIZE, LONGEST, Limit, Loss, MethodName, SkipBad
 
 GOALS = ("max_flops", "max_kv", "max_kl", "min_agreement")
 
@@ -51,7 +51,7 @@ class SearchSection(Section):
         "does; kl, 1 if its mean KL exceeds eta; metric, how much the task's metric drops",
     )
     eta: float = Field(0.003, gt=0, description="loss kl: the KL in nats above which a sample is lost")
-    max_new_tokens: int = Field(32, ge=1, description="longest answer, in tokens")
+    max_new_tokens: int | None = Field(None, ge=1, description=LONGEST.format(32))
     batch_size: int | None = Field(None, ge=1, description=BATCH_SIZE)
     seed: int = Field(
         0, ge=0, description="which samples are drawn, their three parts, and which schedules are tried"
@@ -69,6 +69,11 @@ class SearchSection(Section):
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest answer where no task says otherwise."""
+        return self.max_new_tokens or 32
 
     @property
     def goals(self) -> dict[str, float]:

@@ -32,7 +32,8 @@ def starter(model: str = "demo") -> str:
             lines = [f"# {section.__doc__}", f"{name}:" if name in _ACTIVE else f"# {name}:"]
             lines += [_line(name, key, field, model) for key, field in section.model_fields.items()]
         else:
-            lines = [f"# {info.description}\n# {name}: results"]
+            shown = "results" if name == "output" else json.dumps(info.default)
+            lines = [f"# {info.description}\n# {name}: {shown}"]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 

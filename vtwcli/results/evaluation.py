@@ -59,7 +59,21 @@ class Score(TypedDict):
     f1: NotRequired[Unchecked[float]]
     """As above."""
     yes_ratio: NotRequired[Unchecked[float]]
-    """Share of "yes" among the answers, POPE."""
+    """Share of "yes" among the answers, POPE; of the references where its metric is ``pope_exact``."""
+    perception: NotRequired[Unchecked[float]]
+    """MME's, at most 2,000; sums over the categories of which samples have both questions of a picture."""
+    cognition: NotRequired[Unchecked[float]]
+    """As above, at most 800."""
+    bleu_1: NotRequired[Unchecked[float]]
+    """Of captions, beside CIDEr."""
+    bleu_2: NotRequired[Unchecked[float]]
+    """As above."""
+    bleu_3: NotRequired[Unchecked[float]]
+    """As above."""
+    bleu_4: NotRequired[Unchecked[float]]
+    """As above."""
+    rouge_l: NotRequired[Unchecked[float]]
+    """As above."""
 
 
 class Difference(TypedDict):

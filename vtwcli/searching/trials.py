@@ -108,7 +108,7 @@ class Trials:
         """Batches that are a unit: one for each process; of streamed layers all."""
         options, loaded = self.study.options, self.study.loaded
         samples = [self.study.samples[place] for place in places]
-        batches = by_length(loaded, samples, options.max_new_tokens, options.batch_size)
+        batches = by_length(loaded, samples, options.longest, options.batch_size)
         named = [[places[number] for number in batch] for batch in batches]
         step = len(named) if self.study.streamed else distributed.size()
         for at in range(0, len(named), step):
@@ -143,7 +143,7 @@ class Trials:
         study, order = self.study, {place: number for number, place in enumerate(places)}
         samples = [study.samples[place] for place in places]
         batches = [[order[place] for place in batch] for batch in piece]
-        longest = study.options.max_new_tokens
+        longest = study.options.longest
         with study.part("schedules"):
             try:
                 found = tried(
@@ -162,7 +162,7 @@ class Trials:
 
     def _asked(self, samples: Sequence[Any], batches: Sequence[Sequence[int]]) -> dict[str, Any]:
         """The full model's answers alone."""
-        longest = self.study.options.max_new_tokens
+        longest = self.study.options.longest
         found = tried(self.study.loaded, self.source, [], samples, longest, batches, bar=self.bar)
         return {"full": [asdict(said) for said in found.full]}
 

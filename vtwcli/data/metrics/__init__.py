@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
-from vtwcli.data.metrics.captions import cider
-from vtwcli.data.metrics.choices import mmmu, multiple_choice
-from vtwcli.data.metrics.pope import pope, yes_summary
+from vtwcli.data.metrics.captions import caption_summary, cider
+from vtwcli.data.metrics.choices import ai2d, mmmu, multiple_choice
+from vtwcli.data.metrics.mme import mme, mme_summary
+from vtwcli.data.metrics.pope import pope, pope_exact, yes_summary
 from vtwcli.data.metrics.reading import anls, ocrbench, relaxed_accuracy
 from vtwcli.data.metrics.text import exact_match, vqa_soft
 from vtwcli.data.sample import Sample
@@ -21,8 +22,11 @@ _PER_SAMPLE: dict[str, Callable[[str, Sample], float]] = {
     "exact_match": exact_match,
     "vqa_soft": vqa_soft,
     "multiple_choice": multiple_choice,
+    "ai2d": ai2d,
     "mmmu": mmmu,
     "pope": pope,
+    "pope_exact": pope_exact,
+    "mme": mme,
     "anls": anls,
     "relaxed_accuracy": relaxed_accuracy,
     "ocrbench": ocrbench,
@@ -52,7 +56,10 @@ def scores(metric: str, answers: Sequence[str], samples: Sequence[Sample]) -> li
 
 
 def aggregate(metric: str, answers: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
-    """Summary of a metric over samples: ``mean`` always; for ``pope`` precision, recall, F1 and yes-ratio too.
+    """Summary of a metric over samples: ``mean`` always, and what its field tells beside it.
+
+    For ``pope`` and ``pope_exact`` precision, recall, F1 and yes-ratio, for ``mme`` perception and cognition, for
+    ``cider`` BLEU and ROUGE-L.
 
     Raises:
         UsageError: an unknown metric, or no samples.
@@ -60,7 +67,12 @@ def aggregate(metric: str, answers: Sequence[str], samples: Sequence[Sample]) ->
     """
     if not samples:
         raise UsageError(f"no samples to judge by {metric}")
-    summary = {"mean": fmean(scores(metric, answers, samples))}
-    if metric == "pope":
-        summary |= yes_summary(answers, samples)
+    values = scores(metric, answers, samples)
+    summary = {"mean": fmean(values)}
+    if metric in ("pope", "pope_exact"):
+        summary |= yes_summary(answers, samples, exact=metric == "pope_exact")
+    elif metric == "mme":
+        summary |= mme_summary(values, samples)
+    elif metric == "cider":
+        summary |= caption_summary(answers, [sample.references for sample in samples])
     return summary

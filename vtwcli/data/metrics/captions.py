@@ -1,4 +1,4 @@
-"""Captions: CIDEr-D."""
+"""Captions: CIDEr-D, BLEU and ROUGE-L, as the caption evaluation of COCO computes them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 _CAPTION_TOKENS = re.compile(
     r"can(?=not\b)|(?<=\bcan)not"  # cannot -> can not
@@ -82,3 +83,65 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
                 total += penalty * dot / (a * b) / 4 if a * b else 0.0
         results.append(10.0 * total / len(texts))
     return results
+
+
+def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """BLEU-1 to BLEU-4 of a corpus of captions, in [0, 1].
+
+    Papineni et al., 2002, https://aclanthology.org/P02-1040: the geometric mean of the shares of n-grams that a
+    reference has too, each as often as it occurs in one of them at most, times ``exp(1 - r / c)`` where the answers'
+    c words are fewer than the r of the references that are nearest in length (of two the shorter).
+    """
+    matched, offered = Counter[int](), Counter[int]()
+    said_words = meant_words = 0
+    for answer, texts in zip(answers, references, strict=True):
+        said, meant = caption_tokens(answer), [caption_tokens(text) for text in texts]
+        said_words += len(said)
+        meant_words += min((len(words) for words in meant), key=lambda n: (abs(n - len(said)), n))
+        most: Counter[tuple[str, ...]] = Counter()
+        for words in meant:
+            most |= _ngrams(words)
+        for gram, count in _ngrams(said).items():
+            offered[len(gram)] += count
+            matched[len(gram)] += min(count, most[gram])
+    short = math.exp(min(0.0, 1 - meant_words / said_words)) if said_words else 0.0
+    found, product = [], 1.0
+    for n in range(1, 5):
+        product *= matched[n] / offered[n] if offered[n] else 0.0
+        found.append(short * product ** (1 / n))
+    return found
+
+
+def rouge_l(answer: str, references: Sequence[str]) -> float:
+    """ROUGE-L of one caption, in [0, 1].
+
+    Lin, 2004, https://aclanthology.org/W04-1013: with ``l`` the longest common subsequence of words, the F-measure
+    ``(1 + b^2) P R / (R + b^2 P)``, b = 1.2, of the best ``P = l / |answer|`` and the best ``R = l / |reference|``
+    over the references.
+    """
+    said = caption_tokens(answer)
+    meant = [words for words in map(caption_tokens, references) if words]
+    if not said or not meant:
+        return 0.0
+    common = [_longest_common(said, words) for words in meant]
+    precision = max(common) / len(said)
+    recall = max(length / len(words) for length, words in zip(common, meant, strict=True))
+    weight = 1.2**2
+    return (1 + weight) * precision * recall / (recall + weight * precision) if precision else 0.0
+
+
+def _longest_common(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence."""
+    row = [0] * (len(b) + 1)
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, start=1):
+            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def caption_summary(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """BLEU of the corpus and the mean ROUGE-L, beside CIDEr."""
+    by_order = {f"bleu_{n}": value for n, value in enumerate(bleu(answers, references), start=1)}
+    said = zip(answers, references, strict=True)
+    return by_order | {"rouge_l": fmean(rouge_l(answer, texts) for answer, texts in said)}

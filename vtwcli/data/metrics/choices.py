@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Sequence
 
+from vtwcli.data.cells import LETTERS
 from vtwcli.data.sample import Sample
-from vtwcli.data.tasks import LETTERS
+
+_DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def multiple_choice(answer: str, sample: Sample) -> float:
-    """1 if the answer is the reference's letter or begins with it and a full stop, else 0; without case.
+    """1 if the answer is the reference's letter, without case, or begins with it as a capital and a full stop, else 0.
 
-    The rule that LLaVA and lmms-eval apply to ScienceQA and AI2D.
+    The rule that LLaVA and lmms-eval apply to ScienceQA. In users' own data the letter before the full stop may be a
+    small one.
     """
-    said, letter = answer.strip().lower(), sample.references[0].strip().lower()
-    return float(said == letter or said.startswith(f"{letter}."))
+    said, letter = answer.strip(), sample.references[0].strip().upper()
+    if sample.meta.get("own"):
+        said = said.upper()
+    return float(said.upper() == letter or said.startswith(f"{letter}."))
+
+
+def ai2d(answer: str, sample: Sample) -> float:
+    """1 if the answer is the reference's letter, without case and ASCII punctuation, so that ``(A)`` is right too.
+
+    Of an answer that begins with a capital and a full stop these alone count. lmms-eval's rule for AI2D (Kembhavi et
+    al., 2016, https://arxiv.org/abs/1603.07396).
+    """
+    begins = re.match(r"([A-Z])\.", answer.strip())
+    said = begins[1] if begins else answer.strip()
+    return float(said.translate(_DROP_PUNCTUATION).upper() == sample.references[0].strip().upper())
 
 
 def mmmu_letter(answer: str, choices: Sequence[str]) -> str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from vtwcli.data.sample import Sample
 
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}  # to ASCII
+
 
 def edit_distance(a: str, b: str) -> int:
     """Levenshtein distance: the fewest insertions, deletions and replacements that turn ``a`` into ``b``."""
@@ -56,14 +58,15 @@ def relaxed_accuracy(answer: str, sample: Sample) -> float:
 def ocrbench(answer: str, sample: Sample) -> float:
     """1 if a reference is contained in the answer, else 0 (Liu et al., 2023, https://arxiv.org/abs/2305.07895).
 
-    Case does not count and line breaks are spaces; formulas (``dataset`` is HME100k) keep case and lose all
-    spaces.
+    Case does not count, line breaks are spaces and full-width letters and marks are plain ones, as in lmms-eval;
+    formulas (``dataset`` is HME100k) are read as they are, without any space.
     """
     formula = sample.meta.get("dataset") == "HME100k"
 
     def plain(text: str) -> str:
-        text = text.strip().replace("\n", " ")
-        return text.replace(" ", "") if formula else text.lower()
+        if formula:
+            return text.strip().replace("\n", " ").replace(" ", "")
+        return text.translate(_FULL_WIDTH).lower().strip().replace("\n", " ")
 
     wanted = [text for text in map(plain, sample.references) if text]  # no text is contained in every answer
     return float(any(text in plain(answer) for text in wanted))
