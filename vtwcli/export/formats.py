@@ -42,20 +42,23 @@ def export(
     Raises:
         UsageError, NotFoundError, GateError, VtwError: as ``export_hf`` and ``export_onnx``.
     """
-    if options.format == "onnx":
-        from vtwcli.export.onnx.export import export_onnx
+    if options.format != "hf":
         from vtwcli.models.hub import resolve
 
-        return export_onnx(
-            resolve(model.name, trust_remote_code=model.trust_remote_code),
-            schedule,
-            output,
-            dtype=SHORT.get("float32" if options.dtype == "auto" else options.dtype, options.dtype),
-            opset=options.opset,
-            merged=options.merged,
-            quantize=options.quantize,
-            force=force,
-        )
+        resolved = resolve(model.name, trust_remote_code=model.trust_remote_code)
+        graphs: dict[str, Any] = {
+            "dtype": SHORT.get("float32" if options.dtype == "auto" else options.dtype, options.dtype),
+            "opset": options.opset,
+            "quantize": options.quantize,
+            "force": force,
+        }
+        if options.format == "transformers.js":
+            from vtwcli.export.web.export import export_web
+
+            return export_web(resolved, schedule, output, **graphs)
+        from vtwcli.export.onnx.export import export_onnx
+
+        return export_onnx(resolved, schedule, output, merged=options.merged, **graphs)
     from vtwcli.export.hf.export import export_hf
 
     return export_hf(

@@ -12,7 +12,7 @@ from vtwcli.io.section import Section
 class ExportSection(Section):
     """What an exported directory holds."""
 
-    format: Literal["hf", "onnx"] = Field(
+    format: Literal["hf", "onnx", "transformers.js"] = Field(
         "hf", description="hf, a Hugging Face directory, or onnx, graphs for ONNX Runtime"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "fp32", "fp16"] = Field(
