@@ -82,8 +82,8 @@ def export_web(
         report = check(source, plan, folder, manifest, samples, steps, quantize)
         save_json(folder / onnx.PARITY, report)
         write_config(source, folder, of_the_library(folder, manifest))
-        write_page(output.absolute().name, folder, manifest)
         manifest["tested"] = {"onnxruntime": [manifest["versions"]["onnxruntime"]]}
+        write_page(output.absolute().name, folder, manifest)
         manifest["files"] = file_entries(folder)
         save_json(folder / MANIFEST, manifest)
     return {
