@@ -37,10 +37,10 @@ def export(
         calibration, evaluation, recipe: for the record of a Hugging Face directory, as in ``export_hf``.
 
     Returns:
-        The manifest of a Hugging Face directory, or the report of an ONNX export.
+        The manifest of a Hugging Face directory, or the report of an export of graphs.
 
     Raises:
-        UsageError, NotFoundError, GateError, VtwError: as ``export_hf`` and ``export_onnx``.
+        UsageError, NotFoundError, GateError, VtwError: as ``export_hf``, ``export_onnx`` and ``export_web``.
     """
     if options.format != "hf":
         from vtwcli.models.hub import resolve
@@ -95,7 +95,7 @@ def verify(
         trust_remote_code: run the directory's code also where it is not this tool's own, byte for byte.
 
     Returns:
-        The report of ``verify_hf`` or ``verify_onnx``.
+        The report of ``verify_hf``, ``verify_onnx`` or ``verify_web``.
 
     Raises:
         GateError: a check failed; the message says which.
@@ -103,8 +103,13 @@ def verify(
         UsageError: some code in the directory is not this tool's, and is not trusted; then nothing of it ran.
     """
     from vtwcli import ort
+    from vtwcli.export.web.kind import is_web_export
 
     sample = sample_of(image)
+    if is_web_export(directory):
+        from vtwcli.export.web.verify import verify_web
+
+        return verify_web(directory, sample, base=base, device=device, dtype=dtype, steps=max_new_tokens)
     if ort.is_export(directory):
         from vtwcli.export.onnx.verify import verify_onnx
 

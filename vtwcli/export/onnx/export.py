@@ -203,7 +203,9 @@ def write_graphs(
 
 
 @contextmanager
-def tracing(source: Source, dtype: torch.dtype, opset: int) -> Iterator[tuple[Any, Any, dict[int, list[str]]]]:
+def tracing(
+    source: Source, dtype: torch.dtype, opset: int
+) -> Iterator[tuple[Any, Any, dict[int, list[str]]]]:
     """Yield a model's skeleton ready to be traced, the mode of its fake parameters, and their names by id."""
     from vtwcli.export.onnx import modules as onnx_modules
     from vtwcli.export.onnx import trace as onnx_trace

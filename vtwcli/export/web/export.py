@@ -11,13 +11,13 @@ from typing import Any
 from vtwcli import __version__
 from vtwcli.data.sample import Sample
 from vtwcli.errors import UsageError
-from vtwcli.export.directory.manifest import CARD, file_entries, save_json
+from vtwcli.export.directory.manifest import file_entries, save_json
 from vtwcli.export.directory.publish import check_target, publish
 from vtwcli.export.directory.source import own_files, source_of
 from vtwcli.export.onnx import export as onnx
 from vtwcli.export.onnx.source import Source
 from vtwcli.export.web.graphs import DECODER
-from vtwcli.export.web.kind import FORMAT, FORMAT_VERSION, FOLDER, MANIFEST, SUFFIXES
+from vtwcli.export.web.kind import FOLDER, FORMAT, FORMAT_VERSION, MANIFEST, SUFFIXES
 from vtwcli.io import console
 from vtwcli.machine.libraries import versions
 from vtwcli.models.checkpoint import COMPANIONS, Checkpoint

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -20,30 +20,31 @@ def save(model: ir.Model, path: Path) -> None:
     Raises:
         VtwError: the file does not pass the ONNX checker.
     """
-    held = [value for value in model.graph.initializers.values() if value.const_value is not None]
-    large = [value for value in held if value.const_value.nbytes > _SMALL]
-    if sum(value.const_value.nbytes for value in large) > ALONE:
-        for number, piece in enumerate(_pieces(large)):
+    weights = {
+        value: value.const_value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.nbytes > _SMALL
+    }
+    if sum(tensor.nbytes for tensor in weights.values()) > ALONE:
+        for number, piece in enumerate(_pieces(weights)):
             name = f"{path.name}_data{f'_{number}' if number else ''}"
-            stored = ir.external_data.convert_tensors_to_external(
-                [value.const_value for value in piece], path.parent, name
-            )
+            tensors = [weights[value] for value in piece]
+            stored = ir.external_data.convert_tensors_to_external(tensors, path.parent, name)
             for value, tensor in zip(piece, stored, strict=True):
                 value.const_value = tensor
     ir.save(model, path)
     check_file(path)
 
 
-def _pieces(values: list[ir.Value]) -> list[list[ir.Value]]:
+def _pieces(weights: Mapping[ir.Value, ir.TensorProtocol]) -> list[list[ir.Value]]:
     pieces: list[list[ir.Value]] = [[]]
     size = 0
-    for value in values:
-        assert value.const_value is not None
-        if pieces[-1] and size + value.const_value.nbytes > PIECE:
+    for value, tensor in weights.items():
+        if pieces[-1] and size + tensor.nbytes > PIECE:
             pieces.append([])
             size = 0
         pieces[-1].append(value)
-        size += value.const_value.nbytes
+        size += tensor.nbytes
     return pieces
 
 

@@ -137,7 +137,9 @@ class MarkedTiles(nn.Module):
         count, high, wide = inside.shape
         size = self.patch
         # counted, since every type of ONNX Runtime sums int32
-        patches = inside.to(torch.int32).reshape(count, high // size, size, wide // size, size).sum((2, 4)) > 0
+        patches = (
+            inside.to(torch.int32).reshape(count, high // size, size, wide // size, size).sum((2, 4)) > 0
+        )
         (features,) = self.inner(pixels.to(self.dtype), patches)
         return (marked(features.flatten(0, 1), 1.0),)
 
@@ -213,7 +215,8 @@ class StagedDecoder(nn.Module):
 
     def __init__(self, parts: Sequence[Layers], head: nn.Module) -> None:
         super().__init__()
-        self.parts, self.head = nn.ModuleList(parts), head
+        self.inside, self.head = nn.ModuleList(parts), head  # where torch looks for their parameters
+        self.parts = tuple(parts)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Logits [B, 1, V] in float32; present keys and values; the scores of each stage that takes them."""
@@ -238,7 +241,8 @@ class StagedDecoder(nn.Module):
             past = past[count:]
             present += more
         logits = self.head(gather(hidden, logits_index)).float()
-        return logits, *present, *(part.probe.scores for part in self.parts if part.probe is not None)
+        scores = [part.probe.scores for part in self.parts if part.probe is not None]
+        return logits, *present, *(taken for taken in scores if taken is not None)
 
 
 def embedding_graph(model: Any, family: Family) -> Graph:

@@ -57,7 +57,9 @@ class Front:
                 scores = self.scores(i - 1, visual)
                 keep = self.keep(stage.removal, visual, total, scores)
                 index = self.op("Add", self.places(keep, batch), safe)
-                visual = self.op("GatherElements", self.op("Cast", visual, to=ir.DataType.INT64), index, axis=1)
+                visual = self.op(
+                    "GatherElements", self.op("Cast", visual, to=ir.DataType.INT64), index, axis=1
+                )
                 visual = self.op("Cast", visual, to=ir.DataType.BOOL)
                 past = self.inputs[f"past_key_values.{stage.layers[0]}.key"]
                 held = self.op("Add", self.op("Shape", past, start=2, end=3), self.length(visual))
@@ -156,7 +158,8 @@ class Front:
     def rank(self, scores: ir.Value, visual: ir.Value) -> ir.Value:
         """How many visual rows stand before each, by score and then by place, [B, S]."""
         mine, theirs = (self.op("Unsqueeze", scores, self.ints([axis])) for axis in (2, 1))
-        place = self.op("Range", self.scalar(0), self.op("Squeeze", self.length(visual), self.ints([0])), self.scalar(1))
+        rows = self.op("Squeeze", self.length(visual), self.ints([0]))
+        place = self.op("Range", self.scalar(0), rows, self.scalar(1))
         earlier = self.op(
             "Less",
             self.op("Unsqueeze", place, self.ints([0])),
@@ -200,7 +203,9 @@ class Front:
     def op(self, kind: str, *inputs: ir.Value, name: str | None = None, **attributes: Any) -> ir.Value:
         """The first output of a new node."""
         output = ir.Value(name=f"front_{len(self.nodes)}")
-        node = ir.node(kind, inputs, attributes, outputs=[output], name=name or f"front_{len(self.nodes)}_{kind}")
+        node = ir.node(
+            kind, inputs, attributes, outputs=[output], name=name or f"front_{len(self.nodes)}_{kind}"
+        )
         self.nodes.append(node)
         return output
 
@@ -216,7 +221,7 @@ class Front:
         """A number without axes, as Python's."""
         return self.constant(("double", value), ir.tensor(value, dtype=ir.DataType.DOUBLE))
 
-    def constant(self, key: Any, tensor: ir.Tensor) -> ir.Value:
+    def constant(self, key: Any, tensor: ir.TensorProtocol) -> ir.Value:
         """A value of the graph, once for each key."""
         if key not in self.constants:
             value = ir.Value(

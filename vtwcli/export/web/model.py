@@ -14,8 +14,12 @@ from vtwcli.export.web.graphs import DECODER, GRIDS
 from vtwcli.ort import NotFinite, NotFoundError, UsageError
 from vtwcli.ort.tokens import grid_positions
 
-Arrays = Mapping[str, np.ndarray]
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
+_TYPES: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
 
 
 @dataclass
@@ -37,18 +41,14 @@ class WebModel:
     Args:
         directory: what ``export_web`` made.
         manifest: of it.
-        files: role of each graph -> its file; by default those of the manifest.
 
     Raises:
         NotFoundError: a graph that cannot be loaded.
     """
 
-    def __init__(
-        self, directory: Path, manifest: Mapping[str, Any], files: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
         self.manifest = manifest
-        named = files or {graph["role"]: graph["file"] for graph in manifest["graphs"]}
-        self.sessions = {role: _open(directory / name) for role, name in named.items()}
+        self.sessions = {graph["role"]: _open(directory / graph["file"]) for graph in manifest["graphs"]}
 
     def run(self, role: str, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Outputs of a graph by name; it is fed what it has inputs for.
@@ -57,7 +57,7 @@ class WebModel:
             UsageError: the graph refuses them.
         """
         session = self.sessions[role]
-        given = {
+        given: dict[str, np.ndarray] = {
             port.name: np.ascontiguousarray(feeds[port.name], dtype=_TYPES[port.type])
             for port in session.get_inputs()
         }
@@ -103,7 +103,9 @@ class WebModel:
             hidden[visual] = features
         if self.manifest["positions"] == "grid":
             grids = arrays.get("image_grid_thw", np.zeros((0, 3), dtype=np.int64))
-            positions = grid_positions(visual, attended != 0, grids, self.manifest["vision"]["spatial_merge_size"])
+            positions = grid_positions(
+                visual, attended != 0, grids, self.manifest["vision"]["spatial_merge_size"]
+            )
             reached = positions.max((0, 2))
         else:
             positions = np.where(attended != 0, np.cumsum(attended, 1) - 1, 1)

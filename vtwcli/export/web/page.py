@@ -58,13 +58,13 @@ pipeline_tag: image-text-to-text
 
 {chr(10).join(f"- {sentence}" for sentence in _sentences(manifest))}
 
-transformers.js loads this directory as any other model, and needs no change: the embeddings have one channel more, which
-marks visual tokens, and the decoder drops them where the schedule says. `index.html` asks it about a picture; it wants a
-server, such as `python -m http.server`, and loads transformers.js {LIBRARY} from a CDN. Rows of a batch must have equally
-many tokens, and equally many visual ones; the decoder refuses other batches. A direct call of the model returns the logits
-of the last token alone.
+transformers.js loads this directory as any other model, and needs no change: the embeddings have one channel more,
+which marks visual tokens, and the decoder drops them where the schedule says. `index.html` asks it about a picture; it
+wants a server, such as `python -m http.server`, and loads transformers.js {LIBRARY} from a CDN. Rows of a batch must
+have equally many tokens, and equally many visual ones; the decoder refuses other batches. A direct call of the model
+returns the logits of the last token alone.
 
 Made by {manifest["producer"]} with {libraries}, and checked against torch with ONNX Runtime
-{", ".join(manifest["tested"]["onnxruntime"])} (`parity.json`). `manifest.json` holds the digest of every file; `vtw verify .`
-checks them.
+{", ".join(manifest["tested"]["onnxruntime"])} (`parity.json`). `manifest.json` holds the digest of every file;
+`vtw verify .` checks them.
 """

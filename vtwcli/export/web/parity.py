@@ -95,14 +95,21 @@ def measure(
         GateError: they are not, or logits are not finite.
     """
     for reference in references:
+        wanted, _ = lengths_wanted(reference.inputs, schedule, manifest)
         _, state = exported.prefill(onnx_parity.arrays(reference.inputs))
-        ids = reference.inputs["input_ids"][0].numpy()
-        visual = int(np.isin(ids, manifest["tokens"]["placeholder_ids"]).sum())
-        left = schedule.visual_per_layer(manifest["text"]["layers"], visual)
-        wanted = [len(ids) - visual + n for n in left]
         if (held := state.cache_lengths()) != wanted:
             layer = next(i for i, (a, b) in enumerate(zip(held, wanted, strict=True)) if a != b)
             raise GateError(
                 f"parity failed: layer {layer} holds {held[layer]} entries in its KV cache, not {wanted[layer]}"
             )
     return onnx_parity.measure(exported, references)
+
+
+def lengths_wanted(
+    inputs: Mapping[str, Any], schedule: Schedule, manifest: Mapping[str, Any]
+) -> tuple[list[int], int]:
+    """What each layer's cache holds behind one prompt by the schedule, and how many visual tokens the prompt has."""
+    ids = np.asarray(inputs["input_ids"])[0]
+    visual = int(np.isin(ids, manifest["tokens"]["placeholder_ids"]).sum())
+    left = schedule.visual_per_layer(manifest["text"]["layers"], visual)
+    return [len(ids) - visual + n for n in left], visual

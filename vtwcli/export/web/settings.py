@@ -14,8 +14,31 @@ from vtwcli.export.web.graphs import GRIDS
 from vtwcli.models.jsonfiles import CONFIG, GENERATION, PROCESSOR, TOKENIZER, read_json
 
 TEXT_MODELS = frozenset(
-    "arcee cohere cohere2 gemma gemma2 glm granite helium llama ministral mistral olmo olmo2 phi phi3 qwen2 qwen2_moe"
-    " qwen2_5_vl_text qwen2_vl_text qwen3 qwen3_moe smollm3 starcoder2".split()
+    (
+        "arcee",
+        "cohere",
+        "cohere2",
+        "gemma",
+        "gemma2",
+        "glm",
+        "granite",
+        "helium",
+        "llama",
+        "ministral",
+        "mistral",
+        "olmo",
+        "olmo2",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen2_5_vl_text",
+        "qwen2_vl_text",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+        "starcoder2",
+    )  # fmt: skip
 )
 """Text models whose caches the library knows by ``text_config.model_type``."""
 
@@ -48,10 +71,12 @@ def write_settings(source: Source, folder: Path) -> dict[str, Any]:
         image = read_json(folder / PROCESSOR[1])
     name = _PROCESSORS.get(kind, type(processor).__name__)
     save_settings(folder / PROCESSOR[1], {**image, "processor_class": name})
-    settings |= {"processor_class": name, **_placeholders(source, processor)}
+    settings |= _placeholders(source, processor)
     save_settings(folder / PROCESSOR[0], settings)
     tokenizer = read_json(folder / TOKENIZER[1])
-    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    template = getattr(processor, "chat_template", None) or getattr(
+        processor.tokenizer, "chat_template", None
+    )
     if isinstance(template, str):  # the library looks for it here
         save_settings(folder / TOKENIZER[1], tokenizer | {"chat_template": template})
     generation = read_json(folder / GENERATION)
@@ -67,13 +92,12 @@ def _placeholders(source: Source, processor: Any) -> dict[str, Any]:
         return {}
     if kind in ("idefics3", "smolvlm"):
         return {"image_seq_len": int(processor.image_seq_len)}
-    # one for each patch, the class token never (the library does not know the strategy), and OneVision's new line
-    extra = 1 if kind == "llava_onevision" else int(source.config.vision_feature_select_strategy != "default")
-    return {
-        "image_token": processor.image_token,
-        "patch_size": int(vision.patch_size),
-        "num_additional_image_tokens": extra,
-    }
+    counted = {"image_token": processor.image_token, "patch_size": int(vision.patch_size)}
+    if kind == "llava_onevision":  # one more for the new line; transformers does not read it
+        return {**counted, "num_additional_image_tokens": 1}
+    # the library adds without asking for the strategy, transformers asks: so say it is all that is added
+    extra = int(source.config.vision_feature_select_strategy != "default")
+    return {**counted, "num_additional_image_tokens": extra, "vision_feature_select_strategy": "full"}
 
 
 def write_config(source: Source, folder: Path, library: Mapping[str, Any]) -> None:
