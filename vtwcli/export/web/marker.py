@@ -226,7 +226,7 @@ class Front:
         if key not in self.constants:
             value = ir.Value(
                 name=f"front_constant_{len(self.constants)}",
-                shape=tensor.shape,
+                shape=ir.Shape(list(tensor.shape)),
                 type=ir.TensorType(tensor.dtype),
                 const_value=tensor,
             )

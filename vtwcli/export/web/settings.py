@@ -13,33 +13,11 @@ from vtwcli.export.onnx.source import Source
 from vtwcli.export.web.graphs import GRIDS
 from vtwcli.models.jsonfiles import CONFIG, GENERATION, PROCESSOR, TOKENIZER, read_json
 
-TEXT_MODELS = frozenset(
-    (
-        "arcee",
-        "cohere",
-        "cohere2",
-        "gemma",
-        "gemma2",
-        "glm",
-        "granite",
-        "helium",
-        "llama",
-        "ministral",
-        "mistral",
-        "olmo",
-        "olmo2",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen2_moe",
-        "qwen2_5_vl_text",
-        "qwen2_vl_text",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-        "starcoder2",
-    )  # fmt: skip
-)
+TEXT_MODELS = {
+    "arcee", "cohere", "cohere2", "gemma", "gemma2", "glm", "granite", "helium", "llama", "ministral", "mistral",
+    "olmo", "olmo2", "phi", "phi3", "qwen2", "qwen2_moe", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_moe",
+    "smollm3", "starcoder2",
+}  # fmt: skip
 """Text models whose caches the library knows by ``text_config.model_type``."""
 
 _PROCESSORS = {"llava_onevision": "LlavaProcessor"}  # the library has none of its own, and this one does it
