@@ -32,6 +32,12 @@ def save(model: ir.Model, path: Path) -> None:
             stored = ir.external_data.convert_tensors_to_external(tensors, path.parent, name)
             for value, tensor in zip(piece, stored, strict=True):
                 value.const_value = tensor
+        inside = [value for value in model.graph.initializers.values() if value not in weights]
+    else:
+        inside = list(model.graph.initializers.values())
+    for value in inside:  # of a graph that was read from files which do not stay
+        if isinstance(value.const_value, ir.ExternalTensor):
+            [value.const_value] = ir.external_data.convert_tensors_from_external([value.const_value])
     ir.save(model, path)
     check_file(path)
 
