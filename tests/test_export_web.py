@@ -1,6 +1,6 @@
 """Exports to transformers.js: what that library itself makes of them in Node and in a browser, against the runtime.
 
-Node's packages are looked for in ``$VTW_NODE``; where nobody set it these tests are skipped, where somebody did they run.
+Node's packages are looked for in ``$VTW_NODE``; where nobody set it these tests are skipped, else they run.
 """
 
 from __future__ import annotations
