@@ -10,7 +10,6 @@ from typing import Any
 
 from vtwcli import __version__
 from vtwcli.data.sample import Sample
-from vtwcli.errors import UsageError
 from vtwcli.export.directory.manifest import file_entries, save_json
 from vtwcli.export.directory.publish import check_target, publish
 from vtwcli.export.directory.source import own_files, source_of
@@ -25,8 +24,6 @@ from vtwcli.models.dtypes import LONG, torch_type
 from vtwcli.models.families import placeholder_ids
 from vtwcli.models.loading import LoadedModel
 from vtwcli.schedule.schedule import Schedule
-
-_KINDS = {None: None, "int8": "q8", "int4": "q4"}  # the library's names of what was quantized
 
 
 def export_web(
@@ -62,6 +59,7 @@ def export_web(
         GateError: the graphs differ from torch; nothing is left.
         NotFoundError: weights or processor cannot be read.
     """
+    from vtwcli.export.web.files import of_the_library
     from vtwcli.export.web.page import write_page
     from vtwcli.export.web.parity import check
     from vtwcli.export.web.settings import check_config, write_config, write_settings
@@ -142,36 +140,3 @@ def write_graphs(source: Source, plan: Schedule, folder: Path, *, dtype: str, op
         "positions": "grid" if onnx_graphs.VISION[source.family.model_type].arrange == "patches" else "count",
         "tokens": {"placeholder_ids": list(placeholder_ids(source.family, source.config))},
     }
-
-
-def of_the_library(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes into the config for the library: which types there are, and which graphs have data beside them."""
-    from vtwcli.export.web.files import chunks
-
-    files = {graph["role"]: Path(graph["file"]) for graph in manifest["graphs"]}
-    library: dict[str, Any] = {"dtype": {graph["role"]: graph["dtype"] for graph in manifest["graphs"]}}
-    beside = {file.name: number for file in files.values() if (number := chunks(folder / file))}
-    if beside:
-        library["use_external_data_format"] = beside
-    if manifest["dtype"] == "fp16":  # for releases that do not read it off the graph
-        library["kv_cache_dtype"] = {"fp16": "float16"}
-    return library
-
-
-def quantized(folder: Path, manifest: dict[str, Any], quantize: str) -> None:
-    """Put the decoder in 8 or 4 bits in the place of the one in float32, in a file and in the manifest.
-
-    Raises:
-        VtwError: nothing could be quantized.
-    """
-    from vtwcli.export.onnx import quantize as quantizers
-    from vtwcli.export.web import files
-
-    entry = next(graph for graph in manifest["graphs"] if graph["role"] == DECODER)
-    kind = _KINDS[quantize]
-    if kind is None:
-        raise UsageError(f"{quantize!r} is no quantization")
-    name = f"{FOLDER}/{DECODER}{SUFFIXES[kind]}.onnx"
-    files.requantize(folder / entry["file"], folder / name, lambda path: quantizers.quantize(path, quantize))
-    entry |= {"file": name, "dtype": kind}
-    manifest["quantize"] = quantize

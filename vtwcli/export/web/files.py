@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 from vtwcli.export.onnx.trace import check_file
+from vtwcli.export.web.graphs import DECODER
+from vtwcli.export.web.kind import FOLDER, SUFFIXES
 
 ALONE = 1 << 30  # bytes of weights up to which they lie in the graph's own file
 PIECE = 3 << 29  # of a piece of data: browsers hold buffers below 2 GiB
+_KINDS = {"int8": "q8", "int4": "q4"}  # the library's names of what was quantized
 _SMALL = 1024  # bytes of a tensor that stays in the graph's file
 
 
@@ -77,3 +81,31 @@ def requantize(path: Path, target: Path, quantize: Callable[[Path], None]) -> No
     save(ir.load(path), target)
     for file in (path, path.with_name(f"{path.name}.data"), *first):
         file.unlink(missing_ok=True)
+
+
+def of_the_library(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes into the config for the library: which types there are, and which graphs have data beside them."""
+    files = {graph["role"]: Path(graph["file"]) for graph in manifest["graphs"]}
+    library: dict[str, Any] = {"dtype": {graph["role"]: graph["dtype"] for graph in manifest["graphs"]}}
+    beside = {file.name: number for file in files.values() if (number := chunks(folder / file))}
+    if beside:
+        library["use_external_data_format"] = beside
+    if manifest["dtype"] == "fp16":  # for releases that do not read it off the graph
+        library["kv_cache_dtype"] = {"fp16": "float16"}
+    return library
+
+
+def quantized(folder: Path, manifest: dict[str, Any], quantize: str) -> None:
+    """Put the decoder in 8 or 4 bits in the place of the one in float32, in a file and in the manifest.
+
+    Raises:
+        VtwError: nothing could be quantized.
+    """
+    from vtwcli.export.onnx import quantize as quantizers
+
+    entry = next(graph for graph in manifest["graphs"] if graph["role"] == DECODER)
+    kind = _KINDS[quantize]
+    name = f"{FOLDER}/{DECODER}{SUFFIXES[kind]}.onnx"
+    requantize(folder / entry["file"], folder / name, lambda path: quantizers.quantize(path, quantize))
+    entry |= {"file": name, "dtype": kind}
+    manifest["quantize"] = quantize

@@ -15,6 +15,7 @@ from vtwcli.export.onnx import export as onnx
 from vtwcli.export.onnx import parity as onnx_parity
 from vtwcli.export.onnx.failures import as_vtw_errors
 from vtwcli.export.onnx.source import Source
+from vtwcli.export.web.files import quantized
 from vtwcli.export.web.model import WebModel, as_the_library
 from vtwcli.machine.memory import memory_available
 from vtwcli.models.inputs import encode
@@ -74,8 +75,6 @@ def check(
     facts = {"reference": "torch float32", "samples": len(chosen), "steps": steps}
     report = {"method": "generation", **facts, **result}
     if quantize is not None:
-        from vtwcli.export.web.export import quantized
-
         quantized(folder, manifest, quantize)
         result = measure(WebModel(folder, manifest), references, schedule, manifest)
         onnx.tell(quantize, result)
