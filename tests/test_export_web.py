@@ -62,9 +62,9 @@ EXPORTS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], int]] = {
         {},
         12,
     ),
-    "onevision half": ("llava_onevision", [withdraw(1)], {"dtype": "fp16"}, 8),
-    "smolvlm int4": ("smolvlm", [keep(1, score="contribution", ratio=0.4)], {"quantize": "int4"}, 16),
-    "qwen2_vl int8": ("qwen2_vl", [withdraw(2)], {"quantize": "int8"}, 16),
+    "onevision_half": ("llava_onevision", [withdraw(1)], {"dtype": "fp16"}, 8),
+    "smolvlm_int4": ("smolvlm", [keep(1, score="contribution", ratio=0.4)], {"quantize": "int4"}, 16),
+    "qwen2_vl_int8": ("qwen2_vl", [withdraw(2)], {"quantize": "int8"}, 16),
     "qwen2_5_vl": ("qwen2_5_vl", [keep(1, score="uniform", ratio=0.5), withdraw(2)], {"opset": 23}, 16),
 }
 
@@ -77,7 +77,7 @@ class Exports:
         self.loaded = functools.cache(lambda name: load(self.model(name), device="cpu", dtype="float32"))
 
     def model(self, name: str) -> str:
-        return "demo" if name == "demo" else str(self.root / f"base {name}")
+        return "demo" if name == "demo" else str(self.root / f"base-{name}")
 
     def __call__(self, name: str) -> Path:
         path = self.root / name
@@ -261,7 +261,7 @@ def test_the_page_answers_full_and_pruned_in_a_browser(exports, tmp_path):
 def test_rows_that_are_not_alike_are_refused_and_others_are_right(exports):
     manifest = json.loads((exports("llava") / "manifest.json").read_text())
     exported = WebModel(exports("llava"), manifest)
-    inputs = batch_of(exports, "llava", ["what is rod", "what is bad"])
+    inputs = batch_of(exports, "llava", ["what is bid", "what is bad"])
     arrays = {key: value.numpy() for key, value in inputs.items()}
     together, _ = exported.prefill(arrays)
     for row in range(2):
@@ -311,7 +311,7 @@ def test_verify_proves_an_export_and_finds_what_is_wrong(exports, tmp_path):
     assert report["parity"]["agreement"] == 1.0 and report["smoke"]["visual_per_layer"] == [9, 6, 2]
     assert report["files"]["edited"] == report["files"]["unlisted"] == []
     assert "index.html" in json.loads((copy / "manifest.json").read_text())["files"]
-    assert verify(exports("onevision half"), max_new_tokens=2)["smoke"]["visual_tokens"] == 5
+    assert verify(exports("onevision_half"), max_new_tokens=2)["smoke"]["visual_tokens"] == 5
     with pytest.raises(UsageError, match="leave out --dtype"):
         verify(copy, dtype="float16")
     manifest = json.loads((copy / "manifest.json").read_text())
@@ -319,7 +319,7 @@ def test_verify_proves_an_export_and_finds_what_is_wrong(exports, tmp_path):
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(GateError, match=r"layer 2 holds .* entries in its KV cache"):
         verify(copy, max_new_tokens=2)
-    shutil.copy(exports("onevision half") / "onnx/embed_tokens_fp16.onnx", copy / "onnx/embed_tokens.onnx")
+    shutil.copy(exports("onevision_half") / "onnx/embed_tokens_fp16.onnx", copy / "onnx/embed_tokens.onnx")
     with pytest.raises(GateError, match=r"onnx/embed_tokens\.onnx is of another size"):
         verify(copy)
     sign_again(copy)
@@ -346,9 +346,9 @@ def test_files_have_the_names_that_the_library_looks_for(exports):
     graphs = ("embed_tokens", "vision_encoder", "decoder_model_merged")
     for name, dtypes, decoder in [
         ("llava", ("fp32", "fp32", "fp32"), "decoder_model_merged.onnx"),
-        ("onevision half", ("fp16", "fp16", "fp16"), "decoder_model_merged_fp16.onnx"),
-        ("smolvlm int4", ("fp32", "fp32", "q4"), "decoder_model_merged_q4.onnx"),
-        ("qwen2_vl int8", ("fp32", "fp32", "q8"), "decoder_model_merged_quantized.onnx"),
+        ("onevision_half", ("fp16", "fp16", "fp16"), "decoder_model_merged_fp16.onnx"),
+        ("smolvlm_int4", ("fp32", "fp32", "q4"), "decoder_model_merged_q4.onnx"),
+        ("qwen2_vl_int8", ("fp32", "fp32", "q8"), "decoder_model_merged_quantized.onnx"),
     ]:
         assert library(name)["dtype"] == dict(zip(graphs, dtypes, strict=True))
         held = {file.name for file in (exports(name) / "onnx").iterdir()}
