@@ -226,7 +226,7 @@ class Front:
         if key not in self.constants:
             value = ir.Value(
                 name=f"front_constant_{len(self.constants)}",
-                shape=ir.Shape(list(tensor.shape)),
+                shape=ir.Shape(tensor.numpy().shape),
                 type=ir.TensorType(tensor.dtype),
                 const_value=tensor,
             )
