@@ -47,16 +47,15 @@ class Front:
 
     def build(self, stages: Sequence[Stage], width: int) -> None:
         """Put everything in its place."""
-        rows = self._strip(width)
-        visual, safe = rows
-        removed = 0
+        visual, safe = self._strip(width)
+        self.safe = safe
         batch = self.op("Shape", self.inputs["attention_mask"], start=0, end=1)
         total = self.count(visual)  # of the prompt
         for i, stage in enumerate(stages):
             if stage.removal is not None:
                 scores = self.scores(i - 1, visual)
                 keep = self.keep(stage.removal, visual, total, scores)
-                index = self.op("Add", self.places(keep, batch), safe)
+                index = self.places(keep, batch)
                 visual = self.op(
                     "GatherElements", self.op("Cast", visual, to=ir.DataType.INT64), index, axis=1
                 )
@@ -66,12 +65,11 @@ class Front:
                 ones = self.op("Expand", self.ints([1]), self.op("Concat", batch, held, axis=0))
                 self.give(f"keep_index_{i}", index)
                 self.give(f"attended_{i}", ones)
-                removed += 1
             last = self.op("Sub", self.length(visual), self.ints([1]))
             one = self.op("Expand", last, self.op("Concat", batch, self.ints([1]), axis=0))
             if stage.frozen:
                 text = self.places(self.op("Not", visual), batch)
-                self.give(f"text_index_{i}", text if removed else self.op("Add", text, safe))
+                self.give(f"text_index_{i}", text)
                 # the last row runs as text: that it comes here too says nothing, and keeps this one from being empty
                 self.give(f"visual_index_{i}", self.op("Concat", one, self.places(visual, batch), axis=1))
             if stage.score:
@@ -188,7 +186,10 @@ class Front:
         found = self.op("NonZero", which)  # [2, B T]
         column = self.op("Slice", found, self.ints([1]), self.ints([2]), self.ints([0]))
         number = self.op("ReduceMax", self.count(which), keepdims=0)
-        shape = self.op("Concat", batch, self.op("Reshape", number, self.ints([1])), axis=0)
+        number = self.op(
+            "Add", self.op("Reshape", number, self.ints([1])), self.safe
+        )  # refuses before this can fail
+        shape = self.op("Concat", batch, number, axis=0)
         return self.op("Reshape", column, shape, allowzero=1)
 
     def count(self, which: ir.Value) -> ir.Value:
