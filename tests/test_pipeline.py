@@ -403,7 +403,7 @@ def test_a_broken_run_file_is_told_and_replaced_on_request(folder):
         ("model: model\ncalibrate:\ngates: {max_kl: 1}", "gates: there is nothing that they judge"),
         (
             "calibrate:\nexport: {quantize: int8}",
-            "recipe.yaml:2:1: export: quantize goes with format onnx only",
+            "recipe.yaml:2:1: export: quantize goes with format onnx or transformers.js only",
         ),
         ("schedule: {file: none.yaml}\nexport:", "none.yaml: cannot read the schedule"),
     ],

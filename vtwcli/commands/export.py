@@ -40,7 +40,7 @@ Examples:
     PRINTED,
 )
 def command(**given: Any) -> None:
-    """Write a model with its schedule baked in: a Hugging Face directory, or ONNX graphs.
+    """Write a model with its schedule baked in: a Hugging Face directory, ONNX graphs, or for transformers.js.
 
     The directory appears only when it is complete and checked. The Hugging
     Face form loads pruned with trust_remote_code=True where this tool is not
@@ -65,9 +65,7 @@ def command(**given: Any) -> None:
     [(_, chosen)] = named
     repository: str | None = given["push_to_hub"]
     if repository and options.format != "hf":
-        raise UsageError(
-            "--push-to-hub goes with --format hf only", "upload ONNX graphs with: hf upload REPO DIR"
-        )
+        raise UsageError("--push-to-hub goes with --format hf only", "upload graphs with: hf upload REPO DIR")
     from vtwcli.export.formats import export
 
     manifest = export(

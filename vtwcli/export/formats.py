@@ -37,25 +37,28 @@ def export(
         calibration, evaluation, recipe: for the record of a Hugging Face directory, as in ``export_hf``.
 
     Returns:
-        The manifest of a Hugging Face directory, or the report of an ONNX export.
+        The manifest of a Hugging Face directory, or the report of an export of graphs.
 
     Raises:
-        UsageError, NotFoundError, GateError, VtwError: as ``export_hf`` and ``export_onnx``.
+        UsageError, NotFoundError, GateError, VtwError: as ``export_hf``, ``export_onnx`` and ``export_web``.
     """
-    if options.format == "onnx":
-        from vtwcli.export.onnx.export import export_onnx
+    if options.format != "hf":
         from vtwcli.models.hub import resolve
 
-        return export_onnx(
-            resolve(model.name, trust_remote_code=model.trust_remote_code),
-            schedule,
-            output,
-            dtype=SHORT.get("float32" if options.dtype == "auto" else options.dtype, options.dtype),
-            opset=options.opset,
-            merged=options.merged,
-            quantize=options.quantize,
-            force=force,
-        )
+        resolved = resolve(model.name, trust_remote_code=model.trust_remote_code)
+        graphs: dict[str, Any] = {
+            "dtype": SHORT.get("float32" if options.dtype == "auto" else options.dtype, options.dtype),
+            "opset": options.opset,
+            "quantize": options.quantize,
+            "force": force,
+        }
+        if options.format == "transformers.js":
+            from vtwcli.export.web.export import export_web
+
+            return export_web(resolved, schedule, output, **graphs)
+        from vtwcli.export.onnx.export import export_onnx
+
+        return export_onnx(resolved, schedule, output, merged=options.merged, **graphs)
     from vtwcli.export.hf.export import export_hf
 
     return export_hf(
@@ -92,7 +95,7 @@ def verify(
         trust_remote_code: run the directory's code also where it is not this tool's own, byte for byte.
 
     Returns:
-        The report of ``verify_hf`` or ``verify_onnx``.
+        The report of ``verify_hf``, ``verify_onnx`` or ``verify_web``.
 
     Raises:
         GateError: a check failed; the message says which.
@@ -101,11 +104,16 @@ def verify(
     """
     from vtwcli import ort
     from vtwcli.export.directory.manifest import read_manifest
+    from vtwcli.export.web.kind import is_web_export
 
-    graphs = ort.is_export(directory)
-    if not graphs:
+    graphs, web = ort.is_export(directory), is_web_export(directory)
+    if not graphs and not web:
         read_manifest(directory)  # says what is missing before torch is imported
     sample = sample_of(image)
+    if web:
+        from vtwcli.export.web.verify import verify_web
+
+        return verify_web(directory, sample, base=base, device=device, dtype=dtype, steps=max_new_tokens)
     if graphs:
         from vtwcli.export.onnx.verify import verify_onnx
 

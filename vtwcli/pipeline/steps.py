@@ -224,7 +224,7 @@ class Export(Step):
                 recipe=run.text,
             )
             facts = _verify(run, made) if options.format == "hf" else {"parity": manifest["parity"]}
-        what = "Hugging Face directory" if options.format == "hf" else "ONNX graphs"
+        what = {"hf": "Hugging Face directory", "onnx": "ONNX graphs"}.get(options.format, options.format)
         words = f"{what}, verified, in {run.folder / 'model'}"
         return Outcome(words, {"format": options.format, **facts})
 

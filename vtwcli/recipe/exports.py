@@ -12,8 +12,9 @@ from vtwcli.io.section import Section
 class ExportSection(Section):
     """What an exported directory holds."""
 
-    format: Literal["hf", "onnx"] = Field(
-        "hf", description="hf, a Hugging Face directory, or onnx, graphs for ONNX Runtime"
+    format: Literal["hf", "onnx", "transformers.js"] = Field(
+        "hf",
+        description="hf, a Hugging Face directory, onnx, graphs for ONNX Runtime, or transformers.js, for browsers",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "fp32", "fp16"] = Field(
         "auto",
@@ -30,8 +31,10 @@ class ExportSection(Section):
 
     @model_validator(mode="after")
     def _fits_the_format(self) -> ExportSection:
-        if self.format == "hf" and (self.merged or self.quantize):
-            raise ValueError(f"{'merged' if self.merged else 'quantize'} goes with format onnx only")
-        if self.format == "onnx" and self.dtype == "bfloat16":
+        if self.merged and self.format != "onnx":
+            raise ValueError("merged goes with format onnx only")
+        if self.quantize and self.format == "hf":
+            raise ValueError("quantize goes with format onnx or transformers.js only")
+        if self.format != "hf" and self.dtype == "bfloat16":
             raise ValueError("ONNX graphs are float32 or float16, not bfloat16")
         return self

@@ -35,6 +35,7 @@ _READ = (
     "special_tokens_map.json",
     "added_tokens.json",
     "*.onnx",
+    "*.onnx_data*",
 )
 
 
@@ -166,6 +167,33 @@ class _Tokens(_Part):
     pad_id: Count
 
 
+class _WebGraph(_Part):
+    role: Literal["embed_tokens", "vision_encoder", "decoder_model_merged"]
+    file: Annotated[str, Field(pattern=r"^onnx/[\w.-]+\.onnx$")]
+
+
+class _WebTokens(_Part):
+    placeholder_ids: list[Count]
+    eos_ids: list[Count]
+
+
+class _WebManifest(_Manifest):
+    dtype: Literal["fp32", "fp16"]
+    quantize: Literal["int8", "int4"] | None
+    graphs: Annotated[list[_WebGraph], Field(min_length=3, max_length=3)]
+    text: _Text
+    vision: _Vision
+    positions: Literal["grid", "count"]
+    tokens: _WebTokens
+
+    @field_validator("graphs")
+    @classmethod
+    def _all(cls, graphs: list[_WebGraph]) -> list[_WebGraph]:
+        if len({graph.role for graph in graphs}) < len(graphs):
+            raise ValueError("a graph is missing")
+        return graphs
+
+
 class _OnnxManifest(_Manifest):
     dtype: Literal["fp32", "fp16"]
     graphs: list[_Graph]
@@ -190,6 +218,13 @@ class _OnnxManifest(_Manifest):
         return self
 
 
+_KINDS: dict[str, type[_Manifest]] = {
+    FORMAT: _HfManifest,
+    "vtw-onnx": _OnnxManifest,
+    "vtw-transformers.js": _WebManifest,
+}
+
+
 def read_manifest(folder: Path, kind: str = FORMAT) -> dict[str, Any]:
     """The manifest of an exported directory of a kind, with every part that is read of it.
 
@@ -209,7 +244,7 @@ def read_manifest(folder: Path, kind: str = FORMAT) -> dict[str, Any]:
             raise NotFoundError(
                 f"{file} has format version {version}, this tool knows {FORMAT_VERSION}", "update vtwcli"
             )
-        documents.validate(manifest, _HfManifest if kind == FORMAT else _OnnxManifest, wrong, "manifest")
+        documents.validate(manifest, _KINDS[kind], wrong, "manifest")
     except FileNotFoundError as error:
         raise NotFoundError(
             f"{folder} has no {MANIFEST}", "is it a directory that vtw export made?"

@@ -39,6 +39,22 @@ def write_companions(source: Source, manifest: dict[str, Any], folder: Path) -> 
     Raises:
         NotFoundError: the model has no processor.
     """
+    processor, tokens = save_settings_of(source, folder)
+    manifest["tokens"] |= tokens
+    manifest["prompt"] = _prompts(source, processor)
+    manifest["how_to"] = _how_to(manifest)
+    for name, script in scripts().items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(script, encoding="utf-8")
+    save_json(folder / MANIFEST, manifest)
+
+
+def save_settings_of(source: Source, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Write a model's processor, configs and licence; returns the processor and what a manifest says of tokens.
+
+    Raises:
+        NotFoundError: the model has no processor.
+    """
     processor, generation, config = (
         source.processor(),
         source.generation_config(),
@@ -60,18 +76,12 @@ def write_companions(source: Source, manifest: dict[str, Any], folder: Path) -> 
     ends = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
     ends = [] if ends is None else list(ends) if isinstance(ends, Sequence) else [ends]
     pads = (generation.pad_token_id, tokenizer.pad_token_id, *ends, 0)
-    manifest["tokens"] |= {
+    return processor, {
         "eos_ids": [int(i) for i in ends],
         "pad_id": int(next(i for i in pads if i is not None)),
         "bos": tokenizer.bos_token,
         "image": getattr(processor, "image_token", None),
     }
-    manifest["prompt"] = _prompts(source, processor)
-    manifest["how_to"] = _how_to(manifest)
-    for name, script in scripts().items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(script, encoding="utf-8")
-    save_json(folder / MANIFEST, manifest)
 
 
 def onnx_card(name: str, manifest: Mapping[str, Any]) -> str:

@@ -7,7 +7,8 @@ to drive them, the processor's files, a parity report, and a script that runs it
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,7 +85,7 @@ def export_onnx(
         GateError: the graphs differ from torch; nothing is left.
         NotFoundError: weights or processor cannot be read.
     """
-    _check_options(dtype, opset, quantize)
+    check_options(dtype, opset, quantize)
     check_target(output, force, source_of(model))
     source = Source.of(model)
     if source.checkpoint is not None:
@@ -161,24 +162,15 @@ def write_graphs(
 ) -> dict[str, Any]:
     """Write the graphs and return what a manifest says of them; see ``export_onnx``."""
     from vtwcli.export.onnx import graphs as onnx_graphs
-    from vtwcli.export.onnx import modules as onnx_modules
     from vtwcli.export.onnx import trace as onnx_trace
 
-    model = source.skeleton(torch_type(LONG[dtype]))
-    model.get_submodule(source.family.text_model).config._attn_implementation = onnx_modules.ATTENTION
-    mode = onnx_trace.fake_parameters(model)  # before the wrappers, which hold some parameters themselves
-    names = onnx_trace.parameter_names(model)
-    graphs = onnx_graphs.all_graphs(model, source.family, cuts, merged, torch_type(LONG[dtype]), frozen)
-    attention = onnx_modules.fused_attention if opset >= FUSED_OPSET else onnx_modules.attention
-    with (
-        console.progress("export", total=len(graphs)) as task,
-        onnx_modules.exportable_attention(attention),
-        quiet_libraries(),
-    ):
-        for graph in graphs:
-            task.update(graph.role)
-            onnx_trace.write(graph, mode, names, source.read, opset, folder)
-            task.advance()
+    with tracing(source, torch_type(LONG[dtype]), opset) as (model, mode, names):
+        graphs = onnx_graphs.all_graphs(model, source.family, cuts, merged, torch_type(LONG[dtype]), frozen)
+        with console.progress("export", total=len(graphs)) as task:
+            for graph in graphs:
+                task.update(graph.role)
+                onnx_trace.write(graph, mode, names, source.read, opset, folder)
+                task.advance()
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -195,12 +187,12 @@ def write_graphs(
         "opset": opset,
         "merged": merged,
         "quantize": None,
-        "graphs": [_graph_entry(graph) for graph in graphs],
+        "graphs": [graph_entry(graph) for graph in graphs],
         "text": {
             "layers": source.depth,
             "max_length": onnx_graphs.max_length(source.config.get_text_config()),
         },
-        "vision": _vision_entry(source),
+        "vision": vision_entry(source),
         "positions": "grid" if onnx_graphs.VISION[source.family.model_type].arrange == "patches" else "count",
         "tokens": {
             "placeholder_ids": list(placeholder_ids(source.family, source.config)),
@@ -210,7 +202,26 @@ def write_graphs(
     }
 
 
-def _graph_entry(graph: Graph) -> dict[str, Any]:
+@contextmanager
+def tracing(
+    source: Source, dtype: torch.dtype, opset: int
+) -> Iterator[tuple[Any, Any, dict[int, list[str]]]]:
+    """Yield a model's skeleton ready to be traced, the mode of its fake parameters, and their names by id."""
+    from vtwcli.export.onnx import modules as onnx_modules
+    from vtwcli.export.onnx import trace as onnx_trace
+
+    model = source.skeleton(dtype)
+    model.get_submodule(source.family.text_model).config._attn_implementation = onnx_modules.ATTENTION
+    mode = onnx_trace.fake_parameters(model)  # before the wrappers, which hold some parameters themselves
+    names = onnx_trace.parameter_names(model)
+    attention = onnx_modules.fused_attention if opset >= FUSED_OPSET else onnx_modules.attention
+    with onnx_modules.exportable_attention(attention), quiet_libraries():
+        yield model, mode, names
+
+
+def graph_entry(graph: Graph) -> dict[str, Any]:
+    """A graph in a manifest."""
+
     def port(port: Port) -> dict[str, Any]:
         return {
             "name": port.name,
@@ -228,7 +239,7 @@ def _graph_entry(graph: Graph) -> dict[str, Any]:
     }
 
 
-def _vision_entry(source: Source) -> dict[str, Any]:
+def vision_entry(source: Source) -> dict[str, Any]:
     """What the runtime must know to put the features of images in order."""
     from vtwcli.export.onnx.graphs import VISION
 
@@ -293,7 +304,7 @@ def check(
         if not whole:
             layer = cuts[0]["at"] if cuts else None
             result = onnx_layers.parity(loaded, layer, exported, chosen, steps)
-            _tell(manifest["quantize"] or manifest["dtype"], result)
+            tell(manifest["quantize"] or manifest["dtype"], result)
             if manifest["quantize"] is None:
                 onnx_parity.gate(result, manifest["dtype"])
             return {"method": "layer by layer", **facts, **result}
@@ -305,7 +316,7 @@ def check(
         wanted = onnx_parity.torch_steps(loaded.model, plan, inputs, steps, names)
         references.append(onnx_parity.Reference(inputs, *wanted, names))
     result = onnx_parity.measure(exported, references)
-    _tell(manifest["quantize"] or manifest["dtype"], result)
+    tell(manifest["quantize"] or manifest["dtype"], result)
     if manifest["quantize"] is None:
         onnx_parity.gate(result, manifest["dtype"])
     report = {"method": "generation", **facts, **result}
@@ -315,12 +326,13 @@ def check(
             quantizers.quantize(folder / graph["file"], quantize)
         manifest["quantize"] = quantize
         result = onnx_parity.measure(OnnxModel(folder), references)
-        _tell(quantize, result)
+        tell(quantize, result)
         report["quantized"] = {"kind": quantize, **result}
     return report
 
 
-def _tell(kind: str, result: Mapping[str, Any]) -> None:
+def tell(kind: str, result: Mapping[str, Any]) -> None:
+    """Say how far graphs of a kind are from torch."""
     console.note(
         f"{kind} graphs against torch float32: {result['agreement']:.1%} of {result['positions']} tokens agree, logits "
         f"differ by up to {result['max_logit_difference']:.1e}, mean KL {max(0.0, result['mean_kl']):.1e} nats"
@@ -359,7 +371,12 @@ def synthetic_samples() -> list[Sample]:
     ]
 
 
-def _check_options(dtype: str, opset: int, quantize: str | None) -> None:
+def check_options(dtype: str, opset: int, quantize: str | None) -> None:
+    """Refuse what no export has.
+
+    Raises:
+        UsageError: a package that is missing, or a type, opset or quantization that there is not.
+    """
     absent = [name for name in LIBRARIES if find_spec(name) is None]
     if absent:
         raise UsageError(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,13 +19,23 @@ from torch import Tensor
 from vtwcli.errors import GateError, NotFoundError
 from vtwcli.judge.kl import HINT, check_generation, distance, log_probabilities, sample_name
 from vtwcli.models.families import family_of
-from vtwcli.ort import NotFinite, OnnxModel
+from vtwcli.ort import NotFinite
 
 RELATIVE_TOLERANCE = 2e-4
 """fp32: largest difference of a logit, as a share of the largest logit (at least 1)."""
 
 HALF_KL = 1e-2
 """fp16: largest mean KL in nats."""
+
+
+class Driven(Protocol):
+    """What runs graphs: a prompt, then token by token."""
+
+    def prefill(self, inputs: Mapping[str, Any]) -> tuple[np.ndarray, Any]:
+        """Logits behind each row's last token [B, V], and the state to go on with."""
+
+    def step(self, tokens: np.ndarray, state: Any) -> np.ndarray:
+        """Run one more token of each row, [B]; the logits behind it, [B, V]."""
 
 
 @torch.no_grad()
@@ -78,7 +88,7 @@ def arrays(inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def onnx_steps(
-    exported: OnnxModel, inputs: Mapping[str, Any], tokens: np.ndarray, names: Sequence[str] = ()
+    exported: Driven, inputs: Mapping[str, Any], tokens: np.ndarray, names: Sequence[str] = ()
 ) -> np.ndarray:
     """The graphs' logits [B, n, V] before each of the forced ``tokens`` [B, n].
 
@@ -149,7 +159,7 @@ class Reference:
     names: Sequence[str] = ()
 
 
-def measure(exported: OnnxModel, references: Sequence[Reference]) -> dict[str, Any]:
+def measure(exported: Driven, references: Sequence[Reference]) -> dict[str, Any]:
     """How far the graphs are from torch on some batches; see ``compare``.
 
     Raises:

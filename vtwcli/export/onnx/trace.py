@@ -109,7 +109,7 @@ def trace(graph: Graph, mode: FakeTensorMode, opset: int) -> ir.Model:
 class _Sizes:
     """Example sizes for named dimensions: different ones, none of them 0 or 1, which torch would take for fixed."""
 
-    _CHOICES = (2, 5, 3, 7, 11, 13, 17, 19, 23, 29, 31)
+    _CHOICES = (2, 5, 3, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79)
 
     def __init__(self, graph: Graph) -> None:
         self.scale = graph.scale
@@ -221,6 +221,17 @@ def write(
     Raises:
         VtwError: it cannot be exported, or the file does not pass the ONNX checker.
     """
+    path = folder / f"{graph.role}.onnx"
+    model = ready(graph, mode, names, read, opset)
+    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=_SMALL)
+    check_file(path)
+    return path
+
+
+def ready(
+    graph: Graph, mode: FakeTensorMode, names: Mapping[int, list[str]], read: Read, opset: int
+) -> ir.Model:
+    """What ``write`` writes, with weights that are read when they are; arguments as there."""
     from onnx_ir.passes import common
 
     model = trace(graph, mode, opset)
@@ -232,10 +243,7 @@ def write(
     attach(model, sources, read)
     common.RemoveUnusedNodesPass()(model)
     model.producer_name, model.producer_version = "vtwcli", __version__
-    path = folder / f"{graph.role}.onnx"
-    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=_SMALL)
-    check_file(path)
-    return path
+    return model
 
 
 def check_file(path: Path) -> None:

@@ -74,9 +74,9 @@ def verify_onnx(
     if not trust_remote_code:  # none of it runs here, but it is not to be called verified either
         read_own_code(directory, scripts(), {})
     for graph in manifest["graphs"]:
-        _check_graph(directory, graph)
+        check_graph(directory, graph)
     schedule = Schedule.from_dict(manifest["schedule"], "the manifest's schedule")
-    with _running(directory):
+    with running(directory):
         smoke = _smoke(exported, schedule, sample, steps)
     name = base or at_hand(manifest["model"])
     if name is None:
@@ -84,7 +84,7 @@ def verify_onnx(
             f"the base model {manifest['model']['name']} is not here to compare with; name it with --base"
         )
     exported.release()
-    with _running(directory):
+    with running(directory):
         parity = _parity(directory, manifest, schedule, sample, name, steps)
     return {
         "directory": str(directory),
@@ -105,7 +105,7 @@ def verify_onnx(
 
 
 @contextmanager
-def _running(directory: Path) -> Iterator[None]:
+def running(directory: Path) -> Iterator[None]:
     """Tell of graphs that do not do what the manifest says, whatever they raise for it."""
     try:
         with as_vtw_errors():
@@ -116,7 +116,7 @@ def _running(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_graph(directory: Path, graph: Mapping[str, Any]) -> None:
+def check_graph(directory: Path, graph: Mapping[str, Any]) -> None:
     """The ONNX checker, and the names of inputs and outputs."""
     import onnx
 
@@ -139,7 +139,7 @@ def _smoke(exported: OnnxModel, schedule: Schedule, sample: Sample, steps: int) 
     """One greedy answer, and what the caches hold afterwards."""
     from vtwcli.export.onnx.parity import arrays
 
-    loaded = _frame(exported.directory)
+    loaded = frame(exported.directory)
     encoded = encode(loaded, sample)
     visual = int(encoded.visual.sum())
     text = encoded.prompt_length - visual
@@ -168,7 +168,7 @@ def _smoke(exported: OnnxModel, schedule: Schedule, sample: Sample, steps: int) 
     }
 
 
-def _frame(directory: Path) -> LoadedModel:
+def frame(directory: Path) -> LoadedModel:
     """The directory's processor and config around a model without weights, to encode samples with."""
     config, family = read_config(directory, str(directory))
     checkpoint = Checkpoint(str(directory), directory, None, config, family, False)

@@ -1,0 +1,1 @@
+"""Export to a directory that transformers.js runs as it is, in Node and in browsers."""
