@@ -6,8 +6,9 @@ import logging
 import platform
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import version
+from io import StringIO
 
 from vtwcli import __version__
 
@@ -69,6 +70,18 @@ def quiet_libraries(bars: bool = False) -> Iterator[None]:
         hub.set_verbosity(hub_level)
         if hide:
             own.enable_progress_bar()
+
+
+@contextmanager
+def quiet_quantizers() -> Iterator[None]:
+    """Hold back what libraries of quantized weights write to stderr as they load them, bars above all, unless
+    ``--verbose``; and what bitsandbytes says at every step afterwards. Failures come as exceptions."""
+    if settings.verbose:
+        yield
+        return
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with redirect_stderr(StringIO()):
+        yield
 
 
 @contextmanager

@@ -239,6 +239,8 @@ def _config(checkpoint: Checkpoint, schedule: Schedule, dtype: torch.dtype | Non
     config["architectures"] = [checkpoint.family.architecture]
     # A code map of the base model would send transformers to code that it has a class for, and that is not copied.
     drop_code_map(config)
+    if checkpoint.quantization is not None:
+        config["quantization_config"] = checkpoint.sparing_quantization()
     config["auto_map"] = auto_map(checkpoint.family)
     config["vtw"] = {
         "schedule": schedule.to_dict(),

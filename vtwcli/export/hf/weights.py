@@ -34,10 +34,11 @@ def check_finite(checkpoint: Checkpoint) -> None:
     """
     parameters = {name for name, _ in checkpoint.skeleton().named_parameters(remove_duplicate=False)}
     loaded: dict[str, tuple[StoredTensor, bool]] = {}
-    for name, tensor in checkpoint.key_map.items():
-        loaded[tensor.key] = tensor, name in parameters
-    for name, conversion in checkpoint.conversions.items():
-        loaded |= {tensor.key: (tensor, name in parameters) for tensor in conversion.sources}
+    sources = [(name, (weight,)) for name, weight in checkpoint.key_map.items()]
+    sources += [(name, conversion.sources) for name, conversion in checkpoint.conversions.items()]
+    for name, weights in sources:
+        stored = [tensor for weight in weights for tensor in weight.stored]
+        loaded |= {tensor.key: (tensor, name in parameters) for tensor in stored}
     tensors = [one for one in loaded.values() if _is_converted(one[0])]
     done = 0
     with console.progress("checking weights, MiB", sum(t.nbytes for t, _ in tensors) // _MIB) as bar:
