@@ -103,9 +103,10 @@ class Checkpoint:
         """Number of values in all weights, quantized ones by their own shapes."""
         return sum(math.prod(tensor.shape) for tensor in self.weights.values())
 
-    def bytes_in(self, dtype: torch.dtype) -> int:
-        """Size of all weights once they are loaded in ``dtype``; what stays packed as it is stored."""
-        keeps = self.quantization is not None and self.quantization.keeps
+    def bytes_in(self, dtype: torch.dtype, unpacked: bool = False) -> int:
+        """Size of all weights once they are loaded in ``dtype``; what stays packed, unless it is to be ``unpacked``, as
+        it is stored."""
+        keeps = self.quantization is not None and self.quantization.keeps and not unpacked
         return sum(
             weight.nbytes
             if keeps and isinstance(weight, PackedTensor)

@@ -24,7 +24,7 @@ from vtwcli.models.filling import fill
 from vtwcli.models.hub import resolve
 from vtwcli.models.jsonfiles import CONFIG, GENERATION, broken
 from vtwcli.models.processor import load_processor
-from vtwcli.models.quantized import Quantization, quantize_activations
+from vtwcli.models.quantized import Quantization, make_ready, quantize_activations
 
 _OVERHEAD = 1.1  # activations, the cache and the allocator, on top of the weights
 
@@ -117,7 +117,7 @@ def load(
     quantization = checkpoint.quantization
     try:
         if weights:
-            _check_memory(checkpoint, place, kind, spread=device == "auto")
+            _check_memory(checkpoint, place, kind, device == "auto", unpacked)
             unpack = unpacked or (quantization is not None and quantization.unpacked)
             if quantization is not None and unpack:
                 model = _unpack_weights(checkpoint, quantization, place, kind, attn)
@@ -213,9 +213,9 @@ def choose_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if large and _fast_bfloat16() else torch.float32
 
 
-def memory_needed(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Bytes for the weights in ``dtype`` and a tenth more to run with."""
-    return int(checkpoint.bytes_in(dtype) * _OVERHEAD)
+def memory_needed(checkpoint: Checkpoint, dtype: torch.dtype, unpacked: bool = False) -> int:
+    """Bytes for the weights in ``dtype`` and a tenth more to run with; ``unpacked`` as for ``load``."""
+    return int(checkpoint.bytes_in(dtype, unpacked) * _OVERHEAD)
 
 
 def fits(
@@ -238,8 +238,10 @@ def fits(
     return memory_needed(checkpoint, kind) <= memory_available(place, spread=device == "auto")
 
 
-def _check_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, spread: bool) -> None:
-    needed, free = memory_needed(checkpoint, dtype), memory_available(device, spread)
+def _check_memory(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, spread: bool, unpacked: bool
+) -> None:
+    needed, free = memory_needed(checkpoint, dtype, unpacked), memory_available(device, spread)
     if needed > free:
         raise NotFoundError(
             f"not enough memory for {checkpoint.name!r}: {_gb(needed)} are needed in "
@@ -304,9 +306,9 @@ def _load_weights(
                 f"{kind.replace('_', ' ')}, first {bad[0]}",
                 "the checkpoint is incomplete or belongs to another model",
             )
-    if hasattr(model, "ct_decompress_hook"):  # at once, since layers may run before the model does as a whole
+    if quantization is not None:
         with quiet_quantizers():
-            model.hf_quantizer.compressor.decompress_model(model)
+            make_ready(model)
     return model.eval()
 
 

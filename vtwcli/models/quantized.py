@@ -17,6 +17,7 @@ from vtwcli.models import parts
 from vtwcli.models.packed import PackedTensor, Weight
 from vtwcli.models.parts import Settings, Tensors, groups, weight_settings
 
+_CPU_ROWS = 32  # outputs of a layer that bitsandbytes takes at a time
 _EXTRA = "pip install 'vtwcli[quant]'"
 
 
@@ -137,12 +138,18 @@ class Quantization:
 
         Args:
             layers: names of linear layers in the model whose weights are not packed.
+
+        Raises:
+            NotFoundError: what it names is no pattern.
         """
         settings = dict(self.settings)
         if self.method.name == "compressed-tensors":
-            known = settings.get("ignore") or []
+            known = [str(entry) for entry in settings.get("ignore") or []]
             exact = {entry for entry in known if not entry.startswith("re:")}
-            patterns = [re.compile(entry[3:]) for entry in known if entry.startswith("re:")]
+            try:
+                patterns = [re.compile(entry[3:]) for entry in known if entry.startswith("re:")]
+            except re.error as error:
+                raise NotFoundError(f"ignore of the quantization_config is no pattern: {error}") from error
             more = [name for name in layers if name not in exact and not any(p.match(name) for p in patterns)]
             settings["ignore"] = [*known, *sorted(more)]
         return settings
@@ -207,6 +214,22 @@ def quantization_of(settings: Any, name: str) -> Quantization | None:
                 "use the checkpoint from which it was quantized, or one with weights alone",
             )
     return Quantization(METHODS[method], settings)
+
+
+def make_ready(model: Any) -> None:
+    """What a loaded model needs before layers of it run by themselves, and wherever it runs.
+
+    compressed-tensors unpacks weights when the model runs as a whole for the first time: here it does so at once. On
+    CPUs with bfloat16 instructions bitsandbytes repacks four-bit weights for kernels that take whole blocks only, and
+    stops at a layer of other sizes: such a layer keeps the kernels of other CPUs.
+    """
+    if hasattr(model, "ct_decompress_hook"):
+        model.hf_quantizer.compressor.decompress_model(model)
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            state = module.weight.quant_state
+            if state.shape[0] % _CPU_ROWS or state.shape[1] % state.blocksize:
+                module.support_avx512bf16_for_cpu = False
 
 
 def quantize_activations(model: Any, quantization: Quantization) -> None:

@@ -68,8 +68,13 @@ def place_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | Non
         ``linked``, ``copied`` or ``converted``.
 
     Raises:
-        UsageError: a value does not fit into ``dtype``.
+        UsageError: a value does not fit into ``dtype``, or the weights are quantized.
     """
+    if dtype is not None and checkpoint.quantization is not None:
+        raise UsageError(
+            f"{checkpoint.name!r} is quantized ({checkpoint.quantization.scheme}), so its weights stay as they are",
+            "leave out --dtype",
+        )
     files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
     changes = dtype is not None and any(_target(t, dtype) is not None for t in checkpoint.tensors.values())
     if dtype is not None and changes:

@@ -46,6 +46,8 @@ def write_companions(source: Source, manifest: dict[str, Any], folder: Path) -> 
     )
     if hasattr(config, "vtw"):  # of a model that was exported before
         del config.vtw
+    if hasattr(config, "quantization_config"):  # the graphs hold the weights unpacked
+        del config.quantization_config
     with quiet_libraries():
         processor.save_pretrained(folder)
         generation.save_pretrained(folder)
