@@ -40,6 +40,13 @@ def versions() -> dict[str, str]:
     }
 
 
+def quiet_imports() -> None:
+    """Hold back what torchao says when transformers imports it, for any model: kernels of other machines that it cannot
+    load, and torch's word on how it registers types."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 @contextmanager
 def quiet_libraries(bars: bool = False) -> Iterator[None]:
     """Hold back the warnings of transformers and huggingface_hub unless ``--verbose``; errors come through.

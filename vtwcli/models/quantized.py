@@ -111,19 +111,25 @@ class Quantization:
         return [module for module in self.method.modules if find_spec(module) is None]
 
     @property
-    def unpacked(self) -> bool:
-        """Whether the weights are unpacked when the model is loaded here, since transformers could not load them.
+    def unreadable(self) -> bool:
+        """Whether transformers cannot load the weights: it gives compressed-tensors' packed zero points another shape."""
+        formats = {self.settings.get("format"), *(group.get("format") for group in groups(self.settings))}
+        return "pack-quantized" in formats and not all(
+            weights.get("symmetric", True) for weights in weight_settings(self.settings)
+        )
 
-        GPTQ and AWQ without their library; and compressed-tensors' zero points in words, which transformers gives
-        another shape.
-        """
+    @property
+    def needs_values(self) -> bool:
+        """Whether loading looks at what the weights hold, so that it cannot be tried without memory for them."""
+        return self.method.name == "bitsandbytes" and _is_four_bit(self.settings)
+
+    @property
+    def unpacked(self) -> bool:
+        """Whether the weights are unpacked when the model is loaded here, since transformers could not load them: GPTQ
+        and AWQ without their library, and what is ``unreadable``."""
         if self.sealed is not None or self.activations:
             return False
-        if self.method.name in ("gptq", "awq"):
-            return bool(self.missing)
-        return "pack-quantized" in {self.settings.get("format")} | {
-            group.get("format") for group in groups(self.settings)
-        } and not all(weights.get("symmetric", True) for weights in weight_settings(self.settings))
+        return bool(self.missing) if self.method.name in ("gptq", "awq") else self.unreadable
 
     @property
     def keeps(self) -> bool:

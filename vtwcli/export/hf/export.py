@@ -170,6 +170,11 @@ def _check_source(checkpoint: Checkpoint, force: bool) -> None:
             f"{checkpoint.name!r} is to run its own code, and an export runs transformers' class",
             "leave out --trust-remote-code",
         )
+    if checkpoint.quantization is not None and checkpoint.quantization.unreadable:
+        raise NotFoundError(
+            f"transformers does not load {checkpoint.name!r}: it gives zero points that are packed in words another shape",
+            "export it to ONNX, or use a checkpoint with symmetric weights",
+        )
     if checkpoint.family.no_withdraw:
         raise NotFoundError(
             f"{checkpoint.family.title}: visual tokens cannot be withdrawn: {checkpoint.family.no_withdraw}"
@@ -284,6 +289,8 @@ def _check_loading(folder: Path, family: Family, code: dict[str, str], config: d
     import transformers
 
     quantization = quantization_of(config.get("quantization_config"), str(folder))
+    if quantization is not None and quantization.needs_values:
+        return
     if quantization is not None and quantization.missing:
         console.warn(
             f"not loaded to see that all weights are found: {' and '.join(quantization.missing)} would be needed for "

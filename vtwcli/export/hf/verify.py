@@ -30,6 +30,7 @@ from vtwcli.models.hub import resolve
 from vtwcli.models.inputs import encode
 from vtwcli.models.jsonfiles import CONFIG, read_json
 from vtwcli.models.loading import LoadedModel, choose_device, choose_dtype, load
+from vtwcli.models.quantized import make_ready
 from vtwcli.schedule.schedule import Schedule
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # of the largest logit; half precision: 1e-2
@@ -237,6 +238,9 @@ def _load_exported(
         raise GateError(f"{directory} loads without its schedule: transformers did not take its code")
     if model.config.vtw["schedule"] != manifest["schedule"]:
         raise GateError(f"{directory}: the schedules in config.json and in the manifest differ")
+    if quantized:
+        with quiet_quantizers():
+            make_ready(model)
     return model.eval()
 
 
