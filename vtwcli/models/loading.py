@@ -126,7 +126,7 @@ def load(
         else:
             model = checkpoint.skeleton(kind, attn)
             if quantization is not None and not unpacked:
-                quantize_activations(model, quantization)
+                quantize_activations(model, quantization, checkpoint.sparing_quantization())
     except VtwError:
         raise
     except Exception as error:  # there is no telling what unusual files make transformers raise

@@ -7,7 +7,7 @@ streaming, ONNX) sees each weight by its own name and size, as a ``PackedTensor`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -112,7 +112,7 @@ class Quantization:
 
     @property
     def unreadable(self) -> bool:
-        """Whether transformers cannot load the weights: it gives compressed-tensors' packed zero points another shape."""
+        """Whether transformers cannot load the weights: it gives compressed-tensors' packed zero points other shapes."""
         formats = {self.settings.get("format"), *(group.get("format") for group in groups(self.settings))}
         return "pack-quantized" in formats and not all(
             weights.get("symmetric", True) for weights in weight_settings(self.settings)
@@ -238,8 +238,13 @@ def make_ready(model: Any) -> None:
                 module.support_avx512bf16_for_cpu = False
 
 
-def quantize_activations(model: Any, quantization: Quantization) -> None:
+def quantize_activations(model: Any, quantization: Quantization, settings: Mapping[str, Any]) -> None:
     """Let the layers of a skeleton quantize what they are given, as compressed-tensors does; weights stay as they are.
+
+    Args:
+        model: the skeleton.
+        quantization: of its checkpoint.
+        settings: of that, with the layers that are left alone by their names in the model.
 
     Raises:
         NotFoundError: the library is not installed.
@@ -251,7 +256,7 @@ def quantize_activations(model: Any, quantization: Quantization) -> None:
     from transformers.utils.quantization_config import CompressedTensorsConfig
 
     apply_quantization_config(
-        model, CompressedTensorsConfig(**quantization.settings).quantization_config, show_progress=False
+        model, CompressedTensorsConfig(**settings).quantization_config, show_progress=False
     )
     for module in model.modules():
         if getattr(module, "quantization_scheme", None) is not None:

@@ -172,7 +172,7 @@ def _check_source(checkpoint: Checkpoint, force: bool) -> None:
         )
     if checkpoint.quantization is not None and checkpoint.quantization.unreadable:
         raise NotFoundError(
-            f"transformers does not load {checkpoint.name!r}: it gives zero points that are packed in words another shape",
+            f"transformers does not load {checkpoint.name!r}: it gives its packed zero points another shape",
             "export it to ONNX, or use a checkpoint with symmetric weights",
         )
     if checkpoint.family.no_withdraw:
