@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from tests import parity, quantized, tiny
 from tests.test_models_streaming import INTERVENTIONS, assert_empty, items
 from vtwcli.errors import NotFoundError, UsageError
+from vtwcli.export.directory.manifest import read_manifest
 from vtwcli.export.onnx.export import export_onnx
+from vtwcli.export.onnx.source import Source
 from vtwcli.models.hub import resolve
 from vtwcli.models.loading import fits, load, memory_needed
 from vtwcli.models.packed import PackedTensor
@@ -65,7 +67,7 @@ def test_shapes_are_the_weights_own(made, kind, tiny_dir):
     assert found.total_bytes < plain.total_bytes
     assert found.dtype == torch.float32
     held = memory_needed(found, torch.float32) / memory_needed(plain, torch.float32)
-    assert held < 0.5 if kind in quantized.SEALED else 0.99 < held < 1.01
+    assert held < 0.8 if kind in quantized.SEALED else 0.99 < held < 1.01
     assert fits(found, "cpu", "float32")
 
 
@@ -79,8 +81,8 @@ def test_unpacked_weights_are_the_librarys_and_near_the_original(made, kind, tin
         torch.testing.assert_close(ran[name], weight, rtol=0, atol=0)  # of compressed-tensors by the library
         if not torch.equal(weight, original):
             assert "_proj.weight" in name
-            bits = 8 if kind in ("w8a8", "fp8", "fp8-static") else 4
-            step = (original.amax() - original.amin()) / (2 ** (bits - 1) - 1)
+            parts = {"w8a8": 127, "fp8": 16, "fp8-static": 16}.get(kind, 7)
+            step = original.abs().amax() * 2 / parts
             assert (weight - original).abs().max() <= step
 
 
@@ -187,9 +189,9 @@ def test_streamed_is_what_the_loaded_model_gives(made, kind):
 @pytest.mark.parametrize("kind", quantized.SEALED)
 def test_what_only_a_library_unpacks_is_refused(made, kind, tmp_path):
     loaded = load(str(made(kind)), device="cpu", weights=False)
-    with pytest.raises(UsageError, match="its layers cannot be streamed: .* unpack"):
+    with pytest.raises(UsageError, match=r"its layers cannot be streamed: .* unpack"):
         Streamed(loaded)
-    with pytest.raises(UsageError, match="no graphs can be made of it: .* unpack"):
+    with pytest.raises(UsageError, match=r"no graphs can be made of it: .* unpack"):
         export_onnx(resolve(str(made(kind))), 3, tmp_path / "onnx")
     with pytest.raises(NotFoundError, match="cannot be unpacked: "):
         load(str(made(kind)), device="cpu", unpacked=True)
@@ -204,14 +206,12 @@ def test_every_command(vtw, made, data, kind):
     for name, *more in (
         ("calibrate", "--eta", 1e3, *FAST, "--output", "k.json"),
         ("analyze", "--limit", 2, "--output", "a.json"),
-        ("budget", *FAST, "--output", "b.json"),
+        ("budget", *FAST[:4], "--output", "b.json"),
         ("eval", "--layer", 3, *FAST, "--no-timing", "--output", "e.json"),
     ):
         code, _, err = vtw(name, path, "--data", data, *more)
         assert code == 0, (name, err)
-    # operations are those of the sizes in the config
-    plain = json.loads(Path("e.json").read_text())["schedules"]["K=3"]
-    assert plain["kl_answer"] > 0
+    assert json.loads(Path("e.json").read_text())["schedules"]["K=3"]["kl_answer"] > 0
 
 
 @pytest.mark.parametrize("kind", ["w4a16", "fp8-static", "nf4", "int8", "torchao"])
@@ -226,10 +226,7 @@ def test_an_export_keeps_files_and_settings_and_verifies(vtw, made, kind):
     more = set(now.pop("ignore", ())) - set(was.pop("ignore", ()))  # the same layers by their present names
     assert was == now
     assert all("vision" in name or "projector" in name or "lm_head" in name for name in more)
-    manifest = json.loads(Path("pruned/vtw.json").read_text())
-    assert manifest["quantization"].startswith(
-        json.loads((path / "config.json").read_text())["quantization_config"]["quant_method"]
-    )
+    assert read_manifest(Path("pruned"))["quantization"].startswith(was["quant_method"])
     code, _, err = vtw("verify", "pruned")
     assert code == 0, err
 
@@ -253,18 +250,21 @@ def test_quantized_weights_are_not_converted(vtw, made):
     assert "is quantized (gptq 4-bit), so its weights stay as they are\n  leave out --dtype" in err
 
 
-@pytest.mark.parametrize("kind", ["w4a16", "w4a16-zero", "gptq-order", "awq"])
-def test_graphs_of_unpacked_weights(made, kind, tmp_path):
+@pytest.mark.parametrize("kind", quantized.UNPACKED)
+def test_graphs_get_the_unpacked_weights(made, kind):
+    read = Source.of(resolve(str(made(kind)))).read
+    for name, weight in load(str(made(kind)), unpacked=True).model.state_dict().items():
+        assert torch.equal(read([name]), weight)
+
+
+@pytest.mark.parametrize("kind", ["w8a8", "awq"])
+def test_graphs_compute_what_the_unpacked_model_computes(made, kind, tmp_path, capsys):
     pytest.importorskip("onnx")
-    report = export_onnx(resolve(str(made(kind))), 3, tmp_path / "onnx", steps=3)
+    report = export_onnx(resolve(str(made(kind))), 3, tmp_path / "onnx", steps=2)
     assert report["parity"]["agreement"] == 1.0 and report["parity"]["max_logit_difference"] < 1e-4
     assert "quantization_config" not in json.loads((tmp_path / "onnx/config.json").read_text())
-
-
-def test_graphs_leave_activations_as_they_are_and_say_so(made, tmp_path, capsys):
-    pytest.importorskip("onnx")
-    export_onnx(resolve(str(made("w8a8"))), 3, tmp_path / "onnx", steps=2)
-    assert "quantizes activations too; its weights are unpacked exactly" in capsys.readouterr().err
+    said = "quantizes activations too; its weights are unpacked exactly" in capsys.readouterr().err
+    assert said == (kind == "w8a8")
 
 
 def test_zero_points_that_transformers_cannot_load(vtw, made):

@@ -112,7 +112,7 @@ class Quantization:
 
     @property
     def unreadable(self) -> bool:
-        """Whether transformers cannot load the weights: it gives compressed-tensors' packed zero points other shapes."""
+        """Whether transformers cannot load the weights: it gives packed zero points other shapes."""
         formats = {self.settings.get("format"), *(group.get("format") for group in groups(self.settings))}
         return "pack-quantized" in formats and not all(
             weights.get("symmetric", True) for weights in weight_settings(self.settings)
