@@ -62,7 +62,9 @@ def test_the_tests_declare_what_they_import():
 
 
 @pytest.mark.parametrize(
-    "requirement", [*ALWAYS, *EXTRAS["onnx"], *EXTRAS["quant"], *EXTRAS["test"][1:]], ids=lambda requirement: requirement.name
+    "requirement",
+    [*ALWAYS, *EXTRAS["onnx"], *EXTRAS["quant"], *EXTRAS["test"][1:]],
+    ids=lambda requirement: requirement.name,
 )
 def test_what_is_installed_is_within_the_bounds(requirement):
     try:

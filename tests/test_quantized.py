@@ -19,6 +19,7 @@ from vtwcli.export.onnx.source import Source
 from vtwcli.models.hub import resolve
 from vtwcli.models.loading import fits, load, memory_needed
 from vtwcli.models.packed import PackedTensor
+from vtwcli.models.unpacking import words_to_numbers
 from vtwcli.sweep.layers import Resident
 from vtwcli.sweep.streaming import Streamed
 from vtwcli.sweep.sweep import sweep
@@ -105,6 +106,17 @@ def test_awq_is_what_compressed_tensors_makes_of_it(made):
     wanted = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
     name = "model.language_model.layers.1.mlp.down_proj.weight"
     assert torch.equal(load(str(path)).model.state_dict()[name], wanted)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_numbers_of_any_width_come_out_of_words(bits):
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    half = 1 << (bits - 1)
+    numbers = torch.randint(-half, half, (5, 70), dtype=torch.int8)
+    words = pack_to_int32(numbers, bits)
+    assert torch.equal(words_to_numbers(words, bits, 70) - half, numbers.int())
 
 
 @pytest.mark.parametrize(("kind", "key"), [("gptq", "g_idx"), ("gptq", "scales"), ("awq", "qzeros")])

@@ -125,14 +125,15 @@ class Checkpoint:
                 sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
         return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
 
-    def sparing_quantization(self) -> dict[str, Any] | None:
-        """``quantization_config`` for config.json, as transformers needs it to leave alone what is not quantized.
+    def sparing_quantization(self) -> dict[str, Any]:
+        """``quantization_config`` for config.json, as transformers needs it to leave alone what is not quantized; empty
+        where nothing is.
 
         Raises:
             NotFoundError: as ``key_map``.
         """
         if self.quantization is None:
-            return None
+            return {}
         packed = {name for name, weight in self.key_map.items() if isinstance(weight, PackedTensor)}
         modules = self.skeleton().named_modules()
         linear = [name for name, module in modules if isinstance(module, torch.nn.Linear)]

@@ -107,7 +107,7 @@ def compressed(tensors: Tensors, settings: Settings) -> Iterator[PackedTensor]:
                     )
                 bits = fitting[0]
             block = next(iter(blocks)) if len(blocks) == 1 else None
-            unpack = unpacking.compressed((rows, columns), bits, block)  # type: ignore[arg-type]
+            unpack = unpacking.compressed((rows, columns), bits, block)
         yield PackedTensor(f"{owner}weight", (rows, columns), parts, unpack)
 
 

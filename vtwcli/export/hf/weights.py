@@ -17,6 +17,7 @@ from vtwcli.judge.kl import is_finite
 from vtwcli.models.checkpoint import Checkpoint
 from vtwcli.models.dtypes import FLOATS, name_of, stored_name
 from vtwcli.models.jsonfiles import read_json
+from vtwcli.models.packed import Weight
 from vtwcli.models.stored import StoredTensor, read_header
 
 _CHUNK = 1 << 24  # bytes converted at a time, a multiple of every type's size
@@ -34,7 +35,9 @@ def check_finite(checkpoint: Checkpoint) -> None:
     """
     parameters = {name for name, _ in checkpoint.skeleton().named_parameters(remove_duplicate=False)}
     loaded: dict[str, tuple[StoredTensor, bool]] = {}
-    sources = [(name, (weight,)) for name, weight in checkpoint.key_map.items()]
+    sources: list[tuple[str, tuple[Weight, ...]]] = [
+        (name, (one,)) for name, one in checkpoint.key_map.items()
+    ]
     sources += [(name, conversion.sources) for name, conversion in checkpoint.conversions.items()]
     for name, weights in sources:
         stored = [tensor for weight in weights for tensor in weight.stored]
