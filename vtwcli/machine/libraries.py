@@ -64,6 +64,7 @@ def quiet_libraries(bars: bool = False) -> Iterator[None]:
     if settings.verbose:
         yield
         return
+    quiet_imports()
     level, hub_level = own.get_verbosity(), hub.get_verbosity()
     hide = own.is_progress_bar_enabled() and not bars
     own.set_verbosity_error()
