@@ -378,8 +378,8 @@ def test_configs_that_are_no_supported_vision_language_model(copy):
         "use a checkpoint in transformers' format, for example llava-hf/llava-1.5-7b-hf",
     )
     config.write_text(original)
-    edit(config, quantization_config={"quant_method": "awq"})
-    assert failure(copy)[0] == f"the weights of '{copy}' are quantized (awq), which is not supported"
+    edit(config, quantization_config={"quant_method": "hqq"})
+    assert failure(copy)[0] == f"the weights of '{copy}' are quantized (hqq), which is not supported"
     config.write_text(original[:100])
     assert failure(copy)[0].startswith(f"{config} cannot be read: no valid JSON: ")
     config.write_text("[]")

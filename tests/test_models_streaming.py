@@ -212,6 +212,3 @@ def test_what_cannot_be_streamed(tiny_dir):
     loaded = skeleton(tiny_dir, torch.float32)
     with pytest.raises(UsageError, match="did not come from files"):
         Streamed(dataclasses.replace(loaded, checkpoint=None))
-    loaded.config.quantization_config = {"quant_method": "bitsandbytes"}
-    with pytest.raises(UsageError, match="quantized"):
-        Streamed(loaded)

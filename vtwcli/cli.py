@@ -14,7 +14,7 @@ import typer
 from vtwcli import __version__
 from vtwcli.errors import NotFoundError, VtwError
 from vtwcli.io import console
-from vtwcli.machine import threads
+from vtwcli.machine import libraries, threads
 
 _WRONG_USE = typer.BadParameter.__mro__[1]  # what typer raises for options that it cannot read
 _SIGNALS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
@@ -62,6 +62,7 @@ def main() -> None:
     """Run the command line; every expected failure is one line on stderr and its exit code."""
     console.prepare_streams()
     threads.settings.by_size = True
+    libraries.quiet_imports()
     stopped = _stop_cleanly()
     try:
         # one subcommand is not to wait for the others

@@ -6,8 +6,9 @@ import logging
 import platform
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import version
+from io import StringIO
 
 from vtwcli import __version__
 
@@ -41,6 +42,13 @@ def versions() -> dict[str, str]:
     }
 
 
+def quiet_imports() -> None:
+    """Hold back what torchao says when transformers imports it, for any model: kernels of other machines that it cannot
+    load, and torch's word on how it registers types."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 @contextmanager
 def quiet_libraries(bars: bool = False) -> Iterator[None]:
     """Hold back the warnings of transformers and huggingface_hub unless ``--verbose``; errors come through.
@@ -58,6 +66,7 @@ def quiet_libraries(bars: bool = False) -> Iterator[None]:
     if settings.verbose:
         yield
         return
+    quiet_imports()
     level, hub_level = own.get_verbosity(), hub.get_verbosity()
     hide = own.is_progress_bar_enabled() and not bars
     own.set_verbosity_error()
@@ -71,6 +80,18 @@ def quiet_libraries(bars: bool = False) -> Iterator[None]:
         hub.set_verbosity(hub_level)
         if hide:
             own.enable_progress_bar()
+
+
+@contextmanager
+def quiet_quantizers() -> Iterator[None]:
+    """Hold back what libraries of quantized weights write to stderr as they load them, bars above all, unless
+    ``--verbose``; and what bitsandbytes says at every step afterwards. Failures come as exceptions."""
+    if settings.verbose:
+        yield
+        return
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with redirect_stderr(StringIO()):
+        yield
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from vtwcli.models.config import ConfigFile
 from vtwcli.models.families import Family
 from vtwcli.models.jsonfiles import GENERATION, read_json
 from vtwcli.models.mapping import Conversion, origins
+from vtwcli.models.packed import PackedTensor, Weight
+from vtwcli.models.quantized import Quantization, quantization_of
 from vtwcli.models.skeleton import bare_model, computed_buffers
 from vtwcli.models.stored import DOWNLOAD_AGAIN, StoredTensor, read_header
 
@@ -67,6 +69,20 @@ class Checkpoint:
             found |= read_header(self.path / file).tensors
         return found
 
+    @cached_property
+    def quantization(self) -> Quantization | None:
+        """How the weights are quantized, or None."""
+        return quantization_of(getattr(self.config, "quantization_config", None), self.name)
+
+    @cached_property
+    def weights(self) -> dict[str, Weight]:
+        """``tensors``, with those that make up one quantized weight put together under the weight's name.
+
+        Raises:
+            NotFoundError: as ``tensors``, or parts of a weight that are missing or do not fit.
+        """
+        return dict(self.tensors) if self.quantization is None else self.quantization.logical(self.tensors)
+
     @property
     def entry(self) -> Path:
         """The single weight file or the index of the shards: what the config names, else what is there."""
@@ -84,17 +100,44 @@ class Checkpoint:
 
     @cached_property
     def total_elements(self) -> int:
-        """Number of values in all stored tensors."""
-        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+        """Number of values in all weights, quantized ones by their own shapes."""
+        return sum(math.prod(tensor.shape) for tensor in self.weights.values())
+
+    def bytes_in(self, dtype: torch.dtype, unpacked: bool = False) -> int:
+        """Size of all weights once they are loaded in ``dtype``; what stays packed, unless it is to be ``unpacked``, as
+        it is stored."""
+        keeps = self.quantization is not None and self.quantization.keeps and not unpacked
+        return sum(
+            weight.nbytes
+            if keeps and isinstance(weight, PackedTensor)
+            else math.prod(weight.shape) * dtype.itemsize
+            for weight in self.weights.values()
+        )
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The floating-point type in which most of the weights are stored."""
+        """The floating-point type in which most of the weights are stored, quantized ones apart."""
         sizes: dict[torch.dtype, int] = {}
-        for tensor in self.tensors.values():
+        for tensor in self.weights.values():
+            if isinstance(tensor, PackedTensor):
+                continue
             if tensor.dtype is not None and tensor.dtype.is_floating_point:
                 sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
         return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
+
+    def sparing_quantization(self) -> dict[str, Any]:
+        """``quantization_config`` for config.json, as transformers needs it to leave alone what is not quantized; empty
+        where nothing is.
+
+        Raises:
+            NotFoundError: as ``key_map``.
+        """
+        if self.quantization is None:
+            return {}
+        packed = {name for name, weight in self.key_map.items() if isinstance(weight, PackedTensor)}
+        modules = self.skeleton().named_modules()
+        linear = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
+        return self.quantization.sparing([name for name in linear if f"{name}.weight" not in packed])
 
     def skeleton(self, dtype: torch.dtype | None = None, attn: str | None = None) -> PreTrainedModel:
         """The model with its parameters on the meta device and its non-persistent buffers real (rotary tables...).
@@ -118,7 +161,7 @@ class Checkpoint:
 
     def _bare(self, dtype: torch.dtype | None = None, attn: str | None = None) -> PreTrainedModel:
         try:
-            stored = len(self.tensors)
+            stored = len(self.weights)
         except NotFoundError:
             stored = None
         return bare_model(
@@ -144,7 +187,7 @@ class Checkpoint:
             _ = self.key_map
 
     @property
-    def key_map(self) -> dict[str, StoredTensor]:
+    def key_map(self) -> dict[str, Weight]:
         """Name in the model -> stored tensor, for every tensor that is stored as the model holds it.
 
         Checkpoints on disk often carry older names (``language_model.model.layers.0...``). The renaming is
@@ -164,9 +207,17 @@ class Checkpoint:
         """
         return self._origins[1]
 
+    def origins_in(self, model: PreTrainedModel) -> tuple[dict[str, Weight], dict[str, Conversion]]:
+        """As ``key_map`` and ``conversions``, for a skeleton that holds more than the config says.
+
+        Raises:
+            NotFoundError: as ``key_map``.
+        """
+        return origins(model, self.weights, self.name, ConfigFile.of(self.path))
+
     @cached_property
-    def _origins(self) -> tuple[dict[str, StoredTensor], dict[str, Conversion]]:
-        return origins(self._bare(attn="eager"), self.tensors, self.name, ConfigFile.of(self.path))
+    def _origins(self) -> tuple[dict[str, Weight], dict[str, Conversion]]:
+        return self.origins_in(self._bare(attn="eager"))
 
 
 def _weights_entry(path: Path, config: Any, name: str) -> Path:

@@ -14,6 +14,7 @@ from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.models.broken_torchvision import hide_if_broken
 from vtwcli.models.families import FAMILIES, OTHERS, Family, family_of, placeholder_ids, supported
 from vtwcli.models.jsonfiles import CONFIG, numbers, read_json
+from vtwcli.models.quantized import quantization_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -97,13 +98,7 @@ def read_config(path: Path, name: str, trust_remote_code: bool = False) -> tuple
             f"{name!r} was saved for {named[0]}, not for transformers' {family.architecture}",
             f"use a checkpoint in transformers' format, for example {family.example}",
         )
-    if "quantization_config" in raw:
-        settings = raw["quantization_config"]
-        method = settings.get("quant_method") if isinstance(settings, dict) else None
-        raise NotFoundError(
-            f"the weights of {name!r} are quantized ({method or 'unknown method'}), which is not supported",
-            "use the checkpoint from which it was quantized",
-        )
+    quantization_of(raw.get("quantization_config"), name)
     try:
         with quiet_libraries():
             config = AutoConfig.from_pretrained(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
+from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +15,16 @@ import torch
 from vtwcli.errors import NotFoundError, UsageError, VtwError, first_line
 from vtwcli.io import console
 from vtwcli.machine import threads
-from vtwcli.machine.libraries import quiet_libraries
+from vtwcli.machine.libraries import quiet_libraries, quiet_quantizers
 from vtwcli.machine.memory import memory_available
 from vtwcli.models.checkpoint import Checkpoint
 from vtwcli.models.dtypes import RUN, asked, name_of
 from vtwcli.models.families import Family, placeholder_ids
+from vtwcli.models.filling import fill
 from vtwcli.models.hub import resolve
 from vtwcli.models.jsonfiles import CONFIG, GENERATION, broken
 from vtwcli.models.processor import load_processor
+from vtwcli.models.quantized import Quantization, make_ready, quantize_activations
 
 _OVERHEAD = 1.1  # activations, the cache and the allocator, on top of the weights
 
@@ -84,6 +89,7 @@ def load(
     attn: str | None = None,
     trust_remote_code: bool = False,
     weights: bool = True,
+    unpacked: bool = False,
 ) -> LoadedModel:
     """Load a model and its processor.
 
@@ -96,20 +102,31 @@ def load(
             default.
         trust_remote_code: whether code that comes with the model may run.
         weights: False gives the skeleton: parameters on the meta device, for layer streaming.
+        unpacked: unpack quantized weights into ``dtype`` and leave activations as they are, instead of running them as
+            their library does.
 
     Raises:
-        NotFoundError: missing, unreachable, unsupported, incomplete, or larger than the memory.
+        NotFoundError: missing, unreachable, unsupported, incomplete, larger than the memory, or quantized by a
+            library that is not installed.
         UsageError: a device, dtype or attention implementation that does not exist here.
     """
     place, wanted = choose_device(device), asked(dtype)
     checkpoint = resolve(name, trust_remote_code=trust_remote_code)
     processor = load_processor(checkpoint)
     kind = wanted or choose_dtype(checkpoint, place)
+    quantization = checkpoint.quantization
     try:
         if weights:
-            model = _load_weights(checkpoint, place, kind, attn, spread=device == "auto")
+            _check_memory(checkpoint, place, kind, device == "auto", unpacked)
+            unpack = unpacked or (quantization is not None and quantization.unpacked)
+            if quantization is not None and unpack:
+                model = _unpack_weights(checkpoint, quantization, place, kind, attn)
+            else:
+                model = _load_weights(checkpoint, place, kind, attn, spread=device == "auto")
         else:
             model = checkpoint.skeleton(kind, attn)
+            if quantization is not None and not unpacked:
+                quantize_activations(model, quantization, checkpoint.sparing_quantization())
     except VtwError:
         raise
     except Exception as error:  # there is no telling what unusual files make transformers raise
@@ -137,6 +154,9 @@ def load(
         checkpoint,
     )
     size = sum(weight.numel() for weight in loaded.layers[0].parameters())
+    if quantization is not None:  # what is packed has more weights than numbers
+        first = f"{checkpoint.family.text_model}.layers.0."
+        size = sum(math.prod(w.shape) for name, w in checkpoint.key_map.items() if name.startswith(first))
     if place.type == "cpu" and (said := threads.fit(size)):
         console.detail(said)
     return loaded
@@ -193,9 +213,9 @@ def choose_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if large and _fast_bfloat16() else torch.float32
 
 
-def memory_needed(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Bytes for the weights in ``dtype`` and a tenth more to run with."""
-    return int(checkpoint.total_elements * dtype.itemsize * _OVERHEAD)
+def memory_needed(checkpoint: Checkpoint, dtype: torch.dtype, unpacked: bool = False) -> int:
+    """Bytes for the weights in ``dtype`` and a tenth more to run with; ``unpacked`` as for ``load``."""
+    return int(checkpoint.bytes_in(dtype, unpacked) * _OVERHEAD)
 
 
 def fits(
@@ -218,25 +238,56 @@ def fits(
     return memory_needed(checkpoint, kind) <= memory_available(place, spread=device == "auto")
 
 
-def _load_weights(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, attn: str | None, spread: bool
-) -> Any:
-    from transformers import AutoModelForImageTextToText
-
-    needed, free = memory_needed(checkpoint, dtype), memory_available(device, spread)
+def _check_memory(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, spread: bool, unpacked: bool
+) -> None:
+    needed, free = memory_needed(checkpoint, dtype, unpacked), memory_available(device, spread)
     if needed > free:
         raise NotFoundError(
             f"not enough memory for {checkpoint.name!r}: {_gb(needed)} are needed in "
             f"{name_of(dtype)}, {_gb(free)} are free on {device.type}",
             "with --stream one layer at a time is loaded",
         )
+
+
+def _unpack_weights(
+    checkpoint: Checkpoint,
+    quantization: Quantization,
+    device: torch.device,
+    dtype: torch.dtype,
+    attn: str | None,
+) -> Any:
+    """The model with its quantized weights unpacked into ``dtype``."""
+    if quantization.sealed is not None:
+        raise NotFoundError(f"the weights of {checkpoint.name!r} cannot be unpacked: {quantization.sealed}")
+    if quantization.missing:
+        console.detail(
+            f"weights unpacked into {name_of(dtype)}: without {' and '.join(quantization.missing)} they cannot be run "
+            "as they are stored"
+        )
+    model = checkpoint.skeleton(dtype, attn)
+    with console.progress("unpacking weights"):
+        fill(model, checkpoint, device)
+    return model
+
+
+def _load_weights(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, attn: str | None, spread: bool
+) -> Any:
+    from transformers import AutoModelForImageTextToText
+
     options: dict[str, Any] = {}
-    if device.type != "cpu":
-        alone = needed <= memory_available(device)
+    quantization = checkpoint.quantization
+    if quantization is not None:
+        quantization.check_library(checkpoint.name)
+        options["config"] = config = deepcopy(checkpoint.config)
+        config.quantization_config = checkpoint.sparing_quantization()
+    if device.type != "cpu" or quantization is not None:  # bitsandbytes would look for a device of its own
+        alone = memory_needed(checkpoint, dtype) <= memory_available(device)
         options["device_map"] = {"": device} if alone else "auto"
     if attn is not None:
         options["attn_implementation"] = attn
-    with quiet_libraries():
+    with quiet_libraries(), quiet_quantizers() if quantization is not None else nullcontext():
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             checkpoint.path,
             dtype=dtype,
@@ -255,6 +306,9 @@ def _load_weights(
                 f"{kind.replace('_', ' ')}, first {bad[0]}",
                 "the checkpoint is incomplete or belongs to another model",
             )
+    if quantization is not None:
+        with quiet_quantizers():
+            make_ready(model)
     return model.eval()
 
 

@@ -12,7 +12,8 @@ import torch
 
 from vtwcli.errors import NotFoundError, first_line
 from vtwcli.models.config import COUNTS, MANY, SIZES, ConfigFile
-from vtwcli.models.stored import DOWNLOAD_AGAIN, StoredTensor
+from vtwcli.models.packed import Weight
+from vtwcli.models.stored import DOWNLOAD_AGAIN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,13 +28,13 @@ class Conversion:
         convert: tensors read from ``sources`` -> {name in the model: tensor}.
     """
 
-    sources: tuple[StoredTensor, ...]
+    sources: tuple[Weight, ...]
     convert: Callable[[Sequence[torch.Tensor]], dict[str, torch.Tensor]]
 
 
 def origins(
-    model: PreTrainedModel, tensors: Mapping[str, StoredTensor], name: str, file: ConfigFile
-) -> tuple[dict[str, StoredTensor], dict[str, Conversion]]:
+    model: PreTrainedModel, tensors: Mapping[str, Weight], name: str, file: ConfigFile
+) -> tuple[dict[str, Weight], dict[str, Conversion]]:
     """Where each tensor of a model comes from, as transformers' ``convert_and_load_state_dict_in_model`` has it.
 
     Args:
@@ -88,8 +89,8 @@ def origins(
 
 
 def _renamed(
-    model: PreTrainedModel, wanted: dict[str, Any], tensors: Mapping[str, StoredTensor]
-) -> tuple[dict[str, StoredTensor], dict[str, list[tuple[str, StoredTensor]]], list[Any]]:
+    model: PreTrainedModel, wanted: dict[str, Any], tensors: Mapping[str, Weight]
+) -> tuple[dict[str, Weight], dict[str, list[tuple[str, Weight]]], list[Any]]:
     """Stored tensors by the model's names; those to be converted in groups, with their patterns; the converters.
 
     A group stands under the first tensor that it gives.
@@ -106,8 +107,8 @@ def _renamed(
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     prefix = model.base_model_prefix
-    mapped: dict[str, StoredTensor] = {}
-    groups: dict[str, list[tuple[str, StoredTensor]]] = {}
+    mapped: dict[str, Weight] = {}
+    groups: dict[str, list[tuple[str, Weight]]] = {}
     # in transformers' order, in which it puts fused tensors together and takes the first of several
     for key in sorted(tensors, key=dot_natural_key):
         tensor = tensors[key]
@@ -128,7 +129,7 @@ def _renamed(
 
 
 def _converting(
-    converter: Any, model: PreTrainedModel, name: str, group: list[tuple[str, StoredTensor]]
+    converter: Any, model: PreTrainedModel, name: str, group: list[tuple[str, Weight]]
 ) -> Callable[[Sequence[torch.Tensor]], dict[str, torch.Tensor]]:
     """The function of a ``Conversion``; converters collect their sources, so each call works on a copy."""
 

@@ -44,6 +44,11 @@ class StoredTensor:
     start: int
     nbytes: int
 
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """Itself: what there is on disk of it."""
+        return (self,)
+
     def read_into(self, tensor: torch.Tensor) -> None:
         """Read the values into a contiguous CPU tensor of the same type and size, with plain reads.
 
@@ -52,6 +57,17 @@ class StoredTensor:
         """
         with self._opened() as stream:
             self._fill(stream, tensor.flatten().view(torch.uint8).numpy().data)
+
+    def fill(self, tensor: torch.Tensor) -> None:
+        """Give a contiguous CPU tensor the stored values, in the tensor's own type.
+
+        Raises:
+            NotFoundError: as ``read``.
+        """
+        if self.dtype == tensor.dtype:
+            self.read_into(tensor)
+        else:
+            tensor.copy_(self.read())
 
     def runs(self, size: int) -> Iterator[bytearray]:
         """The bytes as they are on disk, at most ``size`` of them at a time.

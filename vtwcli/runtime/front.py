@@ -117,7 +117,8 @@ def _rows(picked: Picked, rows: Tensor, tower: Tower) -> Tensor:
     elif picked.rows is not None:
         projector = tower.projector()
         weight = next(projector.parameters())
-        found = projector(picked.rows[None].to(weight.device, weight.dtype))[0].to(rows.device)
+        kind = weight.dtype if weight.is_floating_point() else rows.dtype  # packed weights are whole numbers
+        found = projector(picked.rows[None].to(weight.device, kind))[0].to(rows.device)
     else:
         return rows[kept]
     if found.shape != (len(kept), rows.shape[1]):

@@ -19,12 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from vtwcli.errors import UsageError
+from vtwcli.models.filling import Origin, Reader, assign, origins_of
 from vtwcli.models.loading import LoadedModel
-from vtwcli.models.mapping import Conversion
-from vtwcli.models.stored import StoredTensor
 from vtwcli.sweep.layers import Capture, capture, check_attention, read_out
-
-Origin = StoredTensor | Conversion
 
 _ALIGNMENT = 64  # bytes; what vector instructions like
 
@@ -43,7 +40,7 @@ class Streamed:
             for the thread; ``head``: reading the head.
 
     Raises:
-        UsageError: a model that did not come from files, or quantized weights.
+        UsageError: a model that did not come from files, or weights that only a library unpacks.
     """
 
     together = True
@@ -54,10 +51,10 @@ class Streamed:
         self.depth = len(loaded.layers)
         self.seconds = dict.fromkeys(("encoding", "reading", "waiting", "head"), 0.0)
         self._empty: dict[str, Tensor] = dict(self.model.state_dict(keep_vars=True))
-        self._origins = _origins(loaded, self._empty)
+        self._origins = _origins(loaded)
         for name, buffer in list(self.model.named_buffers()):
             if not buffer.is_meta:
-                _assign(self.model, name, buffer.to(self.device))
+                assign(self.model, name, buffer.to(self.device))
 
     @torch.no_grad()
     def captures(self, batches: Sequence[Mapping[str, Tensor]]) -> list[Capture]:
@@ -81,7 +78,7 @@ class Streamed:
 
         def read(d: int) -> list[Tensor]:
             began = time.perf_counter()
-            tensors = slots.fill(d % 2, empty[d], _Stored(self._origins))
+            tensors = slots.fill(d % 2, empty[d], Reader(self._origins))
             self.seconds["reading"] += time.perf_counter() - began
             return tensors
 
@@ -95,7 +92,7 @@ class Streamed:
                     slots.wait()  # until nothing computes with the buffer that is overwritten now
                     coming = thread.submit(read, d + 1)
                 for name, tensor in zip(names[d], tensors, strict=True):
-                    _assign(self.model, name, tensor)
+                    assign(self.model, name, tensor)
                 try:
                     yield modules.layers[d]
                 finally:
@@ -117,39 +114,19 @@ class Streamed:
     @contextmanager
     def _filled(self, names: Sequence[str]) -> Iterator[None]:
         """Tensors that are read, each into memory of its own, and dropped at the end."""
-        stored = _Stored(self._origins)
+        stored = Reader(self._origins)
         try:
             for name in names:
                 tensor = torch.empty_like(self._empty[name], device="cpu")
                 stored.read(name, tensor)
-                _assign(self.model, name, tensor.to(self.device))
+                assign(self.model, name, tensor.to(self.device))
             yield
         finally:
             self._drop(names)
 
     def _drop(self, names: Sequence[str]) -> None:
         for name in names:
-            _assign(self.model, name, self._empty[name])
-
-
-class _Stored:
-    """Tensors of a model's state as they are stored, read once each."""
-
-    def __init__(self, origins: Mapping[str, Origin]) -> None:
-        self.origins = origins
-        self.made: dict[str, Tensor] = {}  # what conversions gave beyond the tensor they were asked for
-
-    def read(self, name: str, tensor: Tensor) -> None:
-        """Give a CPU tensor its stored values, in its own type."""
-        origin = self.origins[name]
-        if isinstance(origin, Conversion):
-            if name not in self.made:
-                self.made |= origin.convert([source.read() for source in origin.sources])
-            tensor.copy_(self.made.pop(name))
-        elif origin.dtype == tensor.dtype:
-            origin.read_into(tensor)
-        else:
-            tensor.copy_(origin.read())
+            assign(self.model, name, self._empty[name])
 
 
 class _Slots:
@@ -167,7 +144,7 @@ class _Slots:
         )
         self.stream = torch.cuda.Stream(device) if self.cuda else None
 
-    def fill(self, slot: int, empty: Mapping[str, Tensor], stored: _Stored) -> list[Tensor]:
+    def fill(self, slot: int, empty: Mapping[str, Tensor], stored: Reader) -> list[Tensor]:
         """Read tensors into a buffer, in the shapes and types of the empty ones; runs in the reading thread."""
         target, place = self.slots[slot], 0
         memory = target if self.staging is None else self.staging
@@ -203,32 +180,15 @@ def _room(tensor: Tensor) -> int:
     return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor in the place of a parameter or buffer."""
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if leaf in module._parameters:
-        if not isinstance(tensor, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=False)
-        module._parameters[leaf] = tensor
-    else:
-        module._buffers[leaf] = tensor
-
-
-def _origins(loaded: LoadedModel, wanted: Mapping[str, Tensor]) -> dict[str, Origin]:
-    """Where each tensor of the model's state comes from; a tied one from that which it is tied to.
-
-    What the library itself may leave out of a checkpoint is left out here.
-    """
+def _origins(loaded: LoadedModel) -> dict[str, Origin]:
+    """Where each tensor of the model's state comes from."""
     checkpoint = loaded.checkpoint
     if checkpoint is None:
         raise UsageError(f"{loaded.name} did not come from files, so it cannot be streamed")
-    if getattr(loaded.config, "quantization_config", None) is not None:
+    quantization = checkpoint.quantization
+    if quantization is not None and quantization.sealed is not None:
         raise UsageError(
-            f"{loaded.name} is quantized; its layers cannot be streamed", "stream the original model"
+            f"{loaded.name} is quantized, and its layers cannot be streamed: {quantization.sealed}",
+            "leave out --stream, or stream the original model",
         )
-    known: dict[str, Origin] = {**checkpoint.key_map, **checkpoint.conversions}
-    ties = dict(loaded.model.all_tied_weights_keys)
-    ties |= {source: target for target, source in ties.items()}
-    found = {name: known.get(name) or known.get(ties.get(name, "")) for name in wanted}
-    return {name: origin for name, origin in found.items() if origin is not None}
+    return origins_of(loaded.model, checkpoint)

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,14 @@ from vtwcli.export.hf.generation import clean_files, sentences
 from vtwcli.export.hf.remote import MODELING, auto_map, remote_code
 from vtwcli.export.hf.weights import check_finite, place_weights
 from vtwcli.io import console
-from vtwcli.machine.libraries import quiet_libraries, versions
+from vtwcli.machine.libraries import quiet_libraries, quiet_quantizers, versions
 from vtwcli.machine.releases import tested
 from vtwcli.models.checkpoint import COMPANIONS, Checkpoint
 from vtwcli.models.dtypes import asked, name_of
 from vtwcli.models.families import Family
 from vtwcli.models.hub import resolve
 from vtwcli.models.jsonfiles import CONFIG, read_json
+from vtwcli.models.quantized import quantization_of
 from vtwcli.results.calibration import Calibration
 from vtwcli.results.evaluation import Evaluation
 from vtwcli.schedule.schedule import Schedule
@@ -103,6 +104,7 @@ def export_hf(
     with publish(output, force, source_of(checkpoint)) as folder:
         weights = place_weights(checkpoint, folder, wanted)
         kind = name_of(wanted if wanted and weights == "converted" else checkpoint.dtype)
+        quantized = checkpoint.quantization
         _copy_companions(checkpoint, folder)
         config = _config(checkpoint, schedule, wanted if weights == "converted" else None)
         changed = clean_files(folder, config, schedule)
@@ -143,6 +145,7 @@ def export_hf(
                 "schedule": schedule.to_dict(),
                 "weights": weights,
                 "dtype": kind,
+                **({} if quantized is None else {"quantization": quantized.scheme}),
                 "changed": changed,
             },
         )
@@ -176,6 +179,11 @@ def _check_source(checkpoint: Checkpoint, force: bool) -> None:
         raise UsageError(
             f"{checkpoint.name!r} is to run its own code, and an export runs transformers' class",
             "leave out --trust-remote-code",
+        )
+    if checkpoint.quantization is not None and checkpoint.quantization.unreadable:
+        raise NotFoundError(
+            f"transformers does not load {checkpoint.name!r}: it gives its packed zero points another shape",
+            "export it to ONNX, or use a checkpoint with symmetric weights",
         )
     _check_family(checkpoint.family)
     if (checkpoint.path / "adapter_config.json").exists():
@@ -246,6 +254,8 @@ def _config(checkpoint: Checkpoint, schedule: Schedule, dtype: torch.dtype | Non
     config["architectures"] = [checkpoint.family.architecture]
     # A code map of the base model would send transformers to code that it has a class for, and that is not copied.
     drop_code_map(config)
+    if checkpoint.quantization is not None:
+        config["quantization_config"] = checkpoint.sparing_quantization()
     config["auto_map"] = auto_map(checkpoint.family)
     config["vtw"] = {
         "schedule": schedule.to_dict(),
@@ -285,7 +295,17 @@ def _check_loading(folder: Path, family: Family, code: dict[str, str], config: d
     """
     import transformers
 
-    with exported_class(family, code) as exported, quiet_libraries():
+    quantization = quantization_of(config.get("quantization_config"), str(folder))
+    if quantization is not None and quantization.needs_values:
+        return
+    if quantization is not None and quantization.missing:
+        console.warn(
+            f"not loaded to see that all weights are found: {' and '.join(quantization.missing)} would be needed for "
+            f"{quantization.scheme}"
+        )
+        return
+    quiet = quiet_quantizers() if quantization is not None else nullcontext()
+    with exported_class(family, code) as exported, quiet_libraries(), quiet:
         options: dict[str, Any] = {
             "device_map": "meta",
             "output_loading_info": True,

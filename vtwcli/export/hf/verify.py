@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,16 @@ from vtwcli.export.hf.generation import REFUSED
 from vtwcli.export.hf.remote import auto_map, remote_code
 from vtwcli.io import console
 from vtwcli.judge.kl import is_distribution, not_finite
-from vtwcli.machine.libraries import quiet_libraries
+from vtwcli.machine.libraries import quiet_libraries, quiet_quantizers
 from vtwcli.machine.releases import installed
 from vtwcli.models.dtypes import asked, name_of
 from vtwcli.models.families import FAMILIES
 from vtwcli.models.generation import cache_of
 from vtwcli.models.hub import resolve
 from vtwcli.models.inputs import encode
+from vtwcli.models.jsonfiles import CONFIG, read_json
 from vtwcli.models.loading import LoadedModel, choose_device, choose_dtype, load
+from vtwcli.models.quantized import make_ready
 from vtwcli.schedule.schedule import Schedule
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # of the largest logit; half precision: 1e-2
@@ -87,6 +89,9 @@ def verify_hf(
     manifest = read_manifest(directory)
     files = check_files(directory, manifest)
     checked = None if trust_remote_code else _own_code(directory, manifest)
+    quantization = resolve(str(directory)).quantization
+    if quantization is not None:
+        quantization.check_library(str(directory))
     loaded, name = _reference(directory, manifest, base, device, dtype)
     schedule = Schedule.from_dict(manifest["schedule"], "the manifest's schedule")
     encoded = encode(loaded, sample)
@@ -205,10 +210,15 @@ def _load_exported(
     from transformers import AutoModelForImageTextToText
 
     options: dict[str, Any] = {"device_map": device if device == "auto" else {"": device}}
-    if device == torch.device("cpu"):
+    quantized = "quantization_config" in read_json(source / CONFIG)
+    if device == torch.device("cpu") and not quantized:
         options = {}
     try:
-        with quiet_libraries(), console.progress("loading"):
+        with (
+            quiet_libraries(),
+            quiet_quantizers() if quantized else nullcontext(),
+            console.progress("loading"),
+        ):
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 source,
                 dtype=dtype,
@@ -228,6 +238,9 @@ def _load_exported(
         raise GateError(f"{directory} loads without its schedule: transformers did not take its code")
     if model.config.vtw["schedule"] != manifest["schedule"]:
         raise GateError(f"{directory}: the schedules in config.json and in the manifest differ")
+    if quantized:
+        with quiet_quantizers():
+            make_ready(model)
     return model.eval()
 
 

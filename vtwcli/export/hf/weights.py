@@ -17,6 +17,7 @@ from vtwcli.judge.kl import is_finite
 from vtwcli.models.checkpoint import Checkpoint
 from vtwcli.models.dtypes import FLOATS, name_of, stored_name
 from vtwcli.models.jsonfiles import read_json
+from vtwcli.models.packed import Weight
 from vtwcli.models.stored import StoredTensor, read_header
 
 _CHUNK = 1 << 24  # bytes converted at a time, a multiple of every type's size
@@ -34,10 +35,13 @@ def check_finite(checkpoint: Checkpoint) -> None:
     """
     parameters = {name for name, _ in checkpoint.skeleton().named_parameters(remove_duplicate=False)}
     loaded: dict[str, tuple[StoredTensor, bool]] = {}
-    for name, tensor in checkpoint.key_map.items():
-        loaded[tensor.key] = tensor, name in parameters
-    for name, conversion in checkpoint.conversions.items():
-        loaded |= {tensor.key: (tensor, name in parameters) for tensor in conversion.sources}
+    sources: list[tuple[str, tuple[Weight, ...]]] = [
+        (name, (one,)) for name, one in checkpoint.key_map.items()
+    ]
+    sources += [(name, conversion.sources) for name, conversion in checkpoint.conversions.items()]
+    for name, weights in sources:
+        stored = [tensor for weight in weights for tensor in weight.stored]
+        loaded |= {tensor.key: (tensor, name in parameters) for tensor in stored}
     tensors = [one for one in loaded.values() if _is_converted(one[0])]
     done = 0
     with console.progress("checking weights, MiB", sum(t.nbytes for t, _ in tensors) // _MIB) as bar:
@@ -67,8 +71,13 @@ def place_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | Non
         ``linked``, ``copied`` or ``converted``.
 
     Raises:
-        UsageError: a value does not fit into ``dtype``.
+        UsageError: a value does not fit into ``dtype``, or the weights are quantized.
     """
+    if dtype is not None and checkpoint.quantization is not None:
+        raise UsageError(
+            f"{checkpoint.name!r} is quantized ({checkpoint.quantization.scheme}), so its weights stay as they are",
+            "leave out --dtype",
+        )
     files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
     changes = dtype is not None and any(_target(t, dtype) is not None for t in checkpoint.tensors.values())
     if dtype is not None and changes:

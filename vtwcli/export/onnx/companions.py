@@ -62,6 +62,8 @@ def save_settings_of(source: Source, folder: Path) -> tuple[Any, dict[str, Any]]
     )
     if hasattr(config, "vtw"):  # of a model that was exported before
         del config.vtw
+    if hasattr(config, "quantization_config"):  # the graphs hold the weights unpacked
+        del config.quantization_config
     with quiet_libraries():
         processor.save_pretrained(folder)
         generation.save_pretrained(folder)

@@ -61,7 +61,8 @@ def export_onnx(
 ) -> dict[str, Any]:
     """Write a model with its schedule as ONNX graphs, and prove that they compute what torch computes.
 
-    The weights go from the checkpoint's files to the graphs' files one tensor at a time. The parity check runs the
+    The weights go from the checkpoint's files to the graphs' files one tensor at a time, quantized ones unpacked. The
+    parity check runs the
     model in float32: a ``LoadedModel`` in float32 is used as it is; otherwise it is loaded where it fits, and where
     it does not, the graphs are compared with it layer by layer.
 
@@ -90,6 +91,12 @@ def export_onnx(
     source = Source.of(model)
     if source.checkpoint is not None:
         own_files(source.checkpoint, COMPANIONS)  # what is refused must not take the time of an export
+        quantization = source.checkpoint.quantization
+        if quantization is not None and quantization.activations:
+            console.warn(
+                f"{source.name} quantizes activations too; its weights are unpacked exactly, and the graphs leave "
+                "activations as they are"
+            )
     plan = as_schedule(schedule)
     plan.check_depth(source.depth, source.family.first_withdrawal)
     cuts, frozen = removals(plan, source.depth), frozen_layers(plan, source.depth)
@@ -296,11 +303,14 @@ def check(
     if loaded is None:
         assert source.checkpoint is not None
         path, trust = str(source.checkpoint.path), source.checkpoint.trust_remote_code
-        whole = memory_needed(source.checkpoint, torch.float32) * 2 <= memory_available(torch.device("cpu"))
+        needed = memory_needed(source.checkpoint, torch.float32, unpacked=True)
+        whole = needed * 2 <= memory_available(torch.device("cpu"))
         if not whole:
             _check_layers_will_do(schedule.plain(), quantize)
             console.note("the model does not fit in memory: comparing layer by layer")
-        loaded = load(path, device="cpu", dtype="float32", trust_remote_code=trust, weights=whole)
+        loaded = load(
+            path, device="cpu", dtype="float32", trust_remote_code=trust, weights=whole, unpacked=True
+        )
         if not whole:
             layer = cuts[0]["at"] if cuts else None
             result = onnx_layers.parity(loaded, layer, exported, chosen, steps)

@@ -45,12 +45,20 @@ class Source:
         """The source for either form.
 
         Raises:
-            UsageError: a model without files that is not in float32.
+            UsageError: a model without files that is not in float32, or quantized weights that only their library
+                unpacks.
         """
+        files = model.checkpoint if isinstance(model, LoadedModel) else model
+        quantization = files.quantization if files is not None else None
+        if quantization is not None and quantization.sealed is not None:
+            raise UsageError(
+                f"{model.name} is quantized, and no graphs can be made of it: {quantization.sealed}",
+                "export the model from which it was quantized, with --quantize int8 or int4",
+            )
         if isinstance(model, LoadedModel):
             checkpoint = model.checkpoint
             real = not any(parameter.is_meta for parameter in model.model.parameters())
-            if real and model.dtype == torch.float32:
+            if real and model.dtype == torch.float32 and quantization is None:
                 state = model.model.state_dict()
                 return cls(
                     model.name,
