@@ -72,11 +72,11 @@ def quality(options: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for name in options.models:
         model = ModelSection(name=name)
-        given = {"policy": options.policy, "limit": options.limit, "bootstrap": 0}
+        given = {"policy": options.policy, "eta": options.eta, "limit": options.limit, "bootstrap": 0}
         tried, used = chosen(model, data, given)
         study = Study.open(model, data, CalibrateSection(limit=options.limit, seed=1))
         fresh = [place for place, print_ in enumerate(study.mix.fingerprints) if print_ not in used]
-        found = study.of(fresh).try_(tried, study.options.max_new_tokens)
+        found = study.of(fresh).try_(tried, study.options.longest)
         rows, _ = compared(tried, found, study.text)
         base = flops_of(rows[0])
         for row in rows:
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--data", action="append", default=[])
     parser.add_argument("--limit", type=int, default=20, help="samples of each task, of either kind")
     parser.add_argument("--policy", default="worst-task")
+    parser.add_argument("--eta", type=float, default=0.003, help="nats that the policy allows")
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--suffix", type=int, default=20)
