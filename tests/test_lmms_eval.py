@@ -19,7 +19,7 @@ from vtwcli.runtime import pruned
 from vtwcli.schedule.schedule import Schedule
 
 ROOT = Path(__file__).parent.parent
-FOLDER = os.environ.get("VTW_LMMS")
+FOLDER = os.environ.get("VTW_LMMS") or None
 LAYER, STEPS = 2, 8  # so early that answers are not the full model's
 TASK = """
 task: scenes
