@@ -110,6 +110,7 @@ def append(loaded: LoadedModel, inputs: dict[str, Tensor], answer_ids: Tensor) -
         "attention_mask": torch.ones_like(tail),
         "token_type_ids": torch.full_like(tail, loaded.family.answer_token_type),
         "mm_token_type_ids": torch.zeros_like(tail),
+        "moe_mm_token_type_ids": torch.zeros_like(tail),
     }
     longer = {
         name: torch.cat([inputs[name], x.to(inputs[name].dtype)], 1)
