@@ -108,7 +108,14 @@ def test_views_hold_the_numbers(evaluated, tmp_path):
     page = report_eval.html_report(result, samples)
     different = sum(row["pruned"]["K=3"]["first_divergence"] is not None for row in result["samples"])
     assert f"K=3: {different} of 6 answers differ" in page
-    assert page.count("<article>") == page.count("data:image/png;base64,") == different
+    assert page.count("<article>") == page.count("data:image/png;base64,") - 1 == different  # and the plot
+    opening = page[: page.index("<table>")]  # a sentence for each schedule and the picture come first
+    assert all(f"<li>{name}: " in opening for name in result["schedules"]) and "<img" in opening
+    assert f"mean KL {result['schedules']['K=3']['kl_answer']:.2g} nats" in opening
+    assert (
+        result["schedules"]["never"]["worst_difference"] == 0
+        and "never: no task&#x27;s score falls" in opening
+    )
     assert "http" not in page
     report_eval.plot_quality(result, tmp_path / "plot.svg")
     assert "K=3" in (tmp_path / "plot.svg").read_text()
@@ -390,3 +397,10 @@ def test_no_schedule_takes_the_full_models_name(tiny_dir, data):
 def test_nothing_to_compare_is_an_error(tiny_dir):
     with pytest.raises(UsageError, match="nothing to compare"):
         evaluate(ModelSection(name=str(tiny_dir)), [])
+
+
+def test_scores_that_do_not_change_leave_a_readable_axis(evaluated):
+    result, _ = evaluated
+    still = {**result, "schedules": {"never": result["schedules"]["never"]}}
+    low, high = report_eval.quality_figure(still).axes[0].get_ylim()
+    assert (low, high) == (-0.01, 0.01)
