@@ -31,7 +31,7 @@ from vtwcli.measure.samples import read_samples
 from vtwcli.measure.timing import Costs, measured_costs
 from vtwcli.measure.variants import (
     FULL,
-    Scheduled,
+    Graphs,
     Variant,
     batches_of,
     choose,
@@ -77,10 +77,11 @@ def evaluate(
 
     Args:
         model: a stock model, or a directory that ``vtw export`` made: a Hugging Face one, whose weights are run by
-            this package's runtime, or one of ONNX graphs, run by ONNX Runtime. Layers are not streamed here.
+            this package's runtime, or one of ONNX graphs, run by ONNX Runtime or
+            OpenVINO. Layers are not streamed here.
         schedules: names and schedules; none takes the one that an exported directory carries.
         data: sources of samples, as for ``calibrate``; the demo source reads its test split.
-        options: sample counts, timing, and ``baseline``, the full model where it is not the model itself.
+        options: sample counts, timing, ``backend``, and ``baseline``, the full model where it is not the model itself.
         limits: gates, judged at the end (``gates``).
         promise: what the gate ``risk`` shall prove when the document is judged later; by default that of ``limits``.
         calibration: the result document of the calibration; its samples are left out. By default the one in an
@@ -170,6 +171,11 @@ def _key(full: LoadedModel, variants: Sequence[Variant], options: EvalSection) -
     model = (full.name, full.revision, str(full.dtype), full.device.type, attention, stamp(full.path))
     own = [(variant.folder, str(variant.dtype), stamp(variant.folder)) for variant in variants[:1]]
     guides = sorted({name for variant in variants if (name := guide_of(variant.schedule))})
+    own += [
+        (variant.folder, variant.exported.engine.package, variant.exported.engine.version)
+        for variant in variants[:1]
+        if isinstance(variant, Graphs) and variant.exported.backend != "onnx"
+    ]
     own += [(folder := folder_of(name, full), "guide", stamp(folder)) for name in guides]
     named = [(variant.name, type(variant).__name__, variant.schedule.to_dict()) for variant in variants]
     shaping = options.model_dump(include={"max_new_tokens"})
@@ -246,7 +252,7 @@ def _model(model: ModelSection, full: LoadedModel, variants: Sequence[Variant]) 
         "revision": own.inputs.revision,
         "family": full.family.model_type,
         "dtype": name_of(own.dtype),
-        "backend": "torch" if isinstance(own, Scheduled) else "onnx",
+        "backend": own.exported.backend if isinstance(own, Graphs) else "torch",
         "baseline": full.name,
         "baseline_dtype": name_of(full.dtype),
         **template_date(full),
