@@ -171,15 +171,16 @@ def _key(full: LoadedModel, variants: Sequence[Variant], options: EvalSection) -
     model = (full.name, full.revision, str(full.dtype), full.device.type, attention, stamp(full.path))
     own = [(variant.folder, str(variant.dtype), stamp(variant.folder)) for variant in variants[:1]]
     guides = sorted({name for variant in variants if (name := guide_of(variant.schedule))})
-    own += [
-        (variant.folder, variant.exported.engine.package, variant.exported.engine.version)
-        for variant in variants[:1]
-        if isinstance(variant, Graphs) and variant.exported.backend != "onnx"
-    ]
     own += [(folder := folder_of(name, full), "guide", stamp(folder)) for name in guides]
     named = [(variant.name, type(variant).__name__, variant.schedule.to_dict()) for variant in variants]
     shaping = options.model_dump(include={"max_new_tokens"})
-    return key_of("evaluation", model, own, named, shaping, versions())
+    return key_of("evaluation", model, own, named, shaping, _versions(variants))
+
+
+def _versions(variants: Sequence[Variant]) -> dict[str, str]:
+    """Those of the libraries, and of what runs graphs where that is not ONNX Runtime."""
+    engines = {one.exported.engine for one in variants if isinstance(one, Graphs) and one.backend != "onnx"}
+    return versions() | {engine.package: engine.version for engine in engines}
 
 
 def _all_answers(
@@ -252,7 +253,7 @@ def _model(model: ModelSection, full: LoadedModel, variants: Sequence[Variant]) 
         "revision": own.inputs.revision,
         "family": full.family.model_type,
         "dtype": name_of(own.dtype),
-        "backend": own.exported.backend if isinstance(own, Graphs) else "torch",
+        "backend": own.backend if isinstance(own, Graphs) else "torch",
         "baseline": full.name,
         "baseline_dtype": name_of(full.dtype),
         **template_date(full),
@@ -320,7 +321,7 @@ def _result(
         "skipped": mix.skipped,
         "left_out": mix.excluded,
         "seed": options.seed,
-        "versions": versions(),
+        "versions": _versions(variants),
         "gates": gates.check(schedules, limits),
     }
 

@@ -133,6 +133,11 @@ class Graphs:
     exported: OnnxModel
 
     @property
+    def backend(self) -> str:
+        """What runs them, ``onnx`` or ``openvino``."""
+        return self.exported.backend
+
+    @property
     def dtype(self) -> torch.dtype:
         return torch_type(LONG[self.exported.manifest["dtype"]])
 

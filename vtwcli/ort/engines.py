@@ -136,6 +136,8 @@ class _OpenVino:
         self._library = _library(self)
         self.version = self._library.__version__.partition("-")[0]  # the rest names a commit
         self._core = self._library.Core()
+        frontend = import_module("openvino.frontend.onnx")
+        self._core.add_extension(frontend.ConversionExtension("Attention", _attention))
 
     def open(self, path: Path, device: str, threads: int) -> Graph:
         settings = {
@@ -149,6 +151,25 @@ class _OpenVino:
             settings["INFERENCE_NUM_THREADS"] = str(threads)
         model = self._core.compile_model(self._core.read_model(str(path)), device.upper(), settings)
         return _OpenVinoGraph(model, self._library)
+
+
+def _attention(node: Any) -> Any:
+    """Opset 23's Attention for OpenVINO, whose own reading of it refuses fewer heads of keys than of queries."""
+    import openvino.opset13 as ops
+
+    def heads(of: Any) -> Any:
+        return ops.gather(ops.shape_of(of), ops.constant([1]), ops.constant(0))
+
+    def spread(given: Any) -> Any:  # [B, G, T, C] to [B, H, T, C]
+        times = ops.concat([[1, 1], ops.divide(heads(query), heads(key)), [1, 1]], 0)
+        shape = ops.concat([[0], heads(query), [-1], ops.gather(ops.shape_of(given), [3], 0)], 0)
+        return ops.reshape(ops.tile(ops.unsqueeze(given, 2), times), shape, special_zero=True)
+
+    query, key, value, *mask = (node.get_input(place) for place in range(node.get_input_size()))
+    scale = ops.convert_like(ops.constant(np.float32(node.get_attribute("scale"))), query)
+    return ops.scaled_dot_product_attention(
+        query, spread(key), spread(value), mask[0] if mask else None, scale
+    ).outputs()
 
 
 class _OpenVinoGraph:

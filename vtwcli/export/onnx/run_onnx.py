@@ -2,9 +2,9 @@
 
     python run_onnx.py --image cat.jpg "What is in the picture?"
 
-Needs onnxruntime (or with ``--backend openvino`` that), numpy, tokenizers and Pillow, and the files beside it: the
-graphs, ``vtw_ort``, ``vtw_pixels.py``, the manifest, ``tokenizer.json`` and ``processor_config.json``. One picture or none; the arithmetic
-is that of the model's own image processor in its Pillow form.
+Needs onnxruntime (or, with ``--backend openvino``, openvino), numpy, tokenizers and Pillow, and the files beside it:
+the graphs, ``vtw_ort``, ``vtw_pixels.py``, the manifest, ``tokenizer.json`` and ``processor_config.json``. One picture
+or none; the arithmetic is that of the model's own image processor in its Pillow form.
 """
 
 from __future__ import annotations
