@@ -15,6 +15,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 EXTRAS = {
     name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()
 }
+GRAPHS = EXTRAS["onnx"] + EXTRAS["openvino"]
 ALWAYS = [Requirement(line) for line in PROJECT["dependencies"]]
 BESIDE = {"vtw_ort", "vtw_pixels"}  # lie beside run_onnx.py in an exported directory
 
@@ -51,16 +52,16 @@ def test_the_package_declares_what_it_imports():
     files = sorted((ROOT / "vtwcli").rglob("*.py"))
     assert len(files) > 100
     assert undeclared([file for file in files if not needs_onnx(file)], ALWAYS) == {}
-    assert undeclared(filter(needs_onnx, files), ALWAYS + EXTRAS["onnx"]) == {}
+    assert undeclared(filter(needs_onnx, files), ALWAYS + GRAPHS) == {}
 
 
 def test_the_tests_declare_what_they_import():
     files = sorted((ROOT / "tests").rglob("*.py"))
-    assert undeclared(files, ALWAYS + EXTRAS["onnx"] + EXTRAS["test"]) == {}
+    assert undeclared(files, ALWAYS + GRAPHS + EXTRAS["test"]) == {}
 
 
 @pytest.mark.parametrize(
-    "requirement", [*ALWAYS, *EXTRAS["onnx"], *EXTRAS["test"][1:]], ids=lambda requirement: requirement.name
+    "requirement", [*ALWAYS, *GRAPHS, *EXTRAS["test"][1:]], ids=lambda requirement: requirement.name
 )
 def test_what_is_installed_is_within_the_bounds(requirement):
     try:

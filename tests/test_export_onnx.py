@@ -348,18 +348,30 @@ def test_fused_operators_from_opset_23(exports):
     assert {"Attention", "RMSNormalization", "RotaryEmbedding"} <= kinds and "Softmax" not in kinds
 
 
-def test_the_script_runs_without_torch_transformers_and_this_package(exports, tmp_path):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_script_runs_without_torch_transformers_and_this_package(backend, exports, tmp_path):
     (directory, _), torch_side = exports("split"), exports.loaded("split")
     image, question = export.synthetic_samples()[1].images[0], "how red?"
     image.save(tmp_path / "picture.png")
+    other, more = {"onnx": ("openvino", []), "openvino": ("onnxruntime", ["--backend", "openvino"])}[backend]
     bare = "import runpy, sys; " + "".join(
-        f"sys.modules[{name!r}] = None; " for name in ("torch", "transformers", "vtwcli", "datasets")
+        f"sys.modules[{name!r}] = None; " for name in ("torch", "transformers", "vtwcli", "datasets", other)
     )
     bare += "sys.path.insert(0, sys.argv[1]); sys.argv[:2] = ['run_onnx.py']; "
     bare += "runpy.run_path(sys.path[0] + '/run_onnx.py', run_name='__main__')"
 
     def run(*arguments):
-        command = [sys.executable, "-c", bare, str(directory), *arguments, question, "--max-new-tokens", "7"]
+        command = [
+            sys.executable,
+            "-c",
+            bare,
+            str(directory),
+            *arguments,
+            question,
+            *more,
+            "--max-new-tokens",
+            "7",
+        ]
         done = subprocess.run(
             command, capture_output=True, text=True, cwd=tmp_path, env=os.environ, check=False
         )
