@@ -5,6 +5,7 @@ Both compute in the type of the graph. Values that come out stay where the engin
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -215,6 +216,7 @@ BACKENDS = tuple(_ENGINES)
 
 
 def _library(engine: Any) -> Any:
+    unheard = sys.modules.setdefault(_TELEMETRY, None) is None  # type: ignore[arg-type]
     try:
         return import_module(engine.package)
     except ImportError as error:
@@ -223,7 +225,13 @@ def _library(engine: Any) -> Any:
                 f"{engine.name} is not installed; install it with: pip install {engine.package}"
             ) from error
         raise UsageError(f"{engine.name} cannot be loaded: {_reason(error)}") from error
+    finally:
+        if unheard:
+            sys.modules.pop(_TELEMETRY, None)
 
+
+_TELEMETRY = "openvino_telemetry"
+"""By which OpenVINO's import writes to the home directory and reports over the network; it does without."""
 
 _FRAMES = ("Exception from ", "Check '", "FrontEnd API failed")  # OpenVINO says first where in itself it was
 
