@@ -114,18 +114,36 @@ def test_batches_in_openvino(rows, side, exports):
 
 
 @needs_openvino
-@pytest.mark.parametrize(
-    ("name", "gap"),
-    [("split", 1e-4), ("full half", 0.05), ("merged int4", 1e-3), ("freeze merged int4", 1e-3)],
-)
+@pytest.mark.parametrize(("name", "gap"), [("split", 1e-4), ("full half", 0.05)])
 def test_long_answers_in_openvino_are_those_of_onnx_runtime(name, gap, exports):
-    """Quantized weights too are the same numbers in both; activations stay float32."""
     batch = tiny.llava_batch(ROWS, seed=5)
     one, other = (OnnxModel(exports(name)[0], threads=1, backend=backend) for backend in ort.BACKENDS)
     tokens = one.generate(batch, 60, eos_ids=[])
     expected, actual = (onnx_parity.onnx_steps(graphs, batch, tokens) for graphs in (one, other))
     np.testing.assert_allclose(actual, expected, atol=gap)
-    assert np.array_equal(other.generate(batch, 60, eos_ids=[]), tokens)
+    if name == "split":  # in half precision two tokens of random weights may be as likely
+        assert np.array_equal(other.generate(batch, 60, eos_ids=[]), tokens)
+
+
+@needs_openvino
+@pytest.mark.parametrize("name", ["merged int4", "freeze merged int4"])
+def test_weights_of_four_bits_are_the_same_numbers_in_openvino(name, exports, tmp_path):
+    """ONNX Runtime rounds what meets them to eight bits, because the graphs ask for it, and OpenVINO does not."""
+    copy = shutil.copytree(exports(name)[0], tmp_path / "copy")
+    model = onnx.load(copy / "decoder_merged.onnx", load_external_data=False)
+    levels = [a for node in model.graph.node for a in node.attribute if a.name == "accuracy_level"]
+    for level in levels:
+        level.i = 1  # float32
+    onnx.save(model, copy / "decoder_merged.onnx")
+    batch = tiny.llava_batch(ROWS, seed=5)
+    exact, rounded = (OnnxModel(folder, threads=1) for folder in (copy, exports(name)[0]))
+    graphs = OnnxModel(exports(name)[0], threads=1, backend="openvino")
+    tokens = exact.generate(batch, 20, eos_ids=[])
+    expected, other, actual = (
+        onnx_parity.onnx_steps(each, batch, tokens) for each in (exact, rounded, graphs)
+    )
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+    assert levels and np.abs(other - expected).max() > 1e-2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

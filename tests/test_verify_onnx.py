@@ -112,7 +112,7 @@ def test_quantized_graphs_are_measured_in_openvino(based, exports):
     base = str(exports.model("merged int4")) if based else None
     report = verify(directory, base=base, backend="openvino", max_new_tokens=3)
     assert report["smoke"]["visual_per_layer"] == [9, 0]
-    assert (1e-6 < report["parity"]["mean_kl"] < 2) if based else report["parity"]["mean_kl"] < 1e-6
+    assert 1e-6 < report["parity"]["mean_kl"] < 2
 
 
 def test_the_command_on_another_backend(exports, tmp_path, monkeypatch):
