@@ -141,7 +141,7 @@ def test_resume_leaves_nothing_behind(vtw, tiny_dir, data, tmp_path):
         (
             ["--layer", 3, "--backend", "jax"],
             2,
-            "error: --backend: input should be 'auto', 'torch' or 'onnx'",
+            "error: --backend: input should be 'auto', 'torch', 'onnx' or 'openvino'",
         ),
         (
             ["--layer", 3, "--calibration", "none.json"],

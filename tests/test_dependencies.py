@@ -15,6 +15,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 EXTRAS = {
     name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()
 }
+GRAPHS = EXTRAS["onnx"] + EXTRAS["openvino"]
 ALWAYS = [Requirement(line) for line in PROJECT["dependencies"]]
 BESIDE = {"vtw_ort", "vtw_pixels"}  # lie beside run_onnx.py in an exported directory
 
@@ -56,17 +57,17 @@ def test_the_package_declares_what_it_imports():
     plain = [file for file in files if not needs_onnx(file) and file.stem != "quantized" and file != plugin]
     assert undeclared(plain, ALWAYS) == {}
     assert undeclared([ROOT / "vtwcli/models/quantized.py"], ALWAYS + EXTRAS["quant"]) == {}
-    assert undeclared(filter(needs_onnx, files), ALWAYS + EXTRAS["onnx"]) == {}
+    assert undeclared(filter(needs_onnx, files), ALWAYS + GRAPHS) == {}
 
 
 def test_the_tests_declare_what_they_import():
     files = sorted((ROOT / "tests").rglob("*.py"))
-    assert undeclared(files, ALWAYS + EXTRAS["onnx"] + EXTRAS["quant"] + EXTRAS["test"]) == {}
+    assert undeclared(files, ALWAYS + GRAPHS + EXTRAS["quant"] + EXTRAS["test"]) == {}
 
 
 @pytest.mark.parametrize(
     "requirement",
-    [*ALWAYS, *EXTRAS["onnx"], *EXTRAS["quant"], *EXTRAS["test"][1:]],
+    [*ALWAYS, *GRAPHS, *EXTRAS["quant"], *EXTRAS["test"][1:]],
     ids=lambda requirement: requirement.name,
 )
 def test_what_is_installed_is_within_the_bounds(requirement):

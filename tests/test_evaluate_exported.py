@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.engines import needs_openvino
 from tests.test_evaluate import options
 from vtwcli.analyze import analyze
 from vtwcli.calibrate import calibrate
@@ -181,6 +184,30 @@ def test_graphs_equal_the_model_under_their_schedule(exports, data):
     assert said in sentences(mine)
 
 
+@needs_openvino
+def test_graphs_in_openvino_give_the_numbers_of_onnx_runtime(exports, data, monkeypatch):
+    graphs, base = exports("split")[0], exports.model("split")
+    timed = {"timing": True, "repeats": 1, "timing_tokens": 2}
+    mine = run(graphs, data, baseline=str(base), backend="openvino", **timed)
+    wanted = run(graphs, data, baseline=str(base), backend="onnx")
+    assert (mine["model"]["backend"], wanted["model"]["backend"]) == ("openvino", "onnx")
+    assert mine["versions"] == wanted["versions"] | {"openvino": metadata.version("openvino")}
+    assert mine["tasks"] == wanted["tasks"]
+    assert mine["schedules"]["exported"]["cost"] == wanted["schedules"]["exported"]["cost"]
+    for a, b in zip(mine["samples"], wanted["samples"], strict=True):
+        said, expected = a["pruned"]["exported"], b["pruned"]["exported"]
+        assert said["answer"] == expected["answer"]
+        torch.testing.assert_close(
+            torch.tensor(said["kl"]), torch.tensor(expected["kl"]), rtol=1e-2, atol=1e-5
+        )
+    assert mine["run"]["latency"]["exported"]["ttft"]["median"] > 0
+    assert f"compared with {graphs}, ONNX graphs in OpenVINO; torch" in " ".join(sentences(mine))
+    assert any(line.startswith("OpenVINO's times stand beside torch's") for line in sentences(mine))
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(UsageError, match="OpenVINO is not installed; install it with: pip install openvino"):
+        run(graphs, data, baseline=str(base), backend="openvino")
+
+
 def test_half_precision_graphs_hold_half_the_cache(exports, data):
     result = run(exports("full half")[0], data, baseline=str(exports.model("full half")))
     cost = result["schedules"]["exported"]["cost"]
@@ -201,6 +228,8 @@ def test_what_graphs_cannot_do(exports, exported, data):
         run(graphs, data, backend="torch")
     with pytest.raises(UsageError, match="is not a directory of ONNX graphs"):
         run(exported, data, backend="onnx")
+    with pytest.raises(UsageError, match="is not a directory of ONNX graphs"):
+        run(exported, data, backend="openvino")
 
 
 def test_a_plain_model_needs_a_schedule(tiny_dir, data):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests import slow_schedule, tiny
+from tests.engines import BACKENDS
 from tests.onnx_exports import EXPORTS
 from vtwcli import ort
 from vtwcli.errors import NotFoundError, UsageError
@@ -19,9 +20,10 @@ ROWS = ["t3 i t5", "i t1 i t3", "t4"]
 CPU = torch.device("cpu")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["split", "keep"])
-def test_answers_and_forced_logits_are_the_slow_references(name, exports):
-    graphs = onnx.open_exported(exports(name)[0], CPU)
+def test_answers_and_forced_logits_are_the_slow_references(name, backend, exports):
+    graphs = onnx.open_exported(exports(name)[0], CPU, backend)
     actions, batch = EXPORTS[name][1], tiny.llava_batch(ROWS, seed=5)
     tokens, logits, _ = slow_schedule.greedy(exports.loaded(name).model, batch, actions, 5)
     assert onnx.generated(graphs, batch, 5, eos_ids=[]) == tokens.tolist()
@@ -38,13 +40,14 @@ def test_an_answer_ends_where_the_model_says(exports):
     assert ended[0].tolist() == [*free[0, :2], *[0] * (ended.shape[1] - 2)]
 
 
-def test_cache_bytes_are_those_of_the_tokens_that_are_left(exports):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cache_bytes_are_those_of_the_tokens_that_are_left(backend, exports):
     batch = tiny.llava_batch(["t3 i t5"], seed=5)
     loaded = exports.loaded("split")
-    graphs = onnx.open_exported(exports("split")[0], CPU)
+    graphs = onnx.open_exported(exports("split")[0], CPU, backend)
     shape = TextShape.from_config(loaded.model.config)
     assert onnx.cache_bytes(graphs, batch) == kv_bytes(shape, [17, 8, 8], 4)
-    half = onnx.open_exported(exports("full half")[0], CPU)
+    half = onnx.open_exported(exports("full half")[0], CPU, backend)
     one = TextShape.from_config(exports.loaded("full half").model.config)
     assert onnx.cache_bytes(half, batch) == kv_bytes(one, [17], 2)
     assert onnx.cache_bytes(graphs, batch, 4) == kv_bytes(shape, [20, 11, 11], 4)  # the last token is not fed
@@ -56,10 +59,12 @@ def test_generation_is_timed_whole(exports):
     assert 0 < first < whole
 
 
-def test_a_device_that_onnx_runtime_lacks(exports, capsys):
-    graphs = onnx.open_exported(exports("split")[0], torch.device("mps"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_device_that_the_engine_lacks(backend, exports, capsys):
+    graphs = onnx.open_exported(exports("split")[0], torch.device("mps"), backend)
     assert graphs.device == "cpu"
-    assert "this ONNX Runtime has no device 'mps': the graphs run on the CPU" in capsys.readouterr().err
+    name = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}[backend]
+    assert f"this {name} has no device 'mps': the graphs run on the CPU" in capsys.readouterr().err
 
 
 def test_the_base_and_what_is_no_export(exports, tmp_path):

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import transformers
 
 from tests import reference, slow_schedule, tiny
 from tests.conftest import build_processor
+from tests.engines import BACKENDS, needs_openvino
 from tests.onnx_exports import EXPORTS, keep, withdraw
 from vtwcli import ort
 from vtwcli.errors import GateError, UsageError, VtwError
@@ -43,24 +45,24 @@ STEPS = 5
 ROWS = ["t3 i t5", "i t1 i t3", "t4"]
 
 
-def compared(directory, model, actions, rows=ROWS, side="left", seed=5):
+def compared(directory, model, actions, rows=ROWS, side="left", seed=5, backend="onnx"):
     """``compare`` of the graphs with the slow interpreter, on a batch padded on ``side``."""
     left = tiny.llava_batch(rows, seed=seed)
     tokens, logits, _ = slow_schedule.greedy(model, left, actions, STEPS)
     batch = tiny.llava_batch(rows, seed=seed, side=side)
-    return onnx_parity.compare(
-        logits.numpy(), onnx_parity.onnx_steps(OnnxModel(directory), batch, tokens.numpy())
-    )
+    graphs = OnnxModel(directory, threads=1, backend=backend)
+    return onnx_parity.compare(logits.numpy(), onnx_parity.onnx_steps(graphs, batch, tokens.numpy()))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", EXPORTS)
-def test_every_export_computes_what_the_slow_reference_computes(name, exports):
+def test_every_export_computes_what_the_slow_reference_computes(name, backend, exports):
     _, actions, options, roles = EXPORTS[name]
     directory, report = exports(name)
     manifest = json.loads((directory / "manifest.json").read_text())
     assert [graph["role"] for graph in manifest["graphs"]] == ["embed_tokens", "vision_encoder", *roles]
     assert report["parity"]["agreement"] == 1.0 and report["parity"]["positions"] == 12
-    result = compared(directory, exports.loaded(name).model, actions)
+    result = compared(directory, exports.loaded(name).model, actions, backend=backend)
     if "quantize" in options:  # random weights in rows of 32 suffer more from four bits than trained ones
         measured = report["parity"]["quantized"]
         assert (
@@ -84,6 +86,9 @@ def test_weights_of_eight_bits(name, exports, tmp_path):
     assert 1e-6 < report["quantized"]["mean_kl"] < 0.1
     result = compared(directory, exports.loaded(name).model, actions)
     assert 1e-6 < result["mean_kl"] < 0.1
+    if find_spec("openvino"):
+        result = compared(directory, exports.loaded(name).model, actions, backend="openvino")
+        assert 1e-6 < result["mean_kl"] < 0.1
     kinds = {node.op_type for node in onnx.load(directory / f"{role}.onnx").graph.node}
     assert "MatMulInteger" in kinds and (directory / f"{role}.onnx.data").stat().st_size < before
 
@@ -96,6 +101,65 @@ def test_batches_of_every_kind(rows, side, exports):
     assert result["agreement"] == 1.0 and result["max_logit_difference"] < 1e-4
     full = compared(exports("full half")[0], exports.loaded("full half").model, [], rows, side)
     assert full["agreement"] == 1.0 and full["mean_kl"] < 1e-3
+
+
+@needs_openvino
+@pytest.mark.parametrize(
+    ("rows", "side"), [(["i t2", "t9 i t1 i t4"], "left"), (["t6", "t2"], "right"), (["t1", "i t1"], "right")]
+)
+def test_batches_in_openvino(rows, side, exports):
+    directory, model = exports("split")[0], exports.loaded("split").model
+    result = compared(directory, model, [withdraw(1)], rows, side, backend="openvino")
+    assert result["agreement"] == 1.0 and result["max_logit_difference"] < 1e-4
+
+
+@needs_openvino
+@pytest.mark.parametrize(("name", "gap"), [("split", 1e-4), ("full half", 0.05)])
+def test_long_answers_in_openvino_are_those_of_onnx_runtime(name, gap, exports):
+    batch = tiny.llava_batch(ROWS, seed=5)
+    one, other = (OnnxModel(exports(name)[0], threads=1, backend=backend) for backend in ort.BACKENDS)
+    tokens = one.generate(batch, 60, eos_ids=[])
+    expected, actual = (onnx_parity.onnx_steps(graphs, batch, tokens) for graphs in (one, other))
+    np.testing.assert_allclose(actual, expected, atol=gap)
+    if name == "split":  # in half precision two tokens of random weights may be as likely
+        assert np.array_equal(other.generate(batch, 60, eos_ids=[]), tokens)
+
+
+@needs_openvino
+@pytest.mark.parametrize("name", ["merged int4", "freeze merged int4"])
+def test_weights_of_four_bits_are_the_same_numbers_in_openvino(name, exports, tmp_path):
+    """ONNX Runtime rounds what meets them to eight bits, because the graphs ask for it, and OpenVINO does not."""
+    copy = shutil.copytree(exports(name)[0], tmp_path / "copy")
+    model = onnx.load(copy / "decoder_merged.onnx", load_external_data=False)
+    levels = [a for node in model.graph.node for a in node.attribute if a.name == "accuracy_level"]
+    for level in levels:
+        level.i = 1  # float32
+    onnx.save(model, copy / "decoder_merged.onnx")
+    batch = tiny.llava_batch(ROWS, seed=5)
+    exact, rounded = (OnnxModel(folder, threads=1) for folder in (copy, exports(name)[0]))
+    graphs = OnnxModel(exports(name)[0], threads=1, backend="openvino")
+    tokens = exact.generate(batch, 20, eos_ids=[])
+    expected, other, actual = (
+        onnx_parity.onnx_steps(each, batch, tokens) for each in (exact, rounded, graphs)
+    )
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+    assert levels and np.abs(other - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_generations_do_not_write_over_each_other(backend, exports):
+    graphs = OnnxModel(exports("split")[0], threads=1, backend=backend)
+    batches = [tiny.llava_batch([row], seed=5) for row in ("t3 i t5", "i t1 i t3")]
+    alone = [graphs.generate(batch, 4, eos_ids=[]).tolist() for batch in batches]
+    (one, mine), (other, theirs) = (graphs.prefill(batch) for batch in batches)
+    said = [[one.argmax(-1)], [other.argmax(-1)]]
+    for _ in range(3):
+        one, other = graphs.step(said[0][-1], mine), graphs.step(said[1][-1], theirs)
+        said[0].append(one.argmax(-1))
+        said[1].append(other.argmax(-1))
+    assert [np.stack(columns, 1).tolist() for columns in said] == alone and alone[0] != alone[1]
+    assert mine.cache_lengths() == [20, 11, 11] and theirs.cache_lengths() == [25, 7, 7]
+    assert mine.cache_bytes() == 42 * 2 * 2 * 8 * 4
 
 
 def test_pruning_changes_the_numbers(exports):
@@ -153,6 +217,25 @@ def test_inputs_that_do_not_fit_are_refused(exports):
         graphs.prefill({"input_ids": np.full((1, 513), 5)})
     with pytest.raises(ort.UsageError, match="no device 'cuda'"):
         OnnxModel(graphs.directory, device="cuda")
+    with pytest.raises(ort.UsageError, match="'jax' is no backend of graphs"):
+        OnnxModel(graphs.directory, backend="jax")
+
+
+@needs_openvino
+def test_openvino_refuses_what_it_cannot_open(exports, tmp_path):
+    with pytest.raises(ort.UsageError, match=r"this OpenVINO has no device 'cuda' \(it has cpu\)"):
+        OnnxModel(exports("split")[0], device="cuda", backend="openvino")
+    copy = shutil.copytree(exports("split")[0], tmp_path / "copy")
+    (copy / "embed_tokens.onnx").write_bytes(b"\0" * 64)
+    with pytest.raises(ort.NotFoundError, match=r"embed_tokens.onnx cannot be loaded: (?!Exception from)\w"):
+        OnnxModel(copy, backend="openvino").embed(np.zeros((1, 1)))
+
+
+@pytest.mark.parametrize(("backend", "package"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
+def test_an_engine_that_is_not_installed(backend, package, exports, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ort.UsageError, match=f"is not installed; install it with: pip install {package}$"):
+        OnnxModel(exports("split")[0], backend=backend)
 
 
 def test_files_names_and_hashes(exports):
@@ -283,18 +366,30 @@ def test_fused_operators_from_opset_23(exports):
     assert {"Attention", "RMSNormalization", "RotaryEmbedding"} <= kinds and "Softmax" not in kinds
 
 
-def test_the_script_runs_without_torch_transformers_and_this_package(exports, tmp_path):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_script_runs_without_torch_transformers_and_this_package(backend, exports, tmp_path):
     (directory, _), torch_side = exports("split"), exports.loaded("split")
     image, question = export.synthetic_samples()[1].images[0], "how red?"
     image.save(tmp_path / "picture.png")
+    other, more = {"onnx": ("openvino", []), "openvino": ("onnxruntime", ["--backend", "openvino"])}[backend]
     bare = "import runpy, sys; " + "".join(
-        f"sys.modules[{name!r}] = None; " for name in ("torch", "transformers", "vtwcli", "datasets")
+        f"sys.modules[{name!r}] = None; " for name in ("torch", "transformers", "vtwcli", "datasets", other)
     )
     bare += "sys.path.insert(0, sys.argv[1]); sys.argv[:2] = ['run_onnx.py']; "
     bare += "runpy.run_path(sys.path[0] + '/run_onnx.py', run_name='__main__')"
 
     def run(*arguments):
-        command = [sys.executable, "-c", bare, str(directory), *arguments, question, "--max-new-tokens", "7"]
+        command = [
+            sys.executable,
+            "-c",
+            bare,
+            str(directory),
+            *arguments,
+            question,
+            *more,
+            "--max-new-tokens",
+            "7",
+        ]
         done = subprocess.run(
             command, capture_output=True, text=True, cwd=tmp_path, env=os.environ, check=False
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from vtwcli.models.loading import LoadedModel
 from vtwcli.ort import OnnxModel
 
 CUT, STEPS = 1, 4
+HERE = ["onnx", "openvino"] if find_spec("openvino") else ["onnx"]
 SIBLINGS = ("llava_onevision", "smolvlm")  # the same graphs as llava_next and idefics3, for `pytest -m slow`
 FAST = [name for name in VISION if name not in ("llava", *SIBLINGS)]  # llava has files of its own
 
@@ -37,12 +39,14 @@ def test_a_family_computes_what_the_slow_reference_computes(name, tmp_path):
         export.Source.of(loaded), cuts, tmp_path, dtype="fp32", opset=20, merged=True
     )
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    graphs = OnnxModel(tmp_path)
+    engines = [OnnxModel(tmp_path, backend=backend) for backend in HERE]
     for rows in (["t3 i t5", "t2 t2 i t1 i t3", "t4"], ["t6", "t2"]):
         batch = TINY[name].batch(rows, seed=3)
         tokens, logits = reference.greedy(model, batch, CUT, STEPS, count_positions=False)
-        result = onnx_parity.compare(logits.numpy(), onnx_parity.onnx_steps(graphs, batch, tokens.numpy()))
-        assert result["agreement"] == 1.0 and result["max_logit_difference"] < 1e-4
+        for graphs in engines:
+            found = onnx_parity.onnx_steps(graphs, batch, tokens.numpy())
+            result = onnx_parity.compare(logits.numpy(), found)
+            assert result["agreement"] == 1.0 and result["max_logit_difference"] < 1e-4, graphs.backend
         visual = reference.visual_mask(model, batch["input_ids"])
         if visual.any():  # the comparison can fail
             full = reference.logits(model, batch, reference.withdrawal(model, visual, 2))[:, -1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
+from tests.engines import needs_openvino
 from tests.tiny import IMAGE_ID, TINY
 from vtwcli import ort
 from vtwcli.errors import VtwError
@@ -179,6 +181,20 @@ def test_a_manifest_without_what_graphs_need(tmp_path):
         (tmp_path / ort.MANIFEST).write_text(json.dumps(manifest))
         with pytest.raises(ort.NotFoundError, match=said):
             ort.OnnxModel(tmp_path)
+
+
+@needs_openvino
+def test_openvino_reports_nothing(tmp_path):
+    program = """
+import sys
+from vtwcli.ort import engine
+assert engine("openvino").name == "OpenVINO"
+assert not [name for name in sys.modules if name.startswith("openvino_telemetry")]
+"""
+    environment = os.environ | {"HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_package_stands_alone(tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
+from importlib import metadata
 
 import onnx
 import onnxruntime
@@ -13,9 +15,11 @@ import torch
 import transformers
 
 from tests.cli import vtw
+from tests.engines import needs_openvino
 from tests.onnx_exports import withdraw
 from vtwcli.errors import GateError, NotFoundError, UsageError
 from vtwcli.export.formats import verify
+from vtwcli.export.onnx import parity
 from vtwcli.models.inputs import encode_batch
 from vtwcli.runtime import pruned
 
@@ -69,6 +73,61 @@ def test_without_the_base_the_report_of_the_export_stands(exports, capsys):
     report = verify(directory, device="cpu", max_new_tokens=2)
     assert report["compared_with"] is None and report["parity"] == made["parity"]
     assert "tiny-llava-3 is not here to compare with; name it with --base" in capsys.readouterr().err
+
+
+@needs_openvino
+def test_openvino_is_held_to_torch(exports, capsys):
+    directory, base = exports("split")[0], str(exports.model("split"))
+    report = verify(directory, base=base, backend="openvino", max_new_tokens=5)
+    assert report["parity"]["reference"] == "torch float32" and report["compared_with"] == base
+    assert report["parity"]["agreement"] == 1.0 and 0 < report["parity"]["max_logit_difference"] < 1e-4
+    installed = metadata.version("openvino")
+    assert report["parity"]["engine"] == f"OpenVINO {installed}"
+    assert report["openvino"] == {"installed": installed}
+    assert report["onnxruntime"] == {"tested": [onnxruntime.__version__]}
+    usual = verify(directory, base=base, device="cpu", max_new_tokens=5)
+    assert report["smoke"] == usual["smoke"] and "engine" not in usual["parity"]
+    assert "fp32 graphs in OpenVINO against torch float32: 100.0% of 5 tokens" in capsys.readouterr().err
+    with pytest.raises(GateError, match="parity failed"):
+        verify(directory, base=str(exports.model("freeze")), backend="openvino", max_new_tokens=5)
+
+
+@needs_openvino
+def test_without_the_base_openvino_is_held_to_onnx_runtime(exports, monkeypatch):
+    report = verify(exports("split")[0], backend="openvino", max_new_tokens=3)
+    assert report["compared_with"] is None
+    assert report["parity"]["reference"] == f"ONNX Runtime {onnxruntime.__version__}"
+    assert report["parity"]["positions"] == 3 and 0 < report["parity"]["max_logit_difference"] < 1e-4
+    monkeypatch.setattr(parity, "RELATIVE_TOLERANCE", 0.0)
+    with pytest.raises(
+        GateError, match=r"parity failed: 100.00% of 3 tokens agree with ONNX Runtime [\d.]+, log"
+    ):
+        verify(exports("split")[0], backend="openvino", max_new_tokens=3)
+
+
+@needs_openvino
+@pytest.mark.parametrize("based", [True, False])
+def test_quantized_graphs_are_measured_in_openvino(based, exports):
+    directory, _ = exports("merged int4")
+    base = str(exports.model("merged int4")) if based else None
+    report = verify(directory, base=base, backend="openvino", max_new_tokens=3)
+    assert report["smoke"]["visual_per_layer"] == [9, 0]
+    assert 1e-6 < report["parity"]["mean_kl"] < 2
+
+
+def test_the_command_on_another_backend(exports, tmp_path, monkeypatch):
+    directory, _ = exports("split")
+    for backend, said in (
+        ("torch", "holds ONNX graphs, which torch does not run"),
+        ("jax", "--backend: input should be 'auto', 'torch', 'onnx' or 'openvino', got 'jax'"),
+    ):
+        done = vtw("verify", directory, "--backend", backend)
+        assert done.code == 2 and said in " ".join(done.err.split())
+    done = vtw("verify", tmp_path, "--backend", "openvino")
+    assert done.code == 2 and "is not a directory of ONNX graphs" in " ".join(done.err.split())
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(UsageError, match="OpenVINO is not installed; install it with: pip install openvino"):
+        verify(directory, backend="openvino")
 
 
 def test_quantized_graphs_are_measured(exports):

@@ -31,7 +31,7 @@ from vtwcli.measure.samples import read_samples, settled
 from vtwcli.measure.timing import Costs, measured_costs
 from vtwcli.measure.variants import (
     FULL,
-    Scheduled,
+    Graphs,
     Variant,
     batches_of,
     choose,
@@ -77,10 +77,11 @@ def evaluate(
 
     Args:
         model: a stock model, or a directory that ``vtw export`` made: a Hugging Face one, whose weights are run by
-            this package's runtime, or one of ONNX graphs, run by ONNX Runtime. Layers are not streamed here.
+            this package's runtime, or one of ONNX graphs, run by ONNX Runtime or
+            OpenVINO. Layers are not streamed here.
         schedules: names and schedules; none takes the one that an exported directory carries.
         data: sources of samples, as for ``calibrate``; the demo source reads its test split.
-        options: sample counts, timing, and ``baseline``, the full model where it is not the model itself.
+        options: sample counts, timing, ``backend``, and ``baseline``, the full model where it is not the model itself.
         limits: gates, judged at the end (``gates``).
         promise: what the gate ``risk`` shall prove when the document is judged later; by default that of ``limits``.
         calibration: the result document of the calibration; its samples are left out. By default the one in an
@@ -173,7 +174,13 @@ def _key(full: LoadedModel, variants: Sequence[Variant], options: EvalSection) -
     own += [(folder := folder_of(name, full), "guide", stamp(folder)) for name in guides]
     named = [(variant.name, type(variant).__name__, variant.schedule.to_dict()) for variant in variants]
     shaping = options.model_dump(include={"max_new_tokens"})
-    return key_of("evaluation", model, own, named, shaping, versions())
+    return key_of("evaluation", model, own, named, shaping, _versions(variants))
+
+
+def _versions(variants: Sequence[Variant]) -> dict[str, str]:
+    """Those of the libraries, and of what runs graphs where that is not ONNX Runtime."""
+    engines = {one.exported.engine for one in variants if isinstance(one, Graphs) and one.backend != "onnx"}
+    return versions() | {engine.package: engine.version for engine in engines}
 
 
 def _all_answers(
@@ -246,7 +253,7 @@ def _model(model: ModelSection, full: LoadedModel, variants: Sequence[Variant]) 
         "revision": own.inputs.revision,
         "family": full.family.model_type,
         "dtype": name_of(own.dtype),
-        "backend": "torch" if isinstance(own, Scheduled) else "onnx",
+        "backend": own.backend if isinstance(own, Graphs) else "torch",
         "baseline": full.name,
         "baseline_dtype": name_of(full.dtype),
         **template_date(full),
@@ -314,7 +321,7 @@ def _result(
         "skipped": mix.skipped,
         "left_out": mix.excluded,
         "seed": options.seed,
-        "versions": versions(),
+        "versions": _versions(variants),
         "gates": gates.check(schedules, limits),
     }
 

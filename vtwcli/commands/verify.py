@@ -9,7 +9,8 @@ from vtwcli.commands.flags import JSON, TRUST, WORDS, argument, fields, flag, fl
 from vtwcli.commands.options import begin
 from vtwcli.io import console
 from vtwcli.io.files import document
-from vtwcli.recipe.recipe import ModelSection
+from vtwcli.recipe.recipe import EvalSection, ModelSection
+from vtwcli.recipe.settings import section_of
 
 EXAMPLES = """
 Examples:
@@ -25,6 +26,7 @@ Examples:
     flag("base", str, "Base model to compare with; by default the one it names.", metavar="MODEL"),
     flag("image", Path, "Image to ask about; by default a drawing.", metavar="FILE"),
     flag("max_new_tokens", int, "Tokens to generate.", min=1, default=16),
+    fields(EvalSection, "backend"),
     fields(ModelSection, "device", "dtype"),
     TRUST,
     JSON,
@@ -36,6 +38,7 @@ def command(**given: Any) -> None:
     Exit code 3 when a check fails, 4 when it is not an export.
     """
     begin(given)
+    backend = section_of(EvalSection, {"backend": given["backend"]}, EvalSection()).backend
     from vtwcli.export.formats import verify
 
     report = verify(
@@ -45,6 +48,7 @@ def command(**given: Any) -> None:
         device=given["device"] or "auto",
         dtype=given["dtype"] or "auto",
         max_new_tokens=given["max_new_tokens"],
+        backend=backend,
         trust_remote_code=bool(given["trust_remote_code"]),
     )
     if given["json"]:
@@ -63,7 +67,11 @@ def command(**given: Any) -> None:
         tools = ", ".join(
             f"{name} {made[name]}" for name in ("transformers", "torch", "onnx") if name in made
         )
+        engine = (
+            f"OpenVINO {report['openvino']['installed']}"
+            if "openvino" in report
+            else (f"ONNX Runtime {releases['installed']}")
+        )
         console.note(
-            f"with ONNX Runtime {releases['installed']}; made with {tools or 'nothing named'}, checked with "
-            f"ONNX Runtime {others}"
+            f"with {engine}; made with {tools or 'nothing named'}, checked with ONNX Runtime {others}"
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vtwcli.data.sample import Sample
-from vtwcli.errors import NotFoundError
+from vtwcli.errors import NotFoundError, UsageError
 from vtwcli.models.dtypes import LONG, SHORT
 from vtwcli.recipe.exports import ExportSection
 from vtwcli.recipe.recipe import ModelSection
@@ -81,6 +81,7 @@ def verify(
     device: str = "auto",
     dtype: str = "auto",
     max_new_tokens: int = 16,
+    backend: str = "auto",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Check an exported directory, whatever its format, from its digests to what it generates.
@@ -92,6 +93,7 @@ def verify(
         device: as for ``load``.
         dtype: as for ``load``.
         max_new_tokens: length of the answer.
+        backend: what runs ONNX graphs, ``onnx`` (ONNX Runtime, also for ``auto``) or ``openvino``.
         trust_remote_code: run the directory's code also where it is not this tool's own, byte for byte.
 
     Returns:
@@ -100,7 +102,8 @@ def verify(
     Raises:
         GateError: a check failed; the message says which.
         NotFoundError: not an export, or it or the base cannot be read.
-        UsageError: some code in the directory is not this tool's, and is not trusted; then nothing of it ran.
+        UsageError: some code in the directory is not this tool's, and is not trusted; then nothing of it ran. Or a
+            backend that is not installed, or of a directory without ONNX graphs.
     """
     from vtwcli import ort
     from vtwcli.export.directory.manifest import read_manifest
@@ -111,10 +114,16 @@ def verify(
         read_manifest(directory)  # says what is missing before torch is imported
     sample = sample_of(image)
     if web:
+        if backend != "auto":
+            raise UsageError(f"{directory} is run as transformers.js runs it", "leave out --backend")
         from vtwcli.export.web.verify import verify_web
 
         return verify_web(directory, sample, base=base, device=device, dtype=dtype, steps=max_new_tokens)
     if graphs:
+        if backend == "torch":
+            raise UsageError(
+                f"{directory} holds ONNX graphs, which torch does not run", "leave out --backend"
+            )
         from vtwcli.export.onnx.verify import verify_onnx
 
         return verify_onnx(
@@ -124,8 +133,11 @@ def verify(
             device=device,
             dtype=dtype,
             steps=max_new_tokens,
+            backend="onnx" if backend == "auto" else backend,
             trust_remote_code=trust_remote_code,
         )
+    if backend not in ("auto", "torch"):
+        raise UsageError(f"{directory} is not a directory of ONNX graphs", "leave out --backend")
     from vtwcli.export.hf.verify import verify_hf
 
     return verify_hf(

@@ -13,7 +13,7 @@ from vtwcli import __version__
 
 LIBRARIES = (
     "torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "accelerate", "datasets", "numpy",
-    "onnx", "onnxruntime", "onnxscript",
+    "onnx", "onnxruntime", "onnxscript", "openvino",
 )  # fmt: skip
 
 

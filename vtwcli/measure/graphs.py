@@ -16,21 +16,32 @@ from vtwcli.export.directory.manifest import at_hand
 from vtwcli.export.onnx.failures import as_vtw_errors
 from vtwcli.export.onnx.parity import arrays, onnx_steps
 from vtwcli.io import console
-from vtwcli.ort import OnnxModel, has_device
+from vtwcli.ort import OnnxModel, engine, has_device
 
 
 @as_vtw_errors()
-def open_exported(directory: str | Path, device: torch.device) -> OnnxModel:
-    """An exported directory on a device, or on the CPU where ONNX Runtime lacks it; with as many threads as torch.
+def open_exported(directory: str | Path, device: torch.device, backend: str = "onnx") -> OnnxModel:
+    """An exported directory on a device, or on the CPU where the backend lacks it; with as many threads as torch.
 
     Raises:
         NotFoundError: no export to ONNX.
+        UsageError: a backend that is not installed.
     """
     place = device.type
-    if not has_device(place):
-        console.note(f"this ONNX Runtime has no device {place!r}: the graphs run on the CPU")
+    if not has_device(place, backend):
+        console.note(f"this {engine(backend).name} has no device {place!r}: the graphs run on the CPU")
         place = "cpu"
-    return OnnxModel(directory, place, threads=torch.get_num_threads())
+    return OnnxModel(directory, place, threads=torch.get_num_threads(), backend=backend)
+
+
+@as_vtw_errors()
+def check_backend(backend: str) -> None:
+    """Refuse a backend that is not installed.
+
+    Raises:
+        UsageError: it is not.
+    """
+    engine(backend)
 
 
 def base_of(exported: OnnxModel) -> str | None:

@@ -133,6 +133,11 @@ class Graphs:
     exported: OnnxModel
 
     @property
+    def backend(self) -> str:
+        """What runs them, ``onnx`` or ``openvino``."""
+        return self.exported.backend
+
+    @property
     def dtype(self) -> torch.dtype:
         return torch_type(LONG[self.exported.manifest["dtype"]])
 
@@ -186,7 +191,8 @@ def choose(
 
     Raises:
         NotFoundError: the model is missing or unreadable, or nothing can leave it.
-        UsageError: nothing to compare, a name that is taken, or another backend than the directory is for.
+        UsageError: nothing to compare, a name that is taken, or another backend than the directory is for, or one
+            that is not installed.
     """
     if ort.is_export(model.name):
         if options.backend == "torch":
@@ -198,9 +204,12 @@ def choose(
                 f"{model.name} holds ONNX graphs, which run the schedule they were exported with",
                 "leave out --schedule, --layer and --method, or evaluate the base model",
             )
+        from vtwcli.measure.graphs import check_backend
+
+        check_backend(backend_of(options))
         exported = read_manifest(Path(model.name), ort.FORMAT)
         return [(EXPORTED, Schedule.from_dict(exported.get("schedule"), "the manifest's schedule"))], None
-    if options.backend == "onnx":
+    if options.backend in ort.BACKENDS:
         raise UsageError(
             f"{model.name} is not a directory of ONNX graphs",
             f"make one: vtw export {model.name} --layer K --format onnx --output DIR",
@@ -221,6 +230,11 @@ def choose(
     if any(name == FULL for name, _ in named):
         raise UsageError(f"a schedule cannot be called {FULL!r}, as the full model is", "rename its file")
     return named, carried
+
+
+def backend_of(options: EvalSection) -> str:
+    """What runs ONNX graphs, ``onnx`` where nothing else was asked for."""
+    return "onnx" if options.backend == "auto" else options.backend
 
 
 def reader_of(model: ModelSection, options: EvalSection) -> str:
@@ -257,7 +271,8 @@ def open_variants(
 
     Raises:
         NotFoundError: a model is missing or unreadable.
-        UsageError: a baseline of another family, or none for ONNX graphs whose base model is not here.
+        UsageError: a baseline of another family, or none for ONNX graphs whose base model is not here; or a backend
+            that is not installed.
     """
     if ort.is_export(model.name):
         return _open_graphs(model, schedules, options)
@@ -273,7 +288,8 @@ def _open_graphs(
 ) -> tuple[LoadedModel, list[Variant]]:
     from vtwcli.measure.graphs import base_of, open_exported
 
-    exported = open_exported(model.name, choose_device(distributed.local_device(model.device)))
+    device = choose_device(distributed.local_device(model.device))
+    exported = open_exported(model.name, device, backend_of(options))
     base = options.baseline or base_of(exported)
     if base is None:
         raise _no_base(exported.manifest["model"]["name"])

@@ -19,8 +19,6 @@ FLOATS = ("float64", *RUN)
 SHORT = {"float32": "fp32", "float16": "fp16"}
 """What ONNX graphs run in, and how their manifests call it."""
 LONG = {short: name for name, short in SHORT.items()}
-PORTS = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
-"""How onnxruntime calls the types of a graph's inputs."""
 STORED: dict[str, tuple[int, str | None]] = {
     "BOOL": (8, "bool"),
     "F4": (4, None),

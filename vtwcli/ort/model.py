@@ -23,15 +23,18 @@ class OnnxModel(Sessions):
     Args:
         directory: made by ``vtw export --format onnx``.
         device: ``cpu`` or ``cuda``.
-        threads: of a session; 0 lets ONNX Runtime choose.
+        threads: of a session; 0 lets the backend choose.
+        backend: what runs the graphs, ``onnx`` for ONNX Runtime or ``openvino``.
 
     Raises:
         NotFoundError: no manifest, or a graph that cannot be loaded.
-        UsageError: a device that this ONNX Runtime does not have.
+        UsageError: a backend that is not installed, or a device that it does not have.
     """
 
-    def __init__(self, directory: str | Path, device: str = "cpu", threads: int = 0) -> None:
-        super().__init__(directory, device, threads)
+    def __init__(
+        self, directory: str | Path, device: str = "cpu", threads: int = 0, backend: str = "onnx"
+    ) -> None:
+        super().__init__(directory, device, threads, backend)
 
     def embed(self, input_ids: np.ndarray) -> np.ndarray:
         """Token embeddings [B, S, D]."""

@@ -41,8 +41,9 @@ class EvalSection(Section):
         None,
         description="full model to compare with; by default the model itself, of ONNX graphs their base model",
     )
-    backend: Literal["auto", "torch", "onnx"] = Field(
-        "auto", description="what runs MODEL: torch, or onnx for a directory of ONNX graphs"
+    backend: Literal["auto", "torch", "onnx", "openvino"] = Field(
+        "auto",
+        description="what runs it: torch, or for a directory of ONNX graphs onnx (ONNX Runtime) or openvino",
     )
     resume: bool = Field(
         False, description="go on with the samples that were finished before an interruption"

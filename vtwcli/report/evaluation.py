@@ -127,7 +127,10 @@ def sentences(result: Evaluation) -> list[str]:
     found = [*_metrics(result), *_further_numbers(result)]
     about = result["model"]
     if about.get("baseline", about["name"]) != about["name"]:
-        graphs = ", ONNX graphs; torch runs the full model" if about["backend"] == "onnx" else ""
+        graphs = {
+            "onnx": ", ONNX graphs; torch runs the full model",
+            "openvino": ", ONNX graphs in OpenVINO; torch runs the full model",
+        }.get(about["backend"], "")
         found.append(f"full is {about['baseline']}; it is compared with {about['name']}{graphs}.")
     meaning = (
         "95 % interval: paired bootstrap; p: McNemar's test. KL(pruned ‖ full) in nats; top-1: tokens whose first "

@@ -91,9 +91,10 @@ def speed_sentences(result: Evaluation) -> list[str]:
         found.append(
             f"Fewer than {FEWEST} rounds show no speed-up that could be told from noise; --repeats asks for more."
         )
-    if result["model"].get("backend") == "onnx":
+    engine = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}.get(result["model"].get("backend", "torch"))
+    if engine is not None:
         found.append(
-            "ONNX Runtime's times stand beside torch's: two engines, whose ratio is no speed-up of pruning."
+            f"{engine}'s times stand beside torch's: two engines, whose ratio is no speed-up of pruning."
         )
     if left_out := result.get("run", {}).get("batches_left_out"):
         found.append(f"Batches that do not fit in memory: {', '.join(map(str, left_out))}.")

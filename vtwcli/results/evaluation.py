@@ -41,7 +41,7 @@ class EvaluatedModel(Dated):
     dtype: Unchecked[str]
     """That schedules ran in."""
     backend: Unchecked[str]
-    """``torch`` or ``onnx``."""
+    """``torch``, or of ONNX graphs ``onnx`` (ONNX Runtime) or ``openvino``."""
     baseline: Unchecked[str]
     """The full model's name."""
     baseline_dtype: Unchecked[str]

@@ -108,9 +108,9 @@ ONNX graphs of {base} with a visual token schedule baked in.
 {chr(10).join(f"- {describe(action, layers)}" for action in actions) or "Nothing is pruned."}
 
 Made by {manifest["producer"]} with {libraries}, and checked against torch with ONNX Runtime
-{", ".join(manifest["tested"]["onnxruntime"])} (`parity.json`). To run, the graphs need ONNX Runtime, but neither torch
-nor transformers: `run_onnx.py` asks about a picture. `manifest.json` says how to drive the graphs and holds the digest
-of every file; `vtw verify .` checks them.
+{", ".join(manifest["tested"]["onnxruntime"])} (`parity.json`). To run, the graphs need ONNX Runtime or OpenVINO, but
+neither torch nor transformers: `run_onnx.py` asks about a picture. `manifest.json` says how to drive the graphs and
+holds the digest of every file; `vtw verify .` checks them.
 """
 
 

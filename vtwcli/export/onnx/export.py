@@ -273,6 +273,7 @@ def check(
     samples: Sequence[Sample] | None,
     steps: int,
     quantize: str | None,
+    backend: str = "onnx",
 ) -> dict[str, Any]:
     """Compare the written graphs with torch; see ``onnx_parity`` and, for large models, ``onnx_layers``.
 
@@ -287,6 +288,7 @@ def check(
         samples: questions; None takes ``synthetic_samples``.
         steps: new tokens per sample.
         quantize: ``int8`` or ``int4``, to be done here; None leaves the graphs as they are.
+        backend: what runs the graphs.
 
     Raises:
         GateError: they differ.
@@ -298,8 +300,10 @@ def check(
     from vtwcli.models.inputs import encode_batch
 
     chosen = list(samples) if samples is not None else synthetic_samples()
-    cuts, exported, loaded = removals(schedule, source.depth), OnnxModel(folder), source.loaded
-    facts = {"reference": "torch float32", "samples": len(chosen), "steps": steps}
+    cuts, loaded = removals(schedule, source.depth), source.loaded
+    exported = OnnxModel(folder, backend=backend)
+    facts = {"reference": onnx_parity.TORCH, "samples": len(chosen), "steps": steps}
+    facts |= onnx_parity.engine_named(exported)
     if loaded is None:
         assert source.checkpoint is not None
         path, trust = str(source.checkpoint.path), source.checkpoint.trust_remote_code
@@ -314,9 +318,7 @@ def check(
         if not whole:
             layer = cuts[0]["at"] if cuts else None
             result = onnx_layers.parity(loaded, layer, exported, chosen, steps)
-            tell(manifest["quantize"] or manifest["dtype"], result)
-            if manifest["quantize"] is None:
-                onnx_parity.gate(result, manifest["dtype"])
+            onnx_parity.judge(result, manifest, exported)
             return {"method": "layer by layer", **facts, **result}
     plan = schedule.to_dict() if cuts or frozen_layers(schedule, source.depth) else None
     references = []
@@ -326,27 +328,18 @@ def check(
         wanted = onnx_parity.torch_steps(loaded.model, plan, inputs, steps, names)
         references.append(onnx_parity.Reference(inputs, *wanted, names))
     result = onnx_parity.measure(exported, references)
-    tell(manifest["quantize"] or manifest["dtype"], result)
-    if manifest["quantize"] is None:
-        onnx_parity.gate(result, manifest["dtype"])
+    onnx_parity.judge(result, manifest, exported)
     report = {"method": "generation", **facts, **result}
     if quantize is not None:
         exported.release()
         for graph in exported.decoders:
             quantizers.quantize(folder / graph["file"], quantize)
         manifest["quantize"] = quantize
-        result = onnx_parity.measure(OnnxModel(folder), references)
-        tell(quantize, result)
+        exported = OnnxModel(folder)
+        result = onnx_parity.measure(exported, references)
+        onnx_parity.judge(result, manifest, exported)
         report["quantized"] = {"kind": quantize, **result}
     return report
-
-
-def tell(kind: str, result: Mapping[str, Any]) -> None:
-    """Say how far graphs of a kind are from torch."""
-    console.note(
-        f"{kind} graphs against torch float32: {result['agreement']:.1%} of {result['positions']} tokens agree, logits "
-        f"differ by up to {result['max_logit_difference']:.1e}, mean KL {max(0.0, result['mean_kl']):.1e} nats"
-    )
 
 
 def _check_layers_will_do(actions: Sequence[Mapping[str, Any]], quantize: str | None) -> None:

@@ -1,7 +1,7 @@
 """The parity check for a model that does not fit in memory: both sides run one layer at a time.
 
-Torch streams its layers from the checkpoint and recomputes whole sequences without a cache. ONNX Runtime runs each
-layer as a piece cut out of the exported graph, over the prompt first and then token by token with its cache. Each
+Torch streams its layers from the checkpoint and recomputes whole sequences without a cache. The graphs' engine runs
+each layer as a piece cut out of the exported graph, over the prompt first and then token by token with its cache. Each
 side goes on with its own hidden states, so the logits at the end carry every difference on the way.
 """
 
@@ -20,7 +20,6 @@ from torch import Tensor
 from vtwcli.data.sample import Sample
 from vtwcli.export.onnx.parity import compare, merge
 from vtwcli.io import console
-from vtwcli.models.dtypes import PORTS
 from vtwcli.models.inputs import Encoded, encode
 from vtwcli.models.loading import LoadedModel
 from vtwcli.ort import OnnxModel, State, Tokens
@@ -132,7 +131,7 @@ def onnx_logits(
             passes.append(_Pass(i, exported.embed(token[None, None]), exported.next_tokens(states[i]), {}))
     exported.release()
     depth = exported.manifest["text"]["layers"]
-    with console.progress("parity: ONNX Runtime, layers", total=depth) as task:
+    with console.progress(f"parity: {exported.engine.name}, layers", total=depth) as task:
         for graph in exported.decoders:
             for item in passes:
                 item.feeds, item.tokens = exported.feeds(graph, item.hidden, item.tokens, states[item.sample])
@@ -196,9 +195,8 @@ def _piece(exported: OnnxModel, graph: Mapping[str, Any], into: str, outputs: li
         session = exported.open(path)
 
         def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-            kinds = {port.name: port.type for port in session.get_inputs()}
-            given = {name: np.asarray(feeds[name]).astype(PORTS[kind]) for name, kind in kinds.items()}
-            return list(session.run(outputs, given))
+            found = session.run({name: feeds[name] for name in session.inputs}, outputs)
+            return [found[name].numpy() for name in outputs]
 
         yield run
     finally:

@@ -17,12 +17,16 @@ import torch
 from torch import Tensor
 
 from vtwcli.errors import GateError, NotFoundError
+from vtwcli.io import console
 from vtwcli.judge.kl import HINT, check_generation, distance, log_probabilities, sample_name
 from vtwcli.models.families import family_of
-from vtwcli.ort import NotFinite
+from vtwcli.ort import NotFinite, OnnxModel
 
 RELATIVE_TOLERANCE = 2e-4
 """fp32: largest difference of a logit, as a share of the largest logit (at least 1)."""
+
+TORCH = "torch float32"
+"""What the graphs are compared with, unless something else is said."""
 
 HALF_KL = 1e-2
 """fp16: largest mean KL in nats."""
@@ -173,23 +177,53 @@ def measure(exported: Driven, references: Sequence[Reference]) -> dict[str, Any]
         raise GateError(f"parity failed: {error.message}", error.hint) from error
 
 
-def gate(result: Mapping[str, Any], dtype: str) -> None:
+def engine_named(exported: OnnxModel) -> dict[str, str]:
+    """``engine`` for a report: what ran the graphs and its release, where that is not ONNX Runtime."""
+    engine = exported.engine
+    return {} if exported.backend == "onnx" else {"engine": f"{engine.name} {engine.version}"}
+
+
+def judge(
+    result: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    exported: OnnxModel | None = None,
+    reference: str = TORCH,
+) -> None:
+    """Say how far graphs are from a reference, and hold them to it (``gate``); quantized ones are only measured.
+
+    Raises:
+        GateError: as ``gate``.
+    """
+    inside = ""
+    if exported is not None and exported.backend != "onnx":
+        inside = f" in {exported.engine.name}"
+    console.note(
+        f"{manifest['quantize'] or manifest['dtype']} graphs{inside} against {reference}: {result['agreement']:.1%} of "
+        f"{result['positions']} tokens agree, logits differ by up to {result['max_logit_difference']:.1e}, mean KL "
+        f"{max(0.0, result['mean_kl']):.1e} nats"
+    )
+    if manifest["quantize"] is None:
+        gate(result, manifest["dtype"], reference)
+
+
+def gate(result: Mapping[str, Any], dtype: str, reference: str = TORCH) -> None:
     """Refuse an export that is not the model.
 
     Raises:
         GateError: fp32: another first choice, or a logit further off than ``RELATIVE_TOLERANCE``; fp16: a mean KL
             above ``HALF_KL``. Values that are not numbers fail too.
     """
+    whose = reference.removesuffix(" float32")
     hint = "the graphs do not compute what the model computes; nothing was written"
     if dtype == "fp32":
         allowed = RELATIVE_TOLERANCE * max(1.0, result["max_logit"])
         if not (result["agreement"] == 1.0 and result["max_logit_difference"] <= allowed):
             raise GateError(
-                f"parity failed: {result['agreement']:.2%} of {result['positions']} tokens agree with torch, logits "
+                f"parity failed: {result['agreement']:.2%} of {result['positions']} tokens agree with {whose}, logits "
                 f"differ by up to {result['max_logit_difference']:.2g} (allowed {allowed:.2g})",
                 hint,
             )
     elif not result["mean_kl"] <= HALF_KL:
         raise GateError(
-            f"parity failed: mean KL to torch {result['mean_kl']:.2g} nats (allowed {HALF_KL:.2g})", hint
+            f"parity failed: mean KL to {whose} {result['mean_kl']:.2g} nats (allowed {HALF_KL:.2g})", hint
         )

@@ -2,9 +2,9 @@
 
     python run_onnx.py --image cat.jpg "What is in the picture?"
 
-Needs onnxruntime, numpy, tokenizers and Pillow, and the files beside it: the graphs, ``vtw_ort``,
-``vtw_pixels.py``, the manifest, ``tokenizer.json`` and ``processor_config.json``. One picture or none; the arithmetic
-is that of the model's own image processor in its Pillow form.
+Needs onnxruntime (or, with ``--backend openvino``, openvino), numpy, tokenizers and Pillow, and the files beside it:
+the graphs, ``vtw_ort``, ``vtw_pixels.py``, the manifest, ``tokenizer.json`` and ``processor_config.json``. One picture
+or none; the arithmetic is that of the model's own image processor in its Pillow form.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
-from vtw_ort import OnnxModel, UsageError, best_resolution
+from vtw_ort import BACKENDS, OnnxModel, UsageError, best_resolution
 from vtw_pixels import PictureError, check_resized, read_picture
 
 HERE = Path(__file__).resolve().parent
@@ -205,10 +205,11 @@ def main() -> None:
     parser.add_argument("--image", type=Path)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--backend", default="onnx", choices=BACKENDS, help="onnx is ONNX Runtime")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    model = OnnxModel(HERE, options.device)
+    model = OnnxModel(HERE, options.device, backend=options.backend)
     tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
     image = None
     if options.image:

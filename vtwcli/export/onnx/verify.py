@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vtwcli.data.sample import Sample
@@ -35,41 +36,43 @@ def verify_onnx(
     device: str,
     dtype: str,
     steps: int,
+    backend: str = "onnx",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Check a directory of ONNX graphs, from its digests to what they generate.
 
     In order: every file against the manifest; every graph by the ONNX checker, and its inputs and outputs against
     the manifest; a greedy answer about an image; that visual tokens are gone where the schedule says so; and, where
-    the base model is at hand, that tokens and logits are torch's in float32, as in the export. Quantized graphs are
-    measured, not judged.
+    the base model is at hand, that tokens and logits are torch's in float32, as in the export. OpenVINO's are else
+    compared with ONNX Runtime's, which the export compared. Quantized graphs are measured, not judged.
 
     Args:
         directory: what ``export_onnx`` made.
         sample: what to ask.
         base: the base model; by default the one in the manifest, if it is on this machine.
-        device: where the graphs run; ``auto`` is CUDA where ONNX Runtime has it.
+        device: where the graphs run; ``auto`` is CUDA where the backend has it.
         dtype: ``auto`` or ``float32``.
         steps: length of the answer.
+        backend: what runs the graphs, ``onnx`` or ``openvino``.
 
     Returns:
         The report: ``directory``, ``model``, ``schedule``, ``files``, ``graphs``, ``smoke``, ``compared_with`` (None
         without a base), ``parity`` (of this comparison, else the one that the export kept), ``onnxruntime`` (the
-        release ``installed``, and those ``tested`` at export), ``made_with`` (versions) and ``device``.
+        release ``installed``, and those ``tested`` at export; of OpenVINO only what is installed, under ``openvino``),
+        ``made_with`` (versions) and ``device``.
 
     Raises:
         GateError: a check failed; the message says which.
         NotFoundError: not an export, or it or the base cannot be read.
         UsageError: a base of another family, or a type that graphs are not compared in.
     """
-    import onnxruntime
-
     if dtype not in ("auto", "float32"):
         raise UsageError("ONNX graphs are compared with torch in float32", "leave out --dtype")
     manifest = read_manifest(directory, FORMAT)
-    auto = "cuda" if has_device("cuda") else "cpu"
     with as_vtw_errors():
-        exported = OnnxModel(directory, auto if device == "auto" else choose_device(device).type)
+        auto = "cuda" if has_device("cuda", backend) else "cpu"
+        place = auto if device == "auto" else choose_device(device).type
+        exported = OnnxModel(directory, place, backend=backend)
     files = check_files(directory, manifest)
     if not trust_remote_code:  # none of it runs here, but it is not to be called verified either
         read_own_code(directory, scripts(), {})
@@ -85,23 +88,29 @@ def verify_onnx(
         )
     exported.release()
     with running(directory):
-        parity = _parity(directory, manifest, schedule, sample, name, steps)
+        parity = _parity(exported, manifest, schedule, sample, name, steps)
     return {
         "directory": str(directory),
         "model": manifest["model"],
         "schedule": manifest["schedule"],
         "files": {**file_totals(manifest), **files},
         "graphs": [graph["file"] for graph in manifest["graphs"]],
-        "onnxruntime": {
-            "installed": onnxruntime.__version__,
-            "tested": manifest.get("tested", {}).get("onnxruntime", []),
-        },
+        **_engines(exported, manifest),
         "made_with": manifest.get("versions", {}),
         "smoke": smoke,
         "compared_with": name,
         "parity": parity,
         "device": exported.device,
     }
+
+
+def _engines(exported: OnnxModel, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What ran the graphs, and with what the export was checked."""
+    tested = {"tested": manifest.get("tested", {}).get("onnxruntime", [])}
+    installed = {"installed": exported.engine.version}
+    if exported.backend == "onnx":
+        return {"onnxruntime": installed | tested}
+    return {exported.engine.package: installed, "onnxruntime": tested}
 
 
 @contextmanager
@@ -180,16 +189,19 @@ def frame(directory: Path) -> LoadedModel:
 
 
 def _parity(
-    directory: Path,
+    exported: OnnxModel,
     manifest: dict[str, Any],
     schedule: Schedule,
     sample: Sample,
     name: str | None,
     steps: int,
 ) -> dict[str, Any]:
-    """The comparison with the base; without one what the export found."""
+    """The comparison with the base; without one that with ONNX Runtime, and of that itself what the export found."""
     from vtwcli.export.onnx import export as onnx
 
+    directory = exported.directory
+    if name is None and exported.backend != "onnx":
+        return _against_onnx_runtime(exported, sample, steps)
     if name is None:
         file = directory / onnx.PARITY
         try:
@@ -201,4 +213,23 @@ def _parity(
     wanted = manifest["model"]["model_type"]
     if source.family.model_type != wanted:
         raise UsageError(f"{name!r} is not of the family {wanted!r}")
-    return onnx.check(source, schedule, directory, manifest, [sample], steps, None)
+    return onnx.check(source, schedule, directory, manifest, [sample], steps, None, exported.backend)
+
+
+def _against_onnx_runtime(exported: OnnxModel, sample: Sample, steps: int) -> dict[str, Any]:
+    """The graphs compared with themselves in ONNX Runtime, along its own greedy tokens."""
+    from vtwcli.export.onnx import parity as onnx_parity
+
+    inputs = encode(frame(exported.directory), sample).inputs
+    known = OnnxModel(exported.directory)
+    logits, state = known.prefill(onnx_parity.arrays(inputs))
+    columns = [logits]
+    while len(columns) < steps:
+        columns.append(known.step(columns[-1].argmax(-1), state))
+    found = np.stack(columns, 1)
+    known.release()
+    result = onnx_parity.measure(exported, [onnx_parity.Reference(inputs, found.argmax(-1), found)])
+    reference = f"{known.engine.name} {known.engine.version}"
+    onnx_parity.judge(result, exported.manifest, exported, reference)
+    facts = {"reference": reference, "samples": 1, "steps": steps, **onnx_parity.engine_named(exported)}
+    return {"method": "generation", **facts, **result}

@@ -69,15 +69,13 @@ def check(
         wanted = onnx_parity.torch_steps(loaded.model, plan, inputs, steps, [sample.id])
         references.append(onnx_parity.Reference(inputs, *wanted, [sample.id]))
     result = measure(WebModel(folder, manifest), references, schedule, manifest)
-    onnx.tell(manifest["quantize"] or manifest["dtype"], result)
-    if manifest["quantize"] is None:
-        onnx_parity.gate(result, manifest["dtype"])
+    onnx_parity.judge(result, manifest)
     facts = {"reference": "torch float32", "samples": len(chosen), "steps": steps}
     report = {"method": "generation", **facts, **result}
     if quantize is not None:
         quantized(folder, manifest, quantize)
         result = measure(WebModel(folder, manifest), references, schedule, manifest)
-        onnx.tell(quantize, result)
+        onnx_parity.judge(result, {**manifest, "quantize": quantize})
         report["quantized"] = {"kind": quantize, **result}
     return report
 
