@@ -1,6 +1,7 @@
 """What runs a graph, ONNX Runtime or OpenVINO, under the same calls.
 
-Both compute in the type of the graph. Values that come out stay where the engine has them, and can be fed again.
+Values that come out stay where the engine has them, and can be fed again. OpenVINO computes in float32, whatever the
+type of the graph.
 """
 
 from __future__ import annotations
