@@ -418,10 +418,10 @@ def no_memory(monkeypatch):
     monkeypatch.setattr(export, "memory_available", lambda device: 0)
 
 
-def checked(source, k, exports, name="split", quantize=None):
+def checked(source, k, exports, name="split", quantize=None, backend="onnx"):
     directory, _ = exports(name)
     manifest = json.loads((directory / "manifest.json").read_text())
-    return export.check(source, Schedule.withdraw_at(k), directory, manifest, None, 4, quantize)
+    return export.check(source, Schedule.withdraw_at(k), directory, manifest, None, 4, quantize, backend)
 
 
 @pytest.mark.parametrize(("name", "k"), [("split", 1), ("none", 0), ("full half", 2)])
@@ -431,6 +431,16 @@ def test_layer_by_layer_where_the_model_does_not_fit(name, k, exports, no_memory
     assert report["method"] == "layer by layer" and report["agreement"] == 1.0 and report["positions"] == 12
     assert report["mean_kl"] < (1e-3 if name == "full half" else 1e-9)
     assert not (exports(name)[0] / "piece.onnx").exists()
+
+
+@needs_openvino
+def test_layer_by_layer_in_openvino(exports, no_memory, monkeypatch):
+    monkeypatch.setattr("vtwcli.models.loading.memory_available", lambda device: 0)
+    source = export.Source.of(resolve(str(exports.model("split"))))
+    report = checked(source, 1, exports, backend="openvino")
+    assert report["method"] == "layer by layer" and report["engine"].startswith("OpenVINO ")
+    assert report["agreement"] == 1.0 and report["mean_kl"] < 1e-9
+    assert not (exports("split")[0] / "piece.onnx").exists()
 
 
 def test_layer_by_layer_finds_a_wrong_cut(exports, no_memory):
@@ -448,10 +458,11 @@ def test_layer_by_layer_refuses_what_it_cannot_prove(exports, no_memory):
         export.check(source, schedule, directory, {"dtype": "fp32"}, None, 4, None)
 
 
-def test_the_merged_graph_layer_by_layer(exports):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_merged_graph_layer_by_layer(backend, exports):
     """The merged graphs are quantized on disk, so the pieces are compared loosely and with each other."""
     skeleton = load(str(exports.model("merged int4")), device="cpu", dtype="float32", weights=False)
-    graphs = OnnxModel(exports("merged int4")[0])
+    graphs = OnnxModel(exports("merged int4")[0], backend=backend)
     result = onnx_layers.parity(skeleton, 1, graphs, export.synthetic_samples(), 3)
     assert 1e-9 < result["mean_kl"] < 0.3
 

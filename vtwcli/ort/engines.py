@@ -1,6 +1,7 @@
 """What runs a graph, ONNX Runtime or OpenVINO, under the same calls.
 
-Both compute in the type of the graph. Values that come out stay where the engine has them, and can be fed again.
+Values that come out stay where the engine has them, and can be fed again. OpenVINO computes in float32, whatever the
+type of the graph.
 """
 
 from __future__ import annotations
@@ -191,8 +192,8 @@ class _OpenVinoGraph:
             self._request.set_tensor(name, value)
         for name in outputs:  # a tensor of its own, or the next run would write over what this one returned
             port = self._outputs[name]
-            empty = self._library.Shape([0] * len(port.partial_shape))
-            found[name] = _OpenVinoValue(self._library.Tensor(port.element_type, empty))
+            least = port.partial_shape.get_min_shape()  # it grows as it is needed
+            found[name] = _OpenVinoValue(self._library.Tensor(port.element_type, least))
             self._request.set_tensor(name, found[name].tensor)
         self._request.infer()
         return found
