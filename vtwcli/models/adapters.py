@@ -26,7 +26,9 @@ from vtwcli.models.jsonfiles import ADAPTER, CONFIG, read_json
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
-_OVERHEAD = 1.2  # the adapter, and the product of its matrices for one layer at a time, beside the base's weights
+_OVERHEAD = (
+    1.2  # the adapter, and the product of its matrices for one layer at a time, beside the base's weights
+)
 _CARD = "README.md"
 
 
@@ -54,7 +56,9 @@ def base_of(path: Path, name: str) -> str:
             f"{name!r} is an adapter, and its {ADAPTER} does not say of which model",
             f"write the model's name or directory there as base_model_name_or_path: {path / ADAPTER}",
         )
-    return f"{base}@{revision}" if isinstance(revision, str) and revision and not Path(base).is_dir() else base
+    return (
+        f"{base}@{revision}" if isinstance(revision, str) and revision and not Path(base).is_dir() else base
+    )
 
 
 def merged(path: Path, name: str, revision: str | None, base: Checkpoint) -> Checkpoint:
@@ -72,7 +76,11 @@ def merged(path: Path, name: str, revision: str | None, base: Checkpoint) -> Che
     if not (path / ADAPTER_WEIGHTS).is_file():
         raise NotFoundError(
             f"the adapter {name!r} has no {ADAPTER_WEIGHTS}"
-            + (f"; {_PICKLE} is pickle, which can run code and is not loaded" if (path / _PICKLE).is_file() else ""),
+            + (
+                f"; {_PICKLE} is pickle, which can run code and is not loaded"
+                if (path / _PICKLE).is_file()
+                else ""
+            ),
             f"save it again with a peft that writes {ADAPTER_WEIGHTS}",
         )
     target = _place(path, base)
@@ -118,7 +126,9 @@ def _make(path: Path, name: str, base: Checkpoint, target: Path) -> None:
             model = _model(path, base)
     except NotFoundError:
         raise
-    except Exception as error:  # there is no telling what an adapter of another model makes the libraries raise
+    except (
+        Exception
+    ) as error:  # there is no telling what an adapter of another model makes the libraries raise
         raise NotFoundError(
             f"the adapter {name!r} cannot be merged into {base.name!r}: {first_line(error)}",
             f"base_model_name_or_path in {path / ADAPTER} names the model that it was trained on",
@@ -170,18 +180,16 @@ def _model(path: Path, base: Checkpoint) -> Any:
     model: Any = AutoModelForImageTextToText.from_pretrained(
         base.path, dtype=base.dtype, local_files_only=True, use_safetensors=True
     )
-    names = vars(model).get("_weight_conversions")  # those of the base model's files; loading an adapter forgets them
-    found = model.load_adapter(
-        str(path), use_safetensors=True, adapter_kwargs={"local_files_only": True}
-    )
+    names = vars(model).get(
+        "_weight_conversions"
+    )  # those of the base model's files; loading an adapter forgets them
+    found = model.load_adapter(str(path), use_safetensors=True, adapter_kwargs={"local_files_only": True})
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if strangers := sorted(map(str, getattr(found, kind, None) or ())):
             raise ValueError(f"{len(strangers)} {kind.replace('_', ' ')}, first {strangers[0]}")
     wrapped = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     outer = _outermost([name for name, module in model.named_modules() if isinstance(module, wrapped)])
-    tied = {
-        key.rpartition(".")[0] for pair in (model.all_tied_weights_keys or {}).items() for key in pair
-    }
+    tied = {key.rpartition(".")[0] for pair in (model.all_tied_weights_keys or {}).items() for key in pair}
     for name in outer:
         if name in tied:
             raise ValueError(f"it changes {name}, whose weight is tied to another's")
