@@ -1,0 +1,82 @@
+"""Repositories of the Hub in miniature: each is read as it is, and goes through every command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.layouts import LAYOUTS
+from vtwcli.data.sample import Sample
+from vtwcli.models.hub import resolve
+from vtwcli.models.inputs import encode, end_ids
+from vtwcli.models.loading import load
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    """Two questions about random pictures."""
+    folder = tmp_path_factory.mktemp("rows")
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(2):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        lines.append(json.dumps({"image": f"{i}.png", "question": f"what is {i}?", "answer": "red"}))
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return folder / "rows.jsonl"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_repository_goes_through_every_command(name, rows, vtw, tmp_path):
+    layout, model = LAYOUTS[name], tmp_path / "model"
+    model.mkdir()
+    state = layout.write(model)
+
+    # every tensor is found, by its headers and by loading
+    checkpoint = resolve(str(model))
+    assert checkpoint.dtype == layout.dtype
+    for own, stored in checkpoint.key_map.items():
+        assert torch.equal(stored.read(), state[own]), own
+    loaded = load(str(model), dtype="float32", device="cpu")
+    found = loaded.model.state_dict()
+    assert found.keys() == state.keys()
+    for own, x in state.items():
+        assert torch.equal(found[own], x.float()), own
+
+    # the chat template is the one meant, the prompt shows a picture, and answers end where the files say
+    encoded = encode(loaded, Sample("0", "t", (Image.new("RGB", (16, 16)),), "what is this?"))
+    assert int(encoded.visual.sum()) > 0
+    said = loaded.processor.tokenizer.decode(encoded.inputs["input_ids"][0])
+    assert "what is this?" in said and ("USER: " in said) is (layout.template is not None)
+    ends = 2 if layout.generation is None else layout.generation["eos_token_id"]
+    assert end_ids(loaded) == tuple(ends if isinstance(ends, list) else [ends])
+
+    brief = ("--data", rows, "--dtype", "float32", "--device", "cpu")
+    for args in (
+        ("calibrate", model, *brief, "--max-new-tokens", 2, "--eta", 100, "--output", "k.json"),
+        (
+            "eval",
+            model,
+            *brief,
+            "--layers",
+            2,
+            "--max-new-tokens",
+            2,
+            "--bootstrap",
+            0,
+            "--no-timing",
+            "--output",
+            "e.json",
+        ),
+        ("export", model, "--layer", 2, "--evaluation", "e.json", "--output", "pruned"),
+        ("verify", "pruned", "--base", model, "--device", "cpu", "--max-new-tokens", 2),
+    ):
+        code, _, err = vtw(*args)
+        assert code == 0, (args, err)
+    assert json.loads(Path("k.json").read_text())["num_layers"] == 3
+    again = resolve("pruned")
+    assert again.shards == checkpoint.shards and again.key_map.keys() == checkpoint.key_map.keys()
