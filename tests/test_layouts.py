@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.conftest import TEMPLATE
 from tests.layouts import LAYOUTS
 from vtwcli.data.sample import Sample
+from vtwcli.errors import NotFoundError
 from vtwcli.models.hub import resolve
 from vtwcli.models.inputs import encode, end_ids
 from vtwcli.models.loading import load
+from vtwcli.models.templates import template_of
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +32,20 @@ def rows(tmp_path_factory) -> Path:
         lines.append(json.dumps({"image": f"{i}.png", "question": f"what is {i}?", "answer": "red"}))
     (folder / "rows.jsonl").write_text("\n".join(lines))
     return folder / "rows.jsonl"
+
+
+@pytest.mark.parametrize("place", ["chat_template.json", "processor_config.json"])
+def test_named_templates_stand_in_any_file(place, tiny_dir, tmp_path):
+    model = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+    (model / "chat_template.jinja").unlink()
+    there = json.loads((model / place).read_text()) if (model / place).exists() else {}
+    other = {"name": "tool_use", "template": "{{ messages }}"}
+    named = [other, {"name": "default", "template": TEMPLATE}]
+    (model / place).write_text(json.dumps(there | {"chat_template": named}))
+    assert template_of(load(str(model)).processor) == TEMPLATE
+    (model / place).write_text(json.dumps(there | {"chat_template": ["x"]}))
+    with pytest.raises(NotFoundError, match="its list of chat templates has no names"):
+        load(str(model))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
