@@ -97,7 +97,7 @@ class Layout:
         write_json(folder / "config.json", self.config(settings))
         if self.generation is not None:
             write_json(folder / "generation_config.json", {"pad_token_id": 0} | self.generation)
-        self._write_processor(folder)
+        self.write_processor(folder)
         for name, content in self.extra.items():
             write_json(folder / name, content)
         return state
@@ -129,7 +129,8 @@ class Layout:
                 return name.replace(own, old, 1)
         return name
 
-    def _write_processor(self, folder: Path) -> None:
+    def write_processor(self, folder: Path) -> None:
+        """Write the files of tokenizer, processor and chat template."""
         from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
         name = {"processor_class": PROCESSOR_MAPPING_NAMES[self.family]}

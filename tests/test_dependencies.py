@@ -50,17 +50,22 @@ def needs_onnx(file):
 def test_the_package_declares_what_it_imports():
     files = sorted((ROOT / "vtwcli").rglob("*.py"))
     assert len(files) > 100
-    assert undeclared([file for file in files if not needs_onnx(file)], ALWAYS) == {}
+    adapters = ROOT / "vtwcli/models/adapters.py"
+    others = [file for file in files if not needs_onnx(file) and file != adapters]
+    assert undeclared(others, ALWAYS) == {}
+    assert undeclared([adapters], ALWAYS + EXTRAS["adapters"]) == {}
     assert undeclared(filter(needs_onnx, files), ALWAYS + EXTRAS["onnx"]) == {}
 
 
 def test_the_tests_declare_what_they_import():
     files = sorted((ROOT / "tests").rglob("*.py"))
-    assert undeclared(files, ALWAYS + EXTRAS["onnx"] + EXTRAS["test"]) == {}
+    assert undeclared(files, ALWAYS + EXTRAS["adapters"] + EXTRAS["onnx"] + EXTRAS["test"]) == {}
 
 
 @pytest.mark.parametrize(
-    "requirement", [*ALWAYS, *EXTRAS["onnx"], *EXTRAS["test"][1:]], ids=lambda requirement: requirement.name
+    "requirement",
+    [*ALWAYS, *EXTRAS["adapters"], *EXTRAS["onnx"], *EXTRAS["test"][1:]],
+    ids=lambda requirement: requirement.name,
 )
 def test_what_is_installed_is_within_the_bounds(requirement):
     try:

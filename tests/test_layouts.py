@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoProcessor
+from transformers.utils import is_torchvision_available
 
 from tests.conftest import TEMPLATE
 from tests.layouts import LAYOUTS
 from vtwcli.data.sample import Sample
 from vtwcli.errors import NotFoundError
+from vtwcli.models.families import FAMILIES
 from vtwcli.models.hub import resolve
 from vtwcli.models.inputs import encode, end_ids
 from vtwcli.models.loading import load
+from vtwcli.models.requirements import processor_packages
 from vtwcli.models.templates import template_of
 
 
@@ -46,6 +50,33 @@ def test_named_templates_stand_in_any_file(place, tiny_dir, tmp_path):
     (model / place).write_text(json.dumps(there | {"chat_template": ["x"]}))
     with pytest.raises(NotFoundError, match="its list of chat templates has no names"):
         load(str(model))
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="nothing is missing")
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_cards_name_torchvision_where_the_processor_cannot_be_loaded_without(name, tmp_path):
+    LAYOUTS[name].write_processor(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": LAYOUTS[name].family}))
+    missing = False
+    try:
+        AutoProcessor.from_pretrained(tmp_path)
+    except ImportError as error:
+        missing = "torchvision" in str(error).lower()
+    assert ("torchvision" in processor_packages(FAMILIES[LAYOUTS[name].family], tmp_path)) is missing
+
+
+def test_cards_name_what_else_a_processor_needs(tmp_path):
+    def needed(family: str) -> dict[str, str]:
+        return processor_packages(FAMILIES[family], tmp_path)
+
+    assert needed("llava") == {"pillow": "images"}
+    assert needed("mistral3")["torchvision"] == "the processor"
+    assert needed("lfm2_vl")["torchvision"] == "the image processor"
+    assert needed("smolvlm")["num2words"] == "the processor"
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    assert needed("llava")["sentencepiece"] == "the tokenizer"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert needed("llava") == {"pillow": "images"}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from vtwcli.machine.libraries import quiet_libraries
 from vtwcli.machine.memory import memory_available
 from vtwcli.models.checkpoint import COMPANIONS, Checkpoint
 from vtwcli.models.jsonfiles import ADAPTER, CONFIG, read_json
+from vtwcli.models.stored import read_header
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
@@ -30,6 +32,7 @@ _OVERHEAD = (
     1.2  # the adapter, and the product of its matrices for one layer at a time, beside the base's weights
 )
 _CARD = "README.md"
+_DORA = ".lora_magnitude_vector"  # in files without the name of the one parameter that it has
 
 
 def is_adapter(path: Path) -> bool:
@@ -122,7 +125,8 @@ def _make(path: Path, name: str, base: Checkpoint, target: Path) -> None:
             "merge the two on a larger machine: merge_and_unload() and save_pretrained() of peft",
         )
     try:
-        with quiet_libraries():
+        with quiet_libraries(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's, about what is checked here
             model = _model(path, base)
     except NotFoundError:
         raise
@@ -183,7 +187,13 @@ def _model(path: Path, base: Checkpoint) -> Any:
     names = vars(model).get(
         "_weight_conversions"
     )  # those of the base model's files; loading an adapter forgets them
-    found = model.load_adapter(str(path), use_safetensors=True, adapter_kwargs={"local_files_only": True})
+    weights = {
+        f"{key}.weight" if key.endswith(_DORA) else key: tensor.read()
+        for key, tensor in read_header(path / ADAPTER_WEIGHTS).tensors.items()
+    }
+    found = model.load_adapter(
+        str(path), adapter_state_dict=weights, adapter_kwargs={"local_files_only": True}
+    )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if strangers := sorted(map(str, getattr(found, kind, None) or ())):
             raise ValueError(f"{len(strangers)} {kind.replace('_', ' ')}, first {strangers[0]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from vtwcli.models.families import Family
 from vtwcli.models.jsonfiles import TOKENIZER
@@ -25,9 +26,9 @@ def processor_packages(family: Family, path: Path) -> dict[str, str]:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
     packages = {"pillow": "images"}
-    processor = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(family.model_type, ""), None)
+    processor: Any = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(family.model_type, ""), None)
     # a class that wants what is not installed is a stand-in, which names it otherwise than the class itself
-    wanted = getattr(processor, "_backends", None) or getattr(processor, "__backends", ())
+    wanted: Any = getattr(processor, "_backends", None) or getattr(processor, "__backends", ())
     images = IMAGE_PROCESSOR_MAPPING_NAMES.get(family.model_type)
     if "torchvision" in map(str, wanted):
         packages["torchvision"] = "the processor"
