@@ -15,7 +15,9 @@ from vtwcli.models.families import Family
 from vtwcli.models.jsonfiles import PROCESSOR, TEMPLATES, TOKENIZER, broken
 
 # how transformers names a package that it misses
-_PACKAGE = r"pip install ([\w.-]*\w)|requires the (\w+) library|optional dependencies: (\w+)"
+_PACKAGE = (
+    r"pip install ([\w.-]*\w)|requires the (\w+) library|optional dependencies: (\w+)|requires `(\w+)` to be installed"
+)
 
 
 def load_processor(checkpoint: Checkpoint) -> Any:
