@@ -221,3 +221,18 @@ def test_links_of_an_adapter_lead_nowhere_else(train, tmp_path, cache):
     (tmp_path / "secret").write_text("mine")
     (folder / "NOTICE").symlink_to(tmp_path / "secret")
     assert not (resolve(str(folder)).path / "NOTICE").exists()
+
+
+def test_an_adapter_of_the_hub_keeps_its_commit(train, tmp_path, cache, monkeypatch):
+    folder, _ = train(target_modules=PARTS)
+    commit = "a" * 40
+    repo = tmp_path / "hub" / "models--acme--adapter"
+    shutil.copytree(folder, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    found = resolve("acme/adapter")
+    assert (found.name, found.revision, found.path.name) == ("acme/adapter", commit, commit)
+    (repo / "snapshots" / commit / "adapter_model.safetensors").unlink()
+    with pytest.raises(NotFoundError, match="the adapter 'acme/adapter' has no adapter_model"):
+        resolve("acme/adapter")

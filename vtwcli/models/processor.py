@@ -16,7 +16,8 @@ from vtwcli.models.jsonfiles import PROCESSOR, TEMPLATES, TOKENIZER, broken
 
 # how transformers names a package that it misses
 _PACKAGE = (
-    r"pip install ([\w.-]*\w)|requires the (\w+) library|optional dependencies: (\w+)|requires `(\w+)` to be installed"
+    r"pip install ([\w.-]*\w)|requires the (\w+) library|optional dependencies: (\w+)"
+    r"|requires `(\w+)` to be installed"
 )
 
 
