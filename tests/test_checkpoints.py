@@ -193,8 +193,8 @@ def test_a_torchvision_that_cannot_be_imported_is_named_where_it_is_needed(
     done = subprocess.run([sys.executable, "-c", code], env=other_torchvision, capture_output=True, text=True)
     assert done.stdout == (
         f"the processor of '{model}' needs torchvision, and the installed one cannot be imported: RuntimeError: "
-        "operator torchvision::nms does not exist (install the torchvision that is built for torch "
-        f"{torch.__version__}, from the same index as torch)\n"
+        f"operator torchvision::nms does not exist (install torchvision 0.{int(torch.__version__.split('.')[1]) + 15} "
+        f"that is built for torch {torch.__version__}, from the same index as torch)\n"
     ), done.stderr
 
 

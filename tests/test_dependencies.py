@@ -16,6 +16,8 @@ EXTRAS = {
     name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()
 }
 GRAPHS = EXTRAS["onnx"] + EXTRAS["openvino"]
+OF_EXTRAS = {"quantized": "quant", "adapters": "adapters"}  # files of vtwcli.models
+EVERY = ALWAYS + GRAPHS + EXTRAS["quant"] + EXTRAS["adapters"]
 ALWAYS = [Requirement(line) for line in PROJECT["dependencies"]]
 BESIDE = {"vtw_ort", "vtw_pixels"}  # lie beside run_onnx.py in an exported directory
 
@@ -54,20 +56,22 @@ def test_the_package_declares_what_it_imports():
     assert len(files) > 100
     plugin = ROOT / "vtwcli/lmms_eval.py"  # only lmms-eval loads it, which brings tqdm
     assert undeclared([plugin], ALWAYS).keys() <= {"lmms_eval", "tqdm"}
-    plain = [file for file in files if not needs_onnx(file) and file.stem != "quantized" and file != plugin]
+    extra = {ROOT / f"vtwcli/models/{name}.py": EXTRAS[key] for name, key in OF_EXTRAS.items()}
+    plain = [file for file in files if not needs_onnx(file) and file not in (*extra, plugin)]
     assert undeclared(plain, ALWAYS) == {}
-    assert undeclared([ROOT / "vtwcli/models/quantized.py"], ALWAYS + EXTRAS["quant"]) == {}
+    for file, requirements in extra.items():
+        assert undeclared([file], ALWAYS + requirements) == {}
     assert undeclared(filter(needs_onnx, files), ALWAYS + GRAPHS) == {}
 
 
 def test_the_tests_declare_what_they_import():
     files = sorted((ROOT / "tests").rglob("*.py"))
-    assert undeclared(files, ALWAYS + GRAPHS + EXTRAS["quant"] + EXTRAS["test"]) == {}
+    assert undeclared(files, EVERY + EXTRAS["test"]) == {}
 
 
 @pytest.mark.parametrize(
     "requirement",
-    [*ALWAYS, *GRAPHS, *EXTRAS["quant"], *EXTRAS["test"][1:]],
+    [*EVERY, *EXTRAS["test"][1:]],
     ids=lambda requirement: requirement.name,
 )
 def test_what_is_installed_is_within_the_bounds(requirement):

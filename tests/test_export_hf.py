@@ -385,6 +385,7 @@ def test_card_says_what_was_done(exported):
     assert "/home/me" not in text  # the evaluation knows the model by a path of its machine
     assert 'path = "pruned"' in text
     assert f"was tested with {', '.join(TESTED)}" in " ".join(text.split())
+    assert "The processor needs, beside torch and transformers: `pillow` (for images)." in text
     assert "`house`" in text
     # 64 text and 576 visual tokens: half of the six layers hold 64 instead of 640
     assert "| KV cache after the prefill | 55.0% |" in text

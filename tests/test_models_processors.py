@@ -72,7 +72,8 @@ def test_a_processor_that_cannot_do_without_says_so(image_processor, processor, 
     with pytest.raises(NotFoundError, match="needs a package that is not installed: " + reason) as caught:
         load(str(tmp_path))
     assert caught.value.hint == (
-        f"install the torchvision that is built for torch {torch.__version__}, from the same index as torch"
+        f"install torchvision 0.{int(torch.__version__.split('.')[1]) + 15} that is built for torch "
+        f"{torch.__version__}, from the same index as torch"
     )
 
 

@@ -5,6 +5,7 @@ transformers asks only whether it is installed, and then fails wherever it impor
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from functools import cache
@@ -12,6 +13,9 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from vtwcli.errors import typed_line
+
+_APART = 15
+"""torchvision 0.28 belongs to torch 2.13, and so on for every release of torch 2."""
 
 
 @cache
@@ -43,9 +47,9 @@ def hide_if_broken() -> str | None:
 
 
 def advice() -> str:
-    """Where a torchvision comes from that works."""
+    """Where a torchvision comes from that works: its number, and the index that has builds for the torch in use."""
     import torch
 
-    return (
-        f"install the torchvision that is built for torch {torch.__version__}, from the same index as torch"
-    )
+    number = re.match(r"2\.(\d+)", torch.__version__)
+    fitting = f"torchvision 0.{int(number.group(1)) + _APART}" if number else "the torchvision"
+    return f"install {fitting} that is built for torch {torch.__version__}, from the same index as torch"

@@ -46,6 +46,7 @@ class Checkpoint:
         config: the transformers config.
         family: its row of the family table.
         trust_remote_code: whether code that comes with the files may run.
+        adapter_of: the model that an adapter of this name was merged into; None for any other.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Checkpoint:
     config: PretrainedConfig
     family: Family
     trust_remote_code: bool = False
+    adapter_of: str | None = None
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:

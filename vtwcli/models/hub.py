@@ -9,10 +9,11 @@ from typing import Any
 from vtwcli.errors import NotFoundError, first_line
 from vtwcli.io import console
 from vtwcli.machine.libraries import quiet_libraries
+from vtwcli.models.adapters import ADAPTER_WEIGHTS, base_of, is_adapter, merged
 from vtwcli.models.broken_torchvision import hide_if_broken
 from vtwcli.models.checkpoint import COMPANIONS, Checkpoint
 from vtwcli.models.config import read_config
-from vtwcli.models.jsonfiles import check_sizes
+from vtwcli.models.jsonfiles import ADAPTER, check_sizes
 from vtwcli.models.names import directory_of
 
 _CONFIG_FILES = [*COMPANIONS, "README.md"]
@@ -34,6 +35,8 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
     hide_if_broken()
     path, revision = _locate(name, [*_CONFIG_FILES, "*.py"] if trust_remote_code else _CONFIG_FILES)
     check_sizes(path)
+    if is_adapter(path):
+        return _adapter(name, path, revision)
     config, family = read_config(path, name, trust_remote_code)
     trusted = trust_remote_code and getattr(config, "vtw", None) is None
     checkpoint = Checkpoint(name, path, revision, config, family, trusted)
@@ -42,6 +45,23 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
             _fetch_weights(checkpoint)
         checkpoint.check()
     return checkpoint
+
+
+def _adapter(name: str, path: Path, revision: str | None) -> Checkpoint:
+    """An adapter's checkpoint: what it makes of its base model."""
+    base = base_of(path, name)
+    if revision is not None and not (path / ADAPTER_WEIGHTS).exists():
+        _snapshot(name, name.partition("@")[0], revision, [ADAPTER_WEIGHTS])
+    try:
+        if is_adapter(_locate(base, _CONFIG_FILES)[0]):
+            raise NotFoundError("which is an adapter itself")
+        found = resolve(base)
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"{name!r} is an adapter of {base!r}: {error.message}",
+            f"base_model_name_or_path in {path / ADAPTER} says where the model is",
+        ) from error
+    return merged(path, name, revision, found)
 
 
 def _locate(name: str, patterns: list[str]) -> tuple[Path, str | None]:

@@ -16,13 +16,14 @@ from vtwcli.models.stored import DOWNLOAD_AGAIN
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+ADAPTER = "adapter_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 _MIB = 1 << 20
 _LIMITS = {
-    **dict.fromkeys((CONFIG, GENERATION, *TOKENIZER, *PROCESSOR, TEMPLATES[1]), 16 * _MIB),
+    **dict.fromkeys((CONFIG, GENERATION, ADAPTER, *TOKENIZER, *PROCESSOR, TEMPLATES[1]), 16 * _MIB),
     **dict.fromkeys(("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"), 128 * _MIB),  # a vocabulary
     "model.safetensors.index.json": 128 * _MIB,
     TEMPLATES[0]: _MIB,

@@ -15,7 +15,10 @@ from vtwcli.models.families import Family
 from vtwcli.models.jsonfiles import PROCESSOR, TEMPLATES, TOKENIZER, broken
 
 # how transformers names a package that it misses
-_PACKAGE = r"pip install ([\w.-]*\w)|requires the (\w+) library|optional dependencies: (\w+)"
+_PACKAGE = (
+    r"pip install ([\w.-]*\w)|requires the (\w+) library|optional dependencies: (\w+)"
+    r"|requires `(\w+)` to be installed"
+)
 
 
 def load_processor(checkpoint: Checkpoint) -> Any:
@@ -58,6 +61,14 @@ def load_processor(checkpoint: Checkpoint) -> Any:
             raise _no_processor(checkpoint, f"no {part.replace('_', ' ')}")
     if getattr(processor, "patch_size", 0) is None:
         raise _no_processor(checkpoint, "processor_config.json does not give patch_size")
+    named = getattr(processor, "chat_template", None)
+    if isinstance(
+        named, list
+    ):  # as tokenizers have them; a processor looks for them by name, and saves them so
+        try:
+            processor.chat_template = {one["name"]: one["template"] for one in named}
+        except (TypeError, KeyError) as error:
+            raise _no_processor(checkpoint, "its list of chat templates has no names") from error
     return processor
 
 

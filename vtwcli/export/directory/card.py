@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ class Subject:
         dtype: of the weights, for people.
         front: what is carried along of the base model's card, see ``front_matter``.
         changed: what the export took out of the base model's generation settings, in sentences.
+        packages: what loading the processor needs beside transformers and torch, each with what for.
+        adapter_of: the model that an adapter was merged into to give the base model; None for any other.
     """
 
     name: str
@@ -55,6 +57,8 @@ class Subject:
     dtype: str
     front: dict[str, str | list[str]]
     changed: Sequence[str] = ()
+    packages: Mapping[str, str] = field(default_factory=dict)
+    adapter_of: str | None = None
 
 
 def model_card(
@@ -137,6 +141,8 @@ def _opening(subject: Subject) -> str:
         weights = f"Nothing was trained; the weights were converted to {subject.dtype}."
     else:
         weights = "Nothing was trained: the weights are the base model's files, byte for byte."
+    if subject.adapter_of is not None:
+        weights = f"The base model is an adapter, merged into {text.code(subject.adapter_of)}. {weights}"
     return (
         f"{_base(subject)} ({subject.family.title}) with a visual token schedule baked in: its language model runs "
         f"with fewer visual tokens, which makes the prefill cheaper and the KV cache smaller. {weights}"
@@ -222,7 +228,17 @@ With `trust_remote_code=True` the model is pruned, in `generate` and in `pipelin
 transformers {version("transformers")}, and its code was tested with {", ".join(tested())}; where another release
 reads the files or runs the layers otherwise, it stops with an error. Without the flag the same files load as the
 unpruned model. A model that was loaded pruned stays so through `save_pretrained`; one that was loaded without the
-flag and saved again loses the code files, so load it with the flag before saving.{changed}"""
+flag and saved again loses the code files, so load it with the flag before saving.{_processor(subject)}{changed}"""
+
+
+def _processor(subject: Subject) -> str:
+    if not subject.packages:
+        return ""
+    wanted = ", ".join(f"{text.code(name)} (for {what})" for name, what in subject.packages.items())
+    fitting = ""
+    if "torchvision" in subject.packages:
+        fitting = " Take the `torchvision` that is built for the torch in use, from the same index as torch."
+    return f"\n\nThe processor needs, beside torch and transformers: {wanted}.{fitting}"
 
 
 def _licence(subject: Subject) -> str:

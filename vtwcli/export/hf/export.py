@@ -39,6 +39,7 @@ from vtwcli.models.families import Family
 from vtwcli.models.hub import resolve
 from vtwcli.models.jsonfiles import CONFIG, read_json
 from vtwcli.models.quantized import quantization_of
+from vtwcli.models.requirements import processor_packages
 from vtwcli.results.calibration import Calibration
 from vtwcli.results.evaluation import Evaluation
 from vtwcli.schedule.schedule import Schedule
@@ -129,6 +130,8 @@ def export_hf(
             dtype=kind,
             front=front_matter(checkpoint.path / CARD),
             changed=sentences(changed),
+            packages=processor_packages(family, folder),
+            adapter_of=checkpoint.adapter_of,
         )
         picture = PICTURE if (folder / PICTURE).exists() else None
         card = model_card(subject, calibration, evaluation, picture)
