@@ -17,8 +17,8 @@ EXTRAS = {
 }
 GRAPHS = EXTRAS["onnx"] + EXTRAS["openvino"]
 OF_EXTRAS = {"quantized": "quant", "adapters": "adapters"}  # files of vtwcli.models
-EVERY = ALWAYS + GRAPHS + EXTRAS["quant"] + EXTRAS["adapters"]
 ALWAYS = [Requirement(line) for line in PROJECT["dependencies"]]
+EVERY = ALWAYS + GRAPHS + EXTRAS["quant"] + EXTRAS["adapters"]
 BESIDE = {"vtw_ort", "vtw_pixels"}  # lie beside run_onnx.py in an exported directory
 
 
