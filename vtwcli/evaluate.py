@@ -77,8 +77,7 @@ def evaluate(
 
     Args:
         model: a stock model, or a directory that ``vtw export`` made: a Hugging Face one, whose weights are run by
-            this package's runtime, or one of ONNX graphs, run by ONNX Runtime or
-            OpenVINO. Layers are not streamed here.
+            this package's runtime, or one of ONNX graphs. Layers are not streamed here.
         schedules: names and schedules; none takes the one that an exported directory carries.
         data: sources of samples, as for ``calibrate``; the demo source reads its test split.
         options: sample counts, timing, ``backend``, and ``baseline``, the full model where it is not the model itself.
