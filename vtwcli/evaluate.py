@@ -21,7 +21,6 @@ from vtwcli.judge import statistics as judge
 from vtwcli.judge.flops import CONVENTIONS, DEFAULT_CONVENTION, TextShape, kv_bytes
 from vtwcli.judge.guarantee import Promise
 from vtwcli.machine import distributed
-from vtwcli.machine.libraries import versions
 from vtwcli.machine.memory import peak_memory
 from vtwcli.measure.answers import Answer, flops_ratio, full_answers, kv_ratio, spent
 from vtwcli.measure.batches import by_length
@@ -38,6 +37,7 @@ from vtwcli.measure.variants import (
     engine_of,
     open_variants,
     reader_of,
+    versions_of,
 )
 from vtwcli.models.dtypes import name_of
 from vtwcli.models.generation import plain_generation
@@ -77,8 +77,7 @@ def evaluate(
 
     Args:
         model: a stock model, or a directory that ``vtw export`` made: a Hugging Face one, whose weights are run by
-            this package's runtime, or one of ONNX graphs, run by ONNX Runtime or
-            OpenVINO. Layers are not streamed here.
+            this package's runtime, or one of ONNX graphs. Layers are not streamed here.
         schedules: names and schedules; none takes the one that an exported directory carries.
         data: sources of samples, as for ``calibrate``; the demo source reads its test split.
         options: sample counts, timing, ``backend``, and ``baseline``, the full model where it is not the model itself.
@@ -174,13 +173,7 @@ def _key(full: LoadedModel, variants: Sequence[Variant], options: EvalSection) -
     own += [(folder := folder_of(name, full), "guide", stamp(folder)) for name in guides]
     named = [(variant.name, type(variant).__name__, variant.schedule.to_dict()) for variant in variants]
     shaping = options.model_dump(include={"max_new_tokens"})
-    return key_of("evaluation", model, own, named, shaping, _versions(variants))
-
-
-def _versions(variants: Sequence[Variant]) -> dict[str, str]:
-    """Those of the libraries, and of what runs graphs where that is not ONNX Runtime."""
-    engines = {one.exported.engine for one in variants if isinstance(one, Graphs) and one.backend != "onnx"}
-    return versions() | {engine.package: engine.version for engine in engines}
+    return key_of("evaluation", model, own, named, shaping, versions_of(variants))
 
 
 def _all_answers(
@@ -321,7 +314,7 @@ def _result(
         "skipped": mix.skipped,
         "left_out": mix.excluded,
         "seed": options.seed,
-        "versions": _versions(variants),
+        "versions": versions_of(variants),
         "gates": gates.check(schedules, limits),
     }
 

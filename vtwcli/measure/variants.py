@@ -17,6 +17,7 @@ from vtwcli.errors import UsageError
 from vtwcli.export.directory.manifest import at_hand, read_manifest
 from vtwcli.export.hf.export import CALIBRATION, baked_schedule
 from vtwcli.machine import distributed
+from vtwcli.machine.libraries import versions
 from vtwcli.measure import costs
 from vtwcli.measure.answers import Answer, Full, compared, schedule_answers
 from vtwcli.measure.guide import Guides, guide_of, split
@@ -353,3 +354,9 @@ def batches_of(full: LoadedModel, variants: Sequence[Variant], samples: Sequence
         batch, guides = made[id(variant.inputs)], getattr(variant, "guides", None)
         found.append(batch if guides is None else guides.beside(batch, samples, variant.schedule))
     return found
+
+
+def versions_of(variants: Sequence[Variant]) -> dict[str, str]:
+    """Versions of the libraries, and of what runs graphs where that is not ONNX Runtime."""
+    engines = {one.exported.engine for one in variants if isinstance(one, Graphs) and one.backend != "onnx"}
+    return versions() | {engine.package: engine.version for engine in engines}
