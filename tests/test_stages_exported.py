@@ -57,7 +57,7 @@ def test_graphs_run_what_is_left_of_the_rows(exports, tmp_path, monkeypatch):
     graphs.prefill({name: value.numpy() for name, value in batch.items()})
     seen = Counter()
     for role in ("decoder_lower", "decoder_middle_1", "decoder_upper"):
-        for event in json.loads(Path(graphs.session(role).end_profiling()).read_text()):
+        for event in json.loads(Path(graphs.session(role).session.end_profiling()).read_text()):
             known = event.get("args", {})
             shapes = [shape for one in known.get("input_type_shape", []) for shape in one.values()]
             if "MatMul" in known.get("op_name", "") and len(shapes) == 1:  # the other input is a weight

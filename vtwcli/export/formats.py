@@ -109,10 +109,10 @@ def verify(
     from vtwcli.export.directory.manifest import read_manifest
     from vtwcli.export.web.kind import is_web_export
 
+    sample = sample_of(image)
     graphs, web = ort.is_export(directory), is_web_export(directory)
     if not graphs and not web:
         read_manifest(directory)  # says what is missing before torch is imported
-    sample = sample_of(image)
     if web:
         if backend != "auto":
             raise UsageError(f"{directory} is run as transformers.js runs it", "leave out --backend")

@@ -113,10 +113,10 @@ _TYPES = {
 class _OnnxRuntimeGraph:
     def __init__(self, session: Any, value: Any, device: str) -> None:
         self.inputs = {port.name: _TYPES[port.type] for port in session.get_inputs()}
-        self._session, self._value, self._device = session, value, device
+        self.session, self._value, self._device = session, value, device
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
-        binding = self._session.io_binding()
+        binding = self.session.io_binding()
         alive = []  # a binding does not keep its inputs alive
         for name, value in feeds.items():
             if isinstance(value, np.ndarray):
@@ -126,7 +126,7 @@ class _OnnxRuntimeGraph:
             binding.bind_ortvalue_input(name, value)
         for name in outputs:
             binding.bind_output(name, self._device)
-        self._session.run_with_iobinding(binding)
+        self.session.run_with_iobinding(binding)
         return dict(zip(outputs, binding.get_outputs(), strict=True))
 
 
