@@ -241,6 +241,7 @@ def test_a_narrow_terminal_breaks_no_cell():
 def test_an_interrupt_says_what_is_left(command, words, tmp_path):
     code = (
         "import sys, os, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         f"sys.argv = ['vtw', *{command!r}]\n"
         "import vtwcli.models.loading as loading\n"
         "loading._load_weights = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
