@@ -74,7 +74,7 @@ def test_calibration_goes_along(vtw, tiny_dir, tmp_path):
             2,
             "error: give exactly one of --schedule, --calibration, --layer and --method\n",
         ),
-        (["--output", "out", "--layer", 9], 2, "at is 9, but the model has 6 layers (0..5)\n"),
+        (["--output", "out", "--layer", 9], 2, "error: --layer: 9, but "),
         (
             ["--output", "here", "--layer", 3],
             2,

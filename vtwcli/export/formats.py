@@ -112,6 +112,8 @@ def verify(
     sample = sample_of(image)
     graphs, web = ort.is_export(directory), is_web_export(directory)
     if not graphs and not web:
+        if backend not in ("auto", "torch"):
+            raise UsageError(f"{directory} is not a directory of ONNX graphs", "leave out --backend")
         read_manifest(directory)  # says what is missing before torch is imported
     if web:
         if backend != "auto":
@@ -136,8 +138,6 @@ def verify(
             backend="onnx" if backend == "auto" else backend,
             trust_remote_code=trust_remote_code,
         )
-    if backend not in ("auto", "torch"):
-        raise UsageError(f"{directory} is not a directory of ONNX graphs", "leave out --backend")
     from vtwcli.export.hf.verify import verify_hf
 
     return verify_hf(
