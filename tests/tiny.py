@@ -14,8 +14,11 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, NamedTuple
 
+import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.wide import widen
 
@@ -1155,6 +1158,29 @@ VARIANTS: dict[str, Tiny] = {
         batcher(square(4, 8), types="token_type_ids", mark=lambda kind, token: 0),
     ),
 }
+
+
+def _absent() -> dict[str, str]:
+    """Models that the installed release of transformers does not have or does not run, and why."""
+    found = {name: "another release of transformers has it" for name in TINY if name not in CONFIG_MAPPING}
+    if transformers.__version__.startswith("5.24."):
+        found |= dict.fromkeys(
+            ("llama4", "llama4-chunks"), "its forward there reads a field that its output lacks"
+        )
+    return found
+
+
+def _skipped(reason: str) -> Callable[..., Any]:
+    def build(*_: object, **__: object) -> None:
+        pytest.skip(reason)
+
+    return build
+
+
+ABSENT = _absent()
+for _models in (TINY, VARIANTS):
+    for _name in ABSENT.keys() & _models.keys():
+        _models[_name] = _models[_name]._replace(build=_skipped(ABSENT[_name]))
 
 llava, llava_batch = TINY["llava"][:2]
 LONG = {"deepseek_ocr2"}
