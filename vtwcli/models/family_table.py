@@ -314,7 +314,7 @@ FAMILIES: dict[str, Family] = {
             vision=("vision_model", "multi_modal_projector"),
             no_onnx=_NO_ENCODER,
             no_tower="its vision tower turns patches by a table of its own, which is not looked into",
-            caveat="Chunks count original positions.",
+            caveat="Chunks count original positions. The forward of transformers 5.24.0 fails on it by itself.",
         ),
         Family(
             "glm46v",
