@@ -142,7 +142,9 @@ class Layout:
         settings = json.loads((folder / "tokenizer_config.json").read_text()) | name
         settings["extra_special_tokens"] = dict(self.special)
         whole = None if self.whole is None else self.whole | name
-        template = TEMPLATE.replace("<image>", self.special.get("boi_token", "<image>"))
+        template = TEMPLATE.replace(
+            "<image>", "<image>" if self.special is SPECIAL else self.special.get("boi_token", "<image>")
+        )
         match self.template:
             case "list":
                 other = {"name": "tool_use", "template": "{{ raise_exception('no tools') }}"}

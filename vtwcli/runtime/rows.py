@@ -113,8 +113,10 @@ def take_positions(
     if not names:
         raise strange(f"the layers get no {POSITIONS}")
     for name in names:
-        if given[name] is not None:  # layers without rotary embeddings get None
+        if given[name] is not None:
             given[name] = _take_position(name, given[name], index, length)
+        elif not _without_rotary(attention):
+            raise strange(f"the layers get no {name}")
     ids = given.get("position_ids")
     if ids is not None:
         if ids.ndim < 2 or ids.shape[-1] != length or ids.shape[-2] not in (1, index.shape[0]):
@@ -122,6 +124,20 @@ def take_positions(
         # flash attention would take a gap for the border between packed sequences, so it gets none
         taken = None if "flash" in attention_kind(attention) else take(ids, index, ids.ndim - 1, ids.ndim - 2)
         given["position_ids"] = taken
+
+
+def _without_rotary(attention: Any) -> bool:
+    """Whether a layer has no rotary embeddings, as its config says in one of the library's ways, and is given None."""
+    config, layer = getattr(attention, "config", None), getattr(attention, "layer_idx", None)
+    if getattr(config, "position_embedding_type", "rope") == "nope":
+        return True
+    angles = getattr(config, "layer_rope_theta", None)
+    if angles is not None and layer is not None:
+        return not angles[layer]
+    kinds, rope = getattr(config, "layer_types", None), getattr(config, "rope_parameters", None)
+    if not kinds or layer is None or not isinstance(rope, dict):
+        return False
+    return kinds[layer] in rope and rope[kinds[layer]] is None
 
 
 def _take_position(name: str, x: Any, index: Tensor, length: int) -> Any:
