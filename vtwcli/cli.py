@@ -61,6 +61,7 @@ def build(names: Iterable[str] = COMMANDS) -> typer.Typer:
 def main() -> None:
     """Run the command line; every expected failure is one line on stderr and its exit code."""
     console.prepare_streams()
+    console.settings.kept = None
     threads.settings.by_size = True
     libraries.quiet_imports()
     stopped = _stop_cleanly()
