@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
@@ -125,7 +126,9 @@ def first_layer(model) -> int:
 def run_without_package(root: Path) -> tuple[dict, str]:
     """Run ``CHILD`` over the exports in ``root``; its results and what it wrote to stderr."""
     environment = os.environ | {"HF_MODULES_CACHE": str(root / "modules"), "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
+    environment["PYTHONPATH"] = str(
+        Path(transformers.__file__).parents[1]
+    )  # the same release, and nothing else
     done = subprocess.run(
         [
             sys.executable,
