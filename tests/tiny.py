@@ -1169,6 +1169,7 @@ def _absent() -> dict[str, str]:
     if _RELEASE == "5.20":
         thinkers = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
         found |= dict.fromkeys(thinkers, "its text model stands elsewhere there")
+        found |= dict.fromkeys(("gemma4", "gemma4-moe"), "its videos come with another argument there")
     if _RELEASE == "5.24":
         found |= dict.fromkeys(
             ("llama4", "llama4-chunks"), "its forward there reads a field that its output lacks"
@@ -1187,8 +1188,6 @@ ABSENT = _absent()
 for _models in (TINY, VARIANTS):
     for _name in ABSENT.keys() & _models.keys():
         _models[_name] = _models[_name]._replace(build=_skipped(ABSENT[_name]))
-    for _name in {"gemma4", "gemma4-moe"} & _models.keys() if _RELEASE == "5.20" else ():
-        _models[_name] = _models[_name]._replace(video=False)  # its videos come with another argument there
 
 llava, llava_batch = TINY["llava"][:2]
 LONG = {"deepseek_ocr2"}
