@@ -6,11 +6,10 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from vtwcli.io.section import Section
-from vtwcli.recipe.fields import BATCH_SIZE, LONGEST, Answers, Limit, Positions, SkipBad
+from vtwcli.recipe.fields import BATCH_SIZE, LONGEST, Answering, Answers, Limit, Positions, SkipBad
 
 
-class AnalyzeSection(Section):
+class AnalyzeSection(Answering):
     """What a profile measures and shows."""
 
     limit: Limit = 20
@@ -70,11 +69,6 @@ class AnalyzeSection(Section):
     )
     seed: int = Field(0, ge=0, description="which samples are drawn; the same seed gives the same result")
     skip_bad: SkipBad = False
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest answer where no task says otherwise."""
-        return self.max_new_tokens or 48
 
     @field_validator("map_layers", mode="before")
     @classmethod

@@ -6,11 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from vtwcli.io.section import Section
-from vtwcli.recipe.fields import BATCH_SIZE, LONGEST, Limit, SkipBad
+from vtwcli.recipe.fields import BATCH_SIZE, LONGEST, Answering, Limit, SkipBad
 
 
-class EvalSection(Section):
+class EvalSection(Answering):
     """How a schedule is judged."""
 
     limit: Limit = 50
@@ -48,11 +47,6 @@ class EvalSection(Section):
     resume: bool = Field(
         False, description="go on with the samples that were finished before an interruption"
     )
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest answer where no task says otherwise."""
-        return self.max_new_tokens or 48
 
     @field_validator("timing_batch", mode="before")
     @classmethod

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
+from vtwcli.io.section import Section
 from vtwcli.methods import METHODS
 
 BATCH_SIZE = "samples answered at once; by default 8, fewer where memory is short"
@@ -31,3 +32,21 @@ if TYPE_CHECKING:
     MethodName: TypeAlias = str
 else:
     MethodName = Literal[tuple(METHODS)]
+
+
+class Answering(Section):
+    """A section under which models answer; its field ``max_new_tokens`` may be left to the samples' tasks.
+
+    Attributes:
+        otherwise: tokens of the longest answer where neither says so.
+    """
+
+    otherwise: ClassVar[int] = 48
+
+    if TYPE_CHECKING:
+        max_new_tokens: int | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest answer where no task says otherwise."""
+        return self.max_new_tokens or self.otherwise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -18,7 +18,17 @@ from vtwcli.methods.visipruner import Rule
 from vtwcli.recipe.analysis import AnalyzeSection
 from vtwcli.recipe.evaluation import EvalSection
 from vtwcli.recipe.exports import ExportSection
-from vtwcli.recipe.fields import BATCH_SIZE, LONGEST, Answers, Limit, Loss, MethodName, Positions, SkipBad
+from vtwcli.recipe.fields import (
+    BATCH_SIZE,
+    LONGEST,
+    Answering,
+    Answers,
+    Limit,
+    Loss,
+    MethodName,
+    Positions,
+    SkipBad,
+)
 from vtwcli.recipe.gates import GatesSection
 from vtwcli.recipe.search import SearchSection
 
@@ -45,7 +55,7 @@ class ModelSection(Section):
 Policy = Literal["paper", "sustained", "quantile", "agreement", "worst-task", "budget", "guarantee"]
 
 
-class CalibrateSection(Section):
+class CalibrateSection(Answering):
     """How K, or VisiPruner's boundary and thresholds, are found."""
 
     method: Calibrated = Field(
@@ -110,11 +120,6 @@ class CalibrateSection(Section):
     resume: bool = Field(
         False, description="go on with the samples that were finished before an interruption"
     )
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest answer where no task says otherwise."""
-        return self.max_new_tokens or 48
 
     def recorded(self) -> dict[str, Any]:
         """What result documents say of it: what a promise needs only where one is given."""
@@ -193,8 +198,10 @@ class ScheduleSection(Rule, _Named):
         return self
 
 
-class BudgetSection(Section):
+class BudgetSection(Answering):
     """Which schedules of all methods are compared, and the budget."""
+
+    otherwise: ClassVar[int] = 32
 
     limit: Limit = 10
     max_flops: float | None = Field(
@@ -230,11 +237,6 @@ class BudgetSection(Section):
         0, ge=0, description="which samples are drawn, and which tokens the random control keeps"
     )
     skip_bad: SkipBad = False
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest answer where no task says otherwise."""
-        return self.max_new_tokens or 32
 
     @field_validator("methods", "ratios", "tokens", "thresholds", mode="before")
     @classmethod

@@ -6,15 +6,16 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from vtwcli.io.section import Section
 from vtwcli.methods import METHODS
-from vtwcli.recipe.fields import BATCH_SIZE, LONGEST, Limit, Loss, MethodName, SkipBad
+from vtwcli.recipe.fields import BATCH_SIZE, LONGEST, Answering, Limit, Loss, MethodName, SkipBad
 
 GOALS = ("max_flops", "max_kv", "max_kl", "min_agreement")
 
 
-class SearchSection(Section):
+class SearchSection(Answering):
     """The best schedule of all methods and their combinations within a goal, with a promise."""
+
+    otherwise: ClassVar[int] = 32
 
     limit: Limit = 300
     max_flops: float | None = Field(
@@ -69,11 +70,6 @@ class SearchSection(Section):
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest answer where no task says otherwise."""
-        return self.max_new_tokens or 32
 
     @property
     def goals(self) -> dict[str, float]:

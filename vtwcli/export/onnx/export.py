@@ -88,17 +88,7 @@ def export_onnx(
     """
     check_options(dtype, opset, quantize)
     check_target(output, force, source_of(model))
-    source = Source.of(model)
-    if source.checkpoint is not None:
-        own_files(source.checkpoint, COMPANIONS)  # what is refused must not take the time of an export
-        quantization = source.checkpoint.quantization
-        if quantization is not None and quantization.activations:
-            console.warn(
-                f"{source.name} quantizes activations too; its weights are unpacked exactly, and the graphs leave "
-                "activations as they are"
-            )
-    plan = as_schedule(schedule)
-    plan.check_depth(source.depth, source.family.first_withdrawal)
+    source, plan = opened(model, schedule)
     cuts, frozen = removals(plan, source.depth), frozen_layers(plan, source.depth)
     began = time.perf_counter()
     with publish(output, force, source_of(model)) as folder:
@@ -112,12 +102,37 @@ def export_onnx(
         (folder / CARD).write_text(onnx_card(output.absolute().name, manifest), encoding="utf-8")
         manifest["files"] = file_entries(folder)
         save_json(folder / MANIFEST, manifest)
+    return report_of(output, manifest, report, began, written)
+
+
+def opened(
+    model: LoadedModel | Checkpoint, schedule: Schedule | Mapping[str, Any] | int
+) -> tuple[Source, Schedule]:
+    """A model to export graphs of, and its schedule, refused before long work where they do not go together."""
+    source = Source.of(model)
+    if source.checkpoint is not None:
+        own_files(source.checkpoint, COMPANIONS)  # what is refused must not take the time of an export
+        quantization = source.checkpoint.quantization
+        if quantization is not None and quantization.activations:
+            console.warn(
+                f"{source.name} quantizes activations too; its weights are unpacked exactly, and the graphs leave "
+                "activations as they are"
+            )
+    plan = as_schedule(schedule)
+    plan.check_depth(source.depth, source.family.first_withdrawal)
+    return source, plan
+
+
+def report_of(
+    output: Path, manifest: Mapping[str, Any], parity: Mapping[str, Any], began: float, written: float
+) -> dict[str, Any]:
+    """What an export says of itself; ``began`` and ``written`` are readings of the clock of ``time.perf_counter``."""
     return {
         "output": str(output),
         "withdrawal_layer": manifest["withdrawal_layer"],
         "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
         "graphs": [graph["file"] for graph in manifest["graphs"]],
-        "parity": report,
+        "parity": parity,
         "seconds": {"export": written - began, "parity": time.perf_counter() - written},
     }
 

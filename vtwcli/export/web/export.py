@@ -12,14 +12,14 @@ from vtwcli import __version__
 from vtwcli.data.sample import Sample
 from vtwcli.export.directory.manifest import file_entries, save_json
 from vtwcli.export.directory.publish import check_target, publish
-from vtwcli.export.directory.source import own_files, source_of
+from vtwcli.export.directory.source import source_of
 from vtwcli.export.onnx import export as onnx
 from vtwcli.export.onnx.source import Source
 from vtwcli.export.web.graphs import DECODER
 from vtwcli.export.web.kind import FOLDER, FORMAT, FORMAT_VERSION, MANIFEST, SUFFIXES
 from vtwcli.io import console
 from vtwcli.machine.libraries import versions
-from vtwcli.models.checkpoint import COMPANIONS, Checkpoint
+from vtwcli.models.checkpoint import Checkpoint
 from vtwcli.models.dtypes import LONG, torch_type
 from vtwcli.models.families import placeholder_ids
 from vtwcli.models.loading import LoadedModel
@@ -66,11 +66,7 @@ def export_web(
 
     onnx.check_options(dtype, opset, quantize)
     check_target(output, force, source_of(model))
-    source = Source.of(model)
-    if source.checkpoint is not None:
-        own_files(source.checkpoint, COMPANIONS)  # what is refused must not take the time of an export
-    plan = onnx.as_schedule(schedule)
-    plan.check_depth(source.depth, source.family.first_withdrawal)
+    source, plan = onnx.opened(model, schedule)
     check_config(source)
     began = time.perf_counter()
     with publish(output, force, source_of(model)) as folder:
@@ -84,14 +80,7 @@ def export_web(
         write_page(output.absolute().name, folder, manifest)
         manifest["files"] = file_entries(folder)
         save_json(folder / MANIFEST, manifest)
-    return {
-        "output": str(output),
-        "withdrawal_layer": manifest["withdrawal_layer"],
-        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
-        "graphs": [graph["file"] for graph in manifest["graphs"]],
-        "parity": report,
-        "seconds": {"export": written - began, "parity": time.perf_counter() - written},
-    }
+    return onnx.report_of(output, manifest, report, began, written)
 
 
 def write_graphs(source: Source, plan: Schedule, folder: Path, *, dtype: str, opset: int) -> dict[str, Any]:
